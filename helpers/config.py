@@ -1,0 +1,569 @@
+"""One typed, strict configuration for every notebook, read from `config.yaml`.
+
+Layers are laid over each other (see the head of config.yaml), every value remembers which layer set it, and all
+mistakes are reported in one error: unknown keys, wrong types, and values that contradict each other.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Channel = Literal[
+    "aia94", "aia131", "aia171", "aia193", "aia211", "aia304", "aia335", "aia1600",
+    "hmi_m", "hmi_bx", "hmi_by", "hmi_bz", "hmi_v",
+]  # fmt: skip
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Metric = Literal["rmse", "mae", "r2", "rrse", "tss", "hss"]
+
+_OVERLAYS = {
+    "profiles": "profile",
+    "tasks": "task",
+    "experiments": "experiment",
+}  # block -> the key that chooses from it
+
+
+class ConfigError(ValueError):
+    """All mistakes of a configuration in one message, ready to print."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class Paths(_Section):
+    """Folders of this machine."""
+
+    shared: str | None
+    runs: str
+    reserve_gb: Annotated[float, Field(ge=0)]
+    labels: str
+
+
+class Synthetic(_Section):
+    """The synthetic Sun; `folder: null` means that all data is real."""
+
+    folder: str | None
+    seed: int
+    start: str
+    visits: NotNegative
+    hours_between_visits: Count
+    workers: Count
+
+
+class Data(_Section):
+    """Where frames come from and what is kept of them."""
+
+    index: str
+    anonymous: bool
+    endpoint_url: str | None
+    channels: Annotated[list[Channel], Field(min_length=1)]
+    native_size: Count
+    pooling: Count
+    offsets_minutes: Annotated[list[int], Field(min_length=1)]
+    store: str
+    build_workers: Count
+    dask_address: str | None
+    scalers: str
+    retries: NotNegative
+    memory_cache_gb: Annotated[float, Field(ge=0)]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the model sees, in pixels."""
+        return self.native_size // self.pooling
+
+
+class Labels(_Section):
+    """Which label belongs to which image."""
+
+    kind: Literal["scalar", "image"]
+    path: str | None
+    time_column: str
+    value_columns: list[str]
+    transform: Literal["none", "log10", "goes"]
+    direction: Literal["nearest", "forward", "backward"]
+    tolerance_minutes: NotNegative
+    lead_minutes: NotNegative
+    variable: str | None
+    target_channels: list[Channel]
+    target_offset_minutes: int
+
+
+class Target(_Section):
+    """How the target is called, learned and judged."""
+
+    name: str
+    unit: str
+    loss: Literal["mse", "mae", "huber"]
+    metrics: Annotated[list[Metric], Field(min_length=1)]
+    event_threshold: float | None
+
+
+class Split(_Section):
+    """[first, end) of each split, ISO dates or times."""
+
+    train: Annotated[list[str], Field(min_length=2, max_length=2)]
+    val: Annotated[list[str], Field(min_length=2, max_length=2)]
+    test: Annotated[list[str], Field(min_length=2, max_length=2)]
+    guard_hours: Annotated[float, Field(ge=0)]
+
+
+class Model(_Section):
+    """The encoder; sizes must be the checkpoint's."""
+
+    checkpoint: str | None
+    checkpoint_channels: list[Channel]
+    patch_size: Count
+    embed_dim: Count
+    depth: Count
+    n_spectral_blocks: NotNegative
+    num_heads: Count
+    time_dim: Count
+    mlp_ratio: Positive
+    window_size: Literal[2]
+    dp_rank: Count
+    rpe: bool
+    nglo: Annotated[int, Field(ge=0, le=1)]
+    drop_rate: Share
+    checkpoint_layers: list[int]
+
+
+class Head(_Section):
+    """From tokens to numbers."""
+
+    pooling: Literal["mean", "max", "attention", "transformer", "class_token"]
+    penultimate: Count | None
+    dropout: Share
+
+
+class Lora(_Section):
+    """Low-rank adapters."""
+
+    rank: Count
+    alpha: Positive
+    dropout: Share
+    targets: Annotated[list[Literal["qkv", "proj", "fc1", "fc2", "to_dynamic_projection"]], Field(min_length=1)]
+    qkv: list[Literal["q", "k", "v"]]
+
+
+class Training(_Section):
+    """The loop."""
+
+    lr: Positive
+    epochs: Count
+    precision: Literal["fp32", "bf16"]
+    batch_size: Count
+    accumulation: Count
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup: Share
+    schedule: Literal["cosine", "constant"]
+    gradient_clip: Positive
+    patience: Count
+    loader_workers: NotNegative
+    max_train_samples: Count | None
+    max_val_samples: Count | None
+    augment: list[Literal["flip_lr", "flip_ud", "rot180"]]
+
+
+class Tracking(_Section):
+    """Weights & Biases."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+
+
+class Config(_Section):
+    """A checked configuration; read values as attributes, for example `cfg.training.lr`."""
+
+    root: Annotated[Path, Field(exclude=True)]  # the folder of config.yaml; relative paths start here
+    profile: str
+    task: str
+    experiment: Literal["baseline", "finetune"]
+    seed: int
+    paths: Paths
+    synthetic: Synthetic
+    data: Data
+    labels: Labels
+    target: Target
+    split: Split
+    model: Model
+    head: Head
+    lora: Lora
+    training: Training
+    tracking: Tracking
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as plain dicts and lists, to write beside a run."""
+        return self.model_dump()
+
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `SuryaEncoder` for this configuration."""
+        own = self.model.model_dump(exclude={"checkpoint", "checkpoint_channels"})
+        return {"img_size": self.data.image_size, "in_chans": len(self.data.channels), **own}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading and layering
+# --------------------------------------------------------------------------------------------------------------------
+def load_config(
+    path: str | Path = "config.yaml",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    profile: str | None = None,
+    task: str | None = None,
+    experiment: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
+) -> Config:
+    """Read config.yaml and lay config.local.yaml, the notebook's parameters and `overrides` over it.
+
+    Args:
+        path: the YAML file; a bare name is looked for here, then in the folders above, then beside the helpers package.
+        overrides: dotted key to value, for example `{"training.lr": 1e-3}`; wins over everything else.
+        profile, task, experiment: choose other blocks than the file does; None keeps the file's choice.
+        parameters: dotted keys from papermill (`make run-notebook P="training.lr=1e-3"`).
+
+    Returns:
+        The checked, immutable `Config`.
+
+    Raises:
+        ConfigError: one message with every mistake, each with its key path and the layer that set it.
+    """
+    path = _find(Path(path))
+    local = path.with_name("config.local.yaml")
+    files = [(_read(path), path.name)] + ([(_read(local), local.name)] if local.exists() else [])
+    given = [(_nested(parameters or {}), "notebook parameters"), (_nested(overrides or {}), "overrides=")]
+    asked = {"profile": profile, "task": task, "experiment": experiment}
+    chosen = {key: _last(key, asked, [tree for tree, _ in files + given]) for key in asked}
+
+    problems = _bad_choices(chosen, [tree for tree, _ in files])
+    problems += [problem for tree, origin in files + given for problem in _unknown_keys(tree, origin)]
+    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
+    for tree, origin in files + given:
+        for layer, where in _layers(tree, chosen, origin):
+            values.update({key: (value, where) for key, value in _leaves(layer) if key in _SCHEMA})
+    values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
+    return _validated(values, problems, path)
+
+
+def _find(path: Path) -> Path:
+    if path.is_absolute() or len(path.parts) > 1 or path.exists():
+        candidates = [path]
+    else:
+        above = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
+        candidates = [folder / path for folder in above]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    raise ConfigError(
+        f"There is no configuration file {path}. Start the notebook inside the repository, or pass its full path."
+    )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 where it matters: 1e-3 is a number, dates stay text, and a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key_node.value}' stands twice in one section", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """A value written on a command line ("1e-3", "[aia171, hmi_m]", "null") as config.yaml would read it."""
+    return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - derived from SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name} is not valid YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.name} must hold sections such as 'training:', but it holds a {type(tree).__name__}.")
+    return tree
+
+
+def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
+    """{"training.lr": 1} -> {"training": {"lr": 1}}; nested dicts may be mixed in."""
+    tree: dict[str, Any] = {}
+    for key, value in (pair for name, item in dotted.items() for pair in _leaves({name: item}, keep_blocks=True)):
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {section} is given both as a value and as a section.")
+        node[leaf] = value
+    return tree
+
+
+def _last(key: str, asked: Mapping[str, str | None], trees: list[dict]) -> str | None:
+    """The choice that counts: the function's argument, else the last layer that names one."""
+    if asked[key] is not None:
+        return asked[key]
+    return next((tree[key] for tree in reversed(trees) if key in tree), None)
+
+
+def _layers(tree: dict, chosen: Mapping[str, str | None], origin: str) -> Iterator[tuple[dict, str]]:
+    """The parts of one file in the order in which they are laid over each other, each with a name for messages."""
+    yield tree, origin
+    sources = [(tree, "")]
+    for block, key in _OVERLAYS.items():
+        for source, prefix in list(sources):
+            name = chosen[key]
+            layer = (source.get(block) or {}).get(name)
+            if isinstance(layer, dict):
+                where = f"{prefix}{block}.{name}"
+                yield layer, f"{where} in {origin}"
+                sources.append((layer, f"{where}."))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every setting, without those in the overlay blocks unless they are to be kept."""
+    for key, value in tree.items():
+        if key in _OVERLAYS and not prefix and not keep_blocks:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _schema_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from _schema_keys(field.annotation, f"{prefix}{name}.")
+        elif not field.exclude:
+            yield f"{prefix}{name}"
+
+
+_SCHEMA = tuple(_schema_keys(Config))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saying every mistake at once
+# --------------------------------------------------------------------------------------------------------------------
+def _bad_choices(chosen: Mapping[str, str | None], trees: list[dict]) -> list[str]:
+    problems = []
+    for block, key in _OVERLAYS.items():
+        names = sorted({str(name) for tree in trees for name in (tree.get(block) or {})})
+        if chosen[key] not in names:
+            problems.append(
+                f"{key}: there is no {chosen[key]!r} under `{block}`; there is {', '.join(names) or 'nothing'}"
+            )
+    return problems
+
+
+def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
+    """Unknown keys anywhere in a file, in the blocks that are not chosen as well."""
+    for key, _ in _leaves(tree):
+        if key not in _SCHEMA:
+            yield f"{prefix}{key} ({origin}): {_nearest(key)}"
+    for block in _OVERLAYS:
+        for name, layer in (tree.get(block) or {}).items():
+            if isinstance(layer, dict):
+                yield from _unknown_keys(layer, origin, f"{prefix}{block}.{name}.")
+            else:
+                yield f"{prefix}{block}.{name} ({origin}): must hold sections such as 'training:', got {layer!r}"
+
+
+def _nearest(key: str) -> str:
+    inside = [known for known in _SCHEMA if known.startswith(f"{key}.")]
+    if inside:
+        return f"is a section with the keys {', '.join(name.split('.', 1)[1] for name in inside)}, not a value"
+    same_leaf = [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
+    near = same_leaf or difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.5)
+    return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"
+
+
+def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Path) -> Config:
+    expanded = _expand({key: value for key, (value, _) in values.items()})
+    tree = {**_nested(expanded), "root": path.parent}
+    config, faulty = None, set()
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        for mistake in error.errors():
+            if mistake["type"] == "missing" and problems:
+                continue  # the cause, a misspelt key or a wrong choice, is in the list already
+            key = ".".join(str(part) for part in mistake["loc"] if isinstance(part, str))
+            item = "".join(f"[{part}]" for part in mistake["loc"] if isinstance(part, int))
+            where = f" ({values[key][1]})" if key in values else ""
+            got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
+            faulty.add(key)
+            problems.append(f"{key}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
+    problems += _contradictions({key: value for key, value in expanded.items() if key not in faulty})
+    if problems or config is None:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        raise ConfigError("\n  - ".join([f"The configuration ({path.name}) has {count}:", *problems]))
+    return config
+
+
+def _expand(values: dict[str, Any]) -> dict[str, Any]:
+    """Fill {seed}, {synthetic} and {labels} in paths; {shared} is left to helpers/shared.py, which knows the machine."""
+    folder = str(values.get("synthetic.folder")).replace("{seed}", str(values.get("synthetic.seed")))
+    labels = str(values.get("paths.labels")).replace("{synthetic}", folder)
+    names = {"{seed}": str(values.get("synthetic.seed")), "{synthetic}": folder, "{labels}": labels}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            for name, text in names.items():
+                value = value.replace(name, text)
+        return value
+
+    return {key: fill(value) for key, value in values.items()}
+
+
+def _contradictions(values: dict[str, Any]) -> list[str]:
+    """What no single key can know; a check is skipped when one of its keys is missing or already reported."""
+    problems = []
+    for keys, check in _CHECKS:
+        if all(key in values for key in keys) and (problem := check(*(values[key] for key in keys))):
+            problems.append(f"{', '.join(keys)}: {problem}")
+    return problems
+
+
+def _grid(native: int, pooling: int, patch: int) -> str | None:
+    if native % pooling:
+        return f"pooling {pooling} does not divide the {native}-pixel side of the frames"
+    side = native // pooling
+    if side % patch:
+        return f"the image side {side} (= {native} / {pooling}) is not a multiple of the {patch}-pixel patch"
+    if (side // patch) % 2:
+        return f"the token grid would be {side // patch} x {side // patch}, but Surya's 2 x 2 windows need an even side"
+    return None
+
+
+def _offsets(offsets: list[int], frames: int) -> str | None:
+    if len(offsets) != frames:
+        return f"the model takes {frames} input frame(s), but {len(offsets)} offset(s) are given: {offsets}"
+    if sorted(set(offsets)) != offsets or offsets[-1] > 0:
+        return f"offsets must rise, without repeats, to at most 0 (the sample's own time), got {offsets}"
+    return None
+
+
+def _layers_in_range(layers: list[int], depth: int) -> str | None:
+    wrong = [layer for layer in layers if not 0 <= layer < depth]
+    return f"blocks are numbered 0 to {depth - 1}, got {wrong}" if wrong else None
+
+
+def _class_token(pooling: str, nglo: int) -> str | None:
+    if pooling == "class_token" and nglo != 1:
+        return "class-token pooling reads a global token, so model.nglo must be 1"
+    if pooling != "class_token" and nglo:
+        return f"a global token is only read by class-token pooling; set model.nglo: 0 for {pooling!r} pooling"
+    return None
+
+
+def _heads(width: int, heads: int) -> str | None:
+    if width % 4:
+        return f"embed_dim {width} must be a multiple of 4 (the position code has four features a frequency)"
+    return f"embed_dim {width} does not divide into {heads} heads" if width % heads else None
+
+
+def _split_order(train: list[str], val: list[str], test: list[str]) -> str | None:
+    try:
+        spans = [[datetime.fromisoformat(time) for time in span] for span in (train, val, test)]
+    except ValueError as error:
+        return f"splits are pairs of ISO dates such as 2014-02-12: {error}"
+    for name, (first, end) in zip(("train", "val", "test"), spans, strict=True):
+        if first >= end:
+            return f"split.{name} ends at {end} before it begins at {first}"
+    return None
+
+
+def _labels(kind: str, path: str | None, columns: list[str], variable: str | None, channels: list[str]) -> str | None:
+    if kind == "scalar" and (not path or not columns):
+        return "scalar labels need a CSV (labels.path) and at least one of its columns (labels.value_columns)"
+    if kind == "image" and bool(channels) == bool(variable):
+        return "image labels come either from mask files (labels.variable) or from the frames (labels.target_channels)"
+    return None
+
+
+_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
+    (("data.native_size", "data.pooling", "model.patch_size"), _grid),
+    (("data.offsets_minutes", "model.time_dim"), _offsets),
+    (("model.checkpoint_layers", "model.depth"), _layers_in_range),
+    (("head.pooling", "model.nglo"), _class_token),
+    (("model.embed_dim", "model.num_heads"), _heads),
+    (
+        ("model.n_spectral_blocks", "model.depth"),
+        lambda spectral, depth: (
+            f"{spectral} spectral blocks do not fit into {depth} blocks" if spectral > depth else None
+        ),
+    ),
+    (
+        ("model.rpe", "model.nglo"),
+        lambda rpe, nglo: "Surya has no bias table for a global token; choose one of the two" if rpe and nglo else None,
+    ),
+    (
+        ("data.channels",),
+        lambda channels: f"each channel once, got {channels}" if len(set(channels)) < len(channels) else None,
+    ),
+    (
+        ("data.channels", "model.checkpoint_channels", "model.checkpoint"),
+        lambda own, known, path: (
+            f"the checkpoint was not trained with {sorted(set(own) - set(known))}"
+            if path and set(own) - set(known)
+            else None
+        ),
+    ),
+    (
+        ("lora.targets", "lora.qkv"),
+        lambda targets, qkv: (
+            "qkv is a target, but lora.qkv chooses none of q, k, v" if "qkv" in targets and not qkv else None
+        ),
+    ),
+    (
+        ("labels.direction", "labels.lead_minutes"),
+        lambda direction, lead: (
+            f"a lead of {lead} minutes is a forecast: set labels.direction: forward"
+            if lead and direction != "forward"
+            else None
+        ),
+    ),
+    (("labels.kind", "labels.path", "labels.value_columns", "labels.variable", "labels.target_channels"), _labels),
+    (
+        ("target.metrics", "target.event_threshold"),
+        lambda metrics, threshold: (
+            "tss and hss count events: say from which value on (target.event_threshold)"
+            if threshold is None and {"tss", "hss"} & set(metrics)
+            else None
+        ),
+    ),
+    (("split.train", "split.val", "split.test"), _split_order),
+)
