@@ -1,0 +1,483 @@
+"""The Surya encoder: solar images in, one token a patch out.
+
+Patch embedding, spectral gating blocks, then long-short attention blocks (Surya, arXiv:2508.14112; long-short
+attention, arXiv:2107.02192; spectral gating, arXiv:2304.06446). The state dict has the names of the released
+checkpoint.
+
+Symbols of the shape comments: B batch, C channels, T frames, H = W image side, p patch side, G = H / p grid side,
+L = G * G tokens, D width, h heads, d = D / h, r = dp_rank, and for the attention window: b side of a block of queries,
+n = (G / b) ** 2 blocks, K keys that a block looks at.
+"""
+
+from collections.abc import Iterable
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def to_working_dtype(x: Tensor, layer: nn.Module) -> Tensor:
+    """Cast activations to what `layer` computes in: autocast's dtype where it is on, else the dtype of the weights.
+
+    The residual stream stays in float32; every branch off it starts with this cast. So frozen weights may be kept in
+    bfloat16.
+    """
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the dtype of its input, with an optional constant added to the output through the bias."""
+
+    def forward(self, x: Tensor, shift: float = 0.0) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), (self.bias + shift).to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.fc1(to_working_dtype(x, self.fc1)))  # (B, L, 4D)
+        return self.dropout(self.fc2(self.dropout(x)))  # (B, L, D)
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution with kernel = stride, computed as "cut into patches, then a linear map".
+
+    The same parameters and the same map. nn.Conv2d itself gave wrong numbers in bfloat16 on CPUs with AMX (torch 2.13
+    and 2.15: an error of 3.6 on outputs with a standard deviation of 0.58).
+    """
+
+    def __init__(self, in_chans: int, time_dim: int, dim: int, patch_size: int):
+        super().__init__(in_chans * time_dim, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, ts: Tensor) -> Tensor:
+        p = self.kernel_size[0]
+        patches = rearrange(ts, "b c t (gy py) (gx px) -> b (gy gx) (c t py px)", py=p, px=p)  # (B, L, C*T*p*p)
+        return F.linear(to_working_dtype(patches, self), self.weight.flatten(1), self.bias)  # (B, L, D)
+
+
+def fourier_positions(grid: int, dim: int) -> Tensor:
+    """Fixed positions (1, L, D): for each of D/4 frequencies cos and sin along x, then cos and sin along y."""
+    axis = torch.linspace(0, 1, grid, dtype=torch.float64)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    frequencies = torch.linspace(1, grid / 2, dim // 4, dtype=torch.float64)
+    phase_x, phase_y = (2 * torch.pi * rearrange(a, "gy gx -> (gy gx) 1") * frequencies for a in (x, y))  # (L, D/4)
+    features = torch.stack([phase_x.cos(), phase_x.sin(), phase_y.cos(), phase_y.sin()], dim=-1)  # (L, D/4, 4)
+    return rearrange(features, "l f four -> 1 l (f four)").float()
+
+
+class Embedding(nn.Module):
+    """Pixels to tokens, with their positions added."""
+
+    def __init__(self, in_chans: int, time_dim: int, dim: int, patch_size: int, grid: int):
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = PatchProjection(in_chans, time_dim, dim, patch_size)
+        self.register_buffer("pos_embed", fourier_positions(grid, dim), persistent=False)
+
+    def forward(self, ts: Tensor) -> Tensor:
+        return self.patch_embed.proj(ts).float() + self.pos_embed.float()  # (B, L, D)
+
+
+class SpectralFilter(nn.Module):
+    """A learned complex gain for each spatial frequency and feature, always in float32."""
+
+    def __init__(self, grid: int, dim: int):
+        super().__init__()
+        self.complex_weight = nn.Parameter(torch.randn(grid, grid // 2 + 1, dim, 2) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.complex_weight.shape[0]
+        x = rearrange(x.float(), "b (gy gx) d -> b gy gx d", gx=grid)
+        modes = torch.fft.rfft2(x, dim=(1, 2), norm="ortho")  # (B, G, G/2+1, D)
+        modes = modes * torch.view_as_complex(self.complex_weight.float())
+        x = torch.fft.irfft2(modes, s=(grid, grid), dim=(1, 2), norm="ortho")
+        return rearrange(x, "b gy gx d -> b (gy gx) d")
+
+
+class SpectralBlock(nn.Module):
+    """x + mlp(norm2(filter(norm1(x)))), with one residual."""
+
+    def __init__(self, dim: int, hidden: int, grid: int, dropout: float):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.filter = SpectralFilter(grid, dim)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm2(self.filter(self.norm1(x))))  # (B, L, D)
+
+
+class Neighbourhood(nn.Module):
+    """Who looks at whom: for each b x b block of queries, the keys to gather and an additive mask over them.
+
+    A query in window (wy, wx) of w x w tokens sees the (w + 2) x (w + 2) tokens around that window, the r long-range
+    keys and the global ones. A window of 2 x 2 is too small for matrix units, so a block of queries shares its
+    (b + 2) x (b + 2) neighbours and the mask takes out, for each query, those beyond its window or the image. Tokens come
+    in block-major order (`to_blocks`).
+
+    Args:
+        grid: G, tokens along a side (even).
+        window: w, 2.
+        rank: r, number of long-range keys, which stand after the L tokens.
+        nglo: number of global keys, which stand before the tokens.
+    """
+
+    def __init__(self, grid: int, window: int, rank: int, nglo: int):
+        super().__init__()
+        self.grid, self.window = grid, window
+        self.block = next(b for b in (8, 4, 2) if grid % b == 0)
+        self.blocks = (grid // self.block) ** 2
+        starts = torch.arange(0, grid, self.block)
+        rows = starts[:, None] + torch.arange(-1, self.block + 1)  # (G/b, b+2), the same for columns
+        inside = (rows >= 0) & (rows < grid)
+        order = self.to_blocks(torch.arange(grid * grid).view(1, -1, 1)).flatten()  # row-major index of each position
+        place = torch.empty_like(order).index_copy_(0, order, torch.arange(grid * grid)).view(grid, grid)
+        rows = rows.clamp(0, grid - 1)
+        near = rearrange(place[rows[:, None, :, None], rows[None, :, None, :]], "ny nx ky kx -> (ny nx) (ky kx)") + nglo
+        in_image = rearrange(inside[:, None, :, None] & inside[None, :, None, :], "ny nx ky kx -> (ny nx) 1 (ky kx)")
+        in_window, self_offsets = self._window_membership()
+
+        always = torch.cat([torch.arange(rank) + nglo + grid * grid, torch.arange(nglo)])  # long, then global
+        padding = -(near.shape[1] + len(always)) % 8  # a multiple of 8 keeps the fast attention kernels
+        extra = F.pad(always, (0, padding)).expand(self.blocks, -1)
+        seen = F.pad(
+            F.pad(in_window & in_image, (0, len(always)), value=True), (0, padding), value=False
+        )  # (n, b*b, K)
+        self.register_buffer("gather", torch.cat([near, extra], dim=1).flatten(), persistent=False)  # (n*K,)
+        self.register_buffer("mask", torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), persistent=False)
+        offsets = F.pad(self_offsets, (0, seen.shape[2] - self_offsets.shape[1]), value=-1)
+        self.register_buffer("offsets", offsets, persistent=False)  # (b*b, K)
+
+    def _window_membership(self) -> tuple[Tensor, Tensor]:
+        """For each query of a block and each neighbour: is it in the query's tile, and as which pair of the tile."""
+        w, tile = self.window, self.window + 2
+        query = torch.arange(self.block)
+        key = torch.arange(-1, self.block + 1)
+        step = key[None, :] - (query // w * w)[:, None] + 1  # (b, b+2), position of the key in the tile: 0 ... w+1
+        member = (step >= 0) & (step < tile)
+        pair_query = (query % w)[:, None, None, None] * w + (query % w)[None, :, None, None]
+        pair_key = step[:, None, :, None] * tile + step[None, :, None, :]
+        both = rearrange(member[:, None, :, None] & member[None, :, None, :], "qy qx ky kx -> (qy qx) (ky kx)")
+        pair = rearrange(pair_query * tile * tile + pair_key, "qy qx ky kx -> (qy qx) (ky kx)")
+        return both, pair.masked_fill(~both, -1)
+
+    def to_blocks(self, x: Tensor) -> Tensor:
+        """Row-major tokens (B, L, D) into block-major order: all tokens of block 0 first."""
+        b = self.block
+        return rearrange(x, "n (ny by nx bx) d -> n (ny nx by bx) d", ny=self.grid // b, by=b, bx=b)
+
+    def from_blocks(self, x: Tensor) -> Tensor:
+        """Back from `to_blocks`."""
+        b = self.block
+        return rearrange(x, "n (ny nx by bx) d -> n (ny by nx bx) d", ny=self.grid // b, by=b, bx=b)
+
+
+class LongShortAttention(nn.Module):
+    """Each query attends to its window, to r long-range summaries of the whole image, and to the global tokens."""
+
+    def __init__(self, dim: int, heads: int, rank: int, window: int, nglo: int, rpe: bool, dropout: float):
+        super().__init__()
+        self.heads, self.rank, self.nglo, self.rpe = heads, rank, nglo, rpe
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.to_dynamic_projection = nn.Linear(dim, heads * rank)
+        self.dual_ln_dp = LayerNorm(dim)
+        self.dual_ln_full = LayerNorm(dim)
+        self.dropout = nn.Dropout(dropout)
+        if rpe:
+            inner, outer = torch.arange(window), torch.arange(-1, window + 1)
+            step = inner[:, None] - outer[None, :] + window  # (w, w+2): 0 ... 2w
+            index = (
+                step[:, None, :, None] * (2 * window) + step[None, :, None, :]
+            )  # a row stride of 2w, as in the release
+            self.local_relative_position_bias_table = nn.Parameter(
+                torch.zeros(2 * window * (2 * window + 1) + 1, heads)
+            )
+            self.register_buffer(
+                "relative_position_index", rearrange(index, "qy qx ky kx -> (qy qx) (ky kx)").contiguous()
+            )
+
+    def forward(self, y: Tensor, near: Neighbourhood) -> Tensor:
+        """(B, nglo + L, D), tokens in block-major order, to the same shape."""
+        y = to_working_dtype(y, self.qkv)
+        dim = y.shape[-1]
+        q, kv = self.qkv(y).split([dim, 2 * dim], dim=-1)
+        kv = self.dual_ln_full(kv.unflatten(-1, (2, dim)))  # (B, nglo + L, 2, D)
+        kv = torch.cat([kv, self.long_range(y[:, self.nglo :], kv[:, self.nglo :])], dim=1)  # (B, nglo + L + r, 2, D)
+        out = self.local(q[:, self.nglo :], kv, near)  # (B, L, D)
+        if self.nglo:
+            out = torch.cat([self.from_global(q[:, : self.nglo], kv[:, : -self.rank]), out], dim=1)
+        return self.dropout(self.proj(out))
+
+    def long_range(self, y: Tensor, kv: Tensor) -> Tensor:
+        """r weighted means of all keys and values for each head, the weights read off the tokens: (B, r, 2, D)."""
+        weights = self.to_dynamic_projection(y).softmax(dim=1, dtype=torch.float32).to(kv.dtype)  # (B, L, h*r)
+        # Every head's weights times every head's keys, of which the diagonal is wanted: cheaper than a copy a head.
+        means = weights.transpose(1, 2) @ kv.flatten(2)  # (B, h*r, 2*D)
+        means = rearrange(means, "b (h r) (two g d) -> b h g r two d", r=self.rank, two=2, g=self.heads)
+        means = rearrange(means.diagonal(dim1=1, dim2=2), "b r two d h -> b r two (h d)")
+        return self.dual_ln_dp(means)
+
+    def local(self, q: Tensor, kv: Tensor, near: Neighbourhood) -> Tensor:
+        """One attention call for all blocks of queries: (B, L, D) queries against the gathered keys."""
+        size, n = q.shape[0], near.blocks
+        q = rearrange(q, "b (n q) (h d) -> (b n) h q d", n=n, h=self.heads)
+        kv = kv.flatten(2).index_select(1, near.gather)  # (B, n*K, 2*D)
+        k, v = rearrange(kv, "b (n k) (two h d) -> two (b n) h k d", n=n, two=2, h=self.heads)
+        mask = near.mask[:, None]  # (n, 1, b*b, K)
+        if self.rpe:
+            table = F.pad(self.local_relative_position_bias_table[self.relative_position_index.flatten()], (0, 0, 0, 1))
+            mask = mask + rearrange(
+                table[near.offsets], "q k h -> 1 h q k"
+            )  # row -1 of the table is the zero of all other keys
+        mask = mask.to(q.dtype).expand(size, *(-1,) * 4).flatten(0, 1)  # (B*n, 1 or h, b*b, K)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return rearrange(out, "(b n) h q d -> b (n q) (h d)", n=n)
+
+    def from_global(self, q: Tensor, kv: Tensor) -> Tensor:
+        """The global tokens' own queries attend to every token: (B, nglo, D)."""
+        q = rearrange(q, "b q (h d) -> b h q d", h=self.heads)
+        k, v = rearrange(kv, "b k two (h d) -> two b h k d", h=self.heads)
+        return rearrange(F.scaled_dot_product_attention(q, k, v), "b h q d -> b q (h d)")
+
+
+class AttentionBlock(nn.Module):
+    """x + attn(norm1(x) + 1), then x + mlp(norm2(x) + 1): the released weights were trained with this shift."""
+
+    def __init__(self, dim: int, hidden: int, heads: int, rank: int, window: int, nglo: int, rpe: bool, dropout: float):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, dropout)
+        self.attn = LongShortAttention(dim, heads, rank, window, nglo, rpe, dropout)
+
+    def forward(self, x: Tensor, near: Neighbourhood) -> Tensor:
+        x = x + self.attn(self.norm1(x, shift=1.0), near)
+        return x + self.mlp(self.norm2(x, shift=1.0))
+
+
+class Backbone(nn.Module):
+    """The stack of blocks, spectral first, and the order of the tokens between them."""
+
+    def __init__(self, spectral: list[SpectralBlock], attention: list[AttentionBlock], near: Neighbourhood):
+        super().__init__()
+        self.blocks_spectral_gating = nn.ModuleList(spectral)
+        self.blocks_attention = nn.ModuleList(attention)
+        self.near = near
+        self.checkpoint_layers: frozenset[int] = frozenset()
+
+    def forward(self, x: Tensor, global_tokens: Tensor | None) -> Tensor:
+        n = len(self.blocks_spectral_gating)
+        for i, block in enumerate(self.blocks_spectral_gating):
+            x = self._run(i, block, x)
+        x = self.near.to_blocks(x)
+        nglo = 0 if global_tokens is None else global_tokens.shape[1]
+        if nglo:
+            x = torch.cat([global_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (B, nglo + L, D)
+        for i, block in enumerate(self.blocks_attention, start=n):
+            x = self._run(i, block, x, self.near)
+        return torch.cat([x[:, :nglo], self.near.from_blocks(x[:, nglo:])], dim=1) if nglo else self.near.from_blocks(x)
+
+    def _run(self, index: int, block: nn.Module, *inputs: Tensor | nn.Module) -> Tensor:
+        if index in self.checkpoint_layers and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+class SuryaEncoder(nn.Module):
+    """Surya's encoder: normalised images (B, C, T, H, W) to tokens (B, nglo + L, D), global tokens first.
+
+    The parameters are named as in the released checkpoint (`embedding.*`, `backbone.*`). Positions are a function of
+    the grid and no part of the state dict. A fresh encoder has linear weights from a normal cut at two deviations of
+    0.02 (the usual one of vision transformers), zero biases, and spectral gains of 0.02 times a normal.
+
+    Args:
+        img_size: H = W in pixels, a multiple of patch_size.
+        patch_size: p in pixels; the grid G = img_size / patch_size must be even.
+        in_chans: C, number of channels.
+        time_dim: T, number of input frames.
+        embed_dim: D, a multiple of num_heads and of 4.
+        depth: number of blocks of both kinds.
+        n_spectral_blocks: how many of them, the first ones, are spectral gating blocks.
+        num_heads: h, attention heads.
+        mlp_ratio: hidden width of the MLPs in units of D.
+        window_size: w of the local attention; 2 is the only one in the release.
+        dp_rank: r, long-range summaries a head.
+        rpe: add a learned bias by relative position to the window's scores.
+        nglo: number of global tokens, handed to `forward`; not together with rpe, for which there is no reference.
+        drop_rate: dropout in the MLPs and after the attention's projection.
+        checkpoint_layers: blocks, counted from 0 over both kinds, whose activations are computed again in the
+            backward pass rather than stored (about half of the memory for 1.4 times the time when all are).
+
+    Raises:
+        ValueError: naming every setting that does not fit.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        in_chans: int,
+        time_dim: int,
+        embed_dim: int,
+        depth: int,
+        n_spectral_blocks: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        window_size: int = 2,
+        dp_rank: int = 4,
+        rpe: bool = False,
+        nglo: int = 0,
+        drop_rate: float = 0.0,
+        checkpoint_layers: Iterable[int] = (),
+    ):
+        super().__init__()
+        checkpoint_layers = tuple(checkpoint_layers)
+        check_settings(
+            img_size,
+            patch_size,
+            embed_dim,
+            depth,
+            n_spectral_blocks,
+            num_heads,
+            window_size,
+            rpe,
+            nglo,
+            checkpoint_layers,
+        )
+        self.img_size, self.patch_size, self.in_chans, self.time_dim = img_size, patch_size, in_chans, time_dim
+        self.embed_dim, self.num_heads, self.nglo = embed_dim, num_heads, nglo
+        self.grid = img_size // patch_size
+        hidden = int(embed_dim * mlp_ratio)
+        self.embedding = Embedding(in_chans, time_dim, embed_dim, patch_size, self.grid)
+        self.backbone = Backbone(
+            [SpectralBlock(embed_dim, hidden, self.grid, drop_rate) for _ in range(n_spectral_blocks)],
+            [
+                AttentionBlock(embed_dim, hidden, num_heads, dp_rank, window_size, nglo, rpe, drop_rate)
+                for _ in range(depth - n_spectral_blocks)
+            ],
+            Neighbourhood(self.grid, window_size, dp_rank, nglo),
+        )
+        self.backbone.checkpoint_layers = frozenset(checkpoint_layers)
+        self.apply(_initialise)
+
+    def forward(self, ts: Tensor, global_tokens: Tensor | None = None) -> Tensor:
+        """Encode a batch.
+
+        Args:
+            ts: (B, C, T, H, W), normalised values.
+            global_tokens: (1 or B, nglo, D); needed when the encoder has nglo > 0, refused otherwise.
+
+        Returns:
+            Tokens (B, nglo + L, D) in float32, global tokens first, then patches row by row.
+
+        Raises:
+            ValueError: when a shape is not the configured one, saying which and what is likely wrong.
+        """
+        check_input(ts, (self.in_chans, self.time_dim, self.img_size, self.img_size))
+        check_global_tokens(global_tokens, ts.shape[0], self.nglo, self.embed_dim)
+        return self.backbone(self.embedding(ts), global_tokens)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, PatchProjection)):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_settings(
+    img_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    n_spectral_blocks: int,
+    num_heads: int,
+    window_size: int,
+    rpe: bool,
+    nglo: int,
+    checkpoint_layers: tuple[int, ...],
+) -> None:
+    """Raise one ValueError with every setting of the encoder that does not fit."""
+    grid = img_size / patch_size
+    whole = img_size % patch_size == 0
+    problems = [
+        (not whole, f"img_size {img_size} is not a multiple of patch_size {patch_size}"),
+        (whole and grid % 2, f"the token grid {img_size} / {patch_size} = {grid:g} must be even"),
+        (embed_dim % num_heads, f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}"),
+        (embed_dim % 4, f"embed_dim {embed_dim} is not a multiple of 4, as the positions need"),
+        (window_size != 2, f"window_size {window_size} is not in the release; use 2"),
+        (
+            not 0 <= n_spectral_blocks <= depth,
+            f"n_spectral_blocks {n_spectral_blocks} is not between 0 and depth {depth}",
+        ),
+        (
+            not set(checkpoint_layers) <= set(range(depth)),
+            f"checkpoint_layers {checkpoint_layers} must be block numbers from 0 to {depth - 1}",
+        ),
+        (rpe and nglo, "rpe together with nglo has no reference to be checked against; use one of them"),
+    ]
+    found = [sentence for wrong, sentence in problems if wrong]
+    if found:
+        raise ValueError("The encoder cannot be built: " + "; ".join(found) + ".")
+
+
+def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
+    """Raise a ValueError with both shapes and the likely mistake when ts is not (B, *expected), expected = (C, T, H, W)."""
+    got = tuple(ts.shape)
+    if got[1:] == expected:
+        return
+    channels, frames, side, _ = expected
+    seen = f"The encoder takes ts of shape (B, C, T, H, W) = (B, {channels}, {frames}, {side}, {side}) and got {got}."
+    if len(got) != 5:
+        batch = " If this is one sample, add the batch axis: ts[None]." if got == expected else ""
+        raise ValueError(f"{seen} It has {len(got)} axes where 5 are needed.{batch}")
+    for order in permutations((1, 2, 3, 4)):
+        if tuple(got[i] for i in order) == expected:
+            names = dict(zip(order, "cthw", strict=True))
+            pattern = f"b {' '.join(names[i] for i in (1, 2, 3, 4))} -> b c t h w"
+            raise ValueError(f'{seen} The axes are in another order: use einops.rearrange(ts, "{pattern}").')
+    if got[3] != got[4]:
+        raise ValueError(
+            f"{seen} The image is not square ({got[3]} x {got[4]}); crop or pad it to {side} x {side} first."
+        )
+    hints = []
+    if got[1] != channels:
+        hints.append(f"{got[1]} channels instead of {channels}: data.channels and the encoder's in_chans must agree")
+    if got[2] != frames:
+        hints.append(f"{got[2]} frames instead of {frames}: the input offsets of the data and time_dim must agree")
+    if got[3] != side:
+        hints.append(f"{got[3]} pixels a side instead of {side}: data.pooling must reduce the native side to img_size")
+    raise ValueError(f"{seen} It has {'; '.join(hints)}.")
+
+
+def check_global_tokens(tokens: Tensor | None, batch: int, nglo: int, dim: int) -> None:
+    """Raise a ValueError when global tokens are missing, unwanted or of another shape than (1 or batch, nglo, dim)."""
+    if tokens is None and nglo:
+        raise ValueError(
+            f"This encoder was built with nglo={nglo}, so it needs global_tokens of shape (1 or B, {nglo}, {dim}): "
+            'use Specformer1D(pooling="class_token"), or build it with nglo=0.'
+        )
+    if tokens is not None and not nglo:
+        raise ValueError(
+            "This encoder was built with nglo=0 and takes no global_tokens: build it with nglo=1 to use them."
+        )
+    if tokens is not None and (
+        tokens.ndim != 3 or tokens.shape[0] not in (1, batch) or tokens.shape[1:] != (nglo, dim)
+    ):
+        raise ValueError(
+            f"global_tokens must have the shape (1 or {batch}, {nglo}, {dim}) and got {tuple(tokens.shape)}."
+        )
