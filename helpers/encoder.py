@@ -124,8 +124,8 @@ class Neighbourhood(nn.Module):
     """Who looks at whom: for each b x b block of queries, the keys to gather and an additive mask over them.
 
     A query in window (wy, wx) of w x w tokens sees the (w + 2) x (w + 2) tokens around that window, the r long-range
-    keys and the global ones. A window of 2 x 2 is too small for matrix units, so a block of queries shares its
-    (b + 2) x (b + 2) neighbours and the mask takes out, for each query, those beyond its window or the image. Tokens come
+    keys and the global ones. A window of 2 x 2 is too small for matrix units, so a block of queries shares its (b +
+    2) x (b + 2) neighbours and the mask takes out, for each query, those beyond its window or the image. Tokens come
     in block-major order (`to_blocks`).
 
     Args:
@@ -436,7 +436,7 @@ def check_settings(
 
 
 def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
-    """Raise a ValueError with both shapes and the likely mistake when ts is not (B, *expected), expected = (C, T, H, W)."""
+    """Raise a ValueError with both shapes and the likely mistake unless ts is (B, *expected), expected = C, T, H, W."""
     got = tuple(ts.shape)
     if got[1:] == expected:
         return

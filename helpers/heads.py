@@ -1,0 +1,318 @@
+"""What stands on the encoder, and the linear baselines it must beat.
+
+Every model takes the batch dict, reads batch["ts"] (B, C, T, H, W) in normalised values, and returns float32:
+`Specformer1D` and `LinearBaseline1D` numbers (B, num_outputs), `Specformer2D` and `LinearBaseline2D` images
+(B, out_chans, H, W). Targets are expected standardised, so a fresh model starts near zero.
+
+The class token follows arXiv:2010.11929.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+from helpers.encoder import SuryaEncoder, to_working_dtype
+
+Batch = Mapping[str, Tensor]
+POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
+
+
+class MeanPooling(nn.Module):
+    """Every patch counts the same: right for sums over the disc."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.mean(dim=1)  # (B, D)
+
+
+class MaxPooling(nn.Module):
+    """Each feature from the patch where it is strongest: right when one active region decides."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens.amax(dim=1)  # (B, D)
+
+
+class AttentionPooling(nn.Module):
+    """A learned query weighs the patches (softmax); it starts as the mean."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(dim))
+
+    def weights(self, tokens: Tensor) -> Tensor:
+        """How much each token counts (B, L), to be drawn over the image."""
+        keys = F.layer_norm(tokens.float(), tokens.shape[-1:])
+        return (keys @ self.query * tokens.shape[-1] ** -0.5).softmax(dim=1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.weights(tokens)[:, :, None] * tokens).sum(dim=1)  # (B, D)
+
+
+class TransformerPooling(nn.Module):
+    """One small transformer layer over a readout token and the patches: patches may be compared before they are
+    summed up.
+
+    It works at `width` features, because its cost grows with the square of the number of tokens.
+    """
+
+    def __init__(self, dim: int, width: int = 128, heads: int = 4):
+        super().__init__()
+        self.width = min(dim, width)
+        self.norm = nn.LayerNorm(dim)
+        self.reduce = nn.Linear(dim, self.width)
+        self.readout = nn.Parameter(torch.randn(1, 1, self.width) * 0.02)
+        self.layer = nn.TransformerEncoderLayer(
+            self.width, heads, 2 * self.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.reduce(self.norm(tokens))  # (B, L, width)
+        x = torch.cat([self.readout.to(x.dtype).expand(len(x), -1, -1), x], dim=1)
+        return self.layer(x)[:, 0]  # (B, width)
+
+
+class ClassTokenPooling(nn.Module):
+    """The class token went through the attention blocks with the patches and stands first."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]  # (B, D)
+
+
+class FeatureModel(nn.Module):
+    """A vector of features for each sample, standardised by fixed numbers, then a head.
+
+    Features of the Sun share a large mean and differ little between samples, which makes gradient descent slow. Calling
+    `fit_features` once before training takes their mean and deviation from the training data; without it the features
+    are used as they come. The numbers are buffers: they are saved with the model and do not change in training.
+    """
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.register_buffer("feature_mean", torch.zeros(num_features))
+        self.register_buffer("feature_std", torch.ones(num_features))
+
+    def features(self, batch: Batch) -> Tensor:
+        """(B, num_features) in float32."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fit_features(self, batches: Iterable[Batch], limit: int | None = None) -> "FeatureModel":
+        """Set the standardisation from (at most `limit`) batches of the training loader; returns the model.
+
+        Deviations below a thousandth of the largest one count as that thousandth, so that a constant feature is not
+        blown up. Raises ValueError when there are fewer than two samples.
+        """
+        training, device = self.training, self.feature_mean.device
+        self.eval()
+        rows = [self.features({"ts": batch["ts"].to(device)}).double() for batch in islice(batches, limit)]
+        self.train(training)
+        rows = torch.cat(rows) if rows else torch.empty(0, 1)  # (N, num_features)
+        if len(rows) < 2:
+            raise ValueError(f"fit_features needs at least two training samples and got {len(rows)}; check the loader.")
+        std = rows.std(dim=0)
+        self.feature_mean.copy_(rows.mean(dim=0))
+        self.feature_std.copy_(std.clamp_min(max(1e-3 * std.max().item(), 1e-6)))
+        return self
+
+    def forward(self, batch: Batch) -> Tensor:
+        features = self.features(batch)
+        with torch.autocast(features.device.type, enabled=False):  # a few numbers: keep them exact
+            return self.head((features - self.feature_mean) / self.feature_std)
+
+
+class Specformer1D(FeatureModel):
+    """Encoder, pooling, linear layer: numbers for a Sun, such as flare flux or solar-wind speed.
+
+    Args:
+        encoder: the encoder; with nglo=1 for pooling "class_token", with nglo=0 for the others.
+        num_outputs: how many numbers.
+        pooling: mean, max, attention (learned query), transformer (one layer with a readout token), or class_token
+            (a learned token, zero at the start, that takes part in the encoder's attention).
+        penultimate: width of an extra hidden layer, or None.
+        dropout: on the features before the last layer.
+
+    Raises:
+        ValueError: for an unknown pooling, or an encoder whose nglo does not suit it.
+    """
+
+    def __init__(
+        self,
+        encoder: SuryaEncoder,
+        num_outputs: int = 1,
+        pooling: str = "mean",
+        penultimate: int | None = None,
+        dropout: float = 0.0,
+    ):
+        _check_pooling(pooling, encoder.nglo)
+        dim = encoder.embed_dim
+        pools = {
+            "mean": MeanPooling,
+            "max": MaxPooling,
+            "attention": lambda: AttentionPooling(dim),
+            "transformer": lambda: TransformerPooling(dim),
+            "class_token": ClassTokenPooling,
+        }
+        pool = pools[pooling]()
+        width = pool.width if pooling == "transformer" else dim
+        super().__init__(width)
+        self.encoder, self.pooling, self.pool = encoder, pooling, pool
+        self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if pooling == "class_token" else None
+        self.norm = nn.LayerNorm(width)
+        last = nn.Linear(penultimate or width, num_outputs)
+        nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)  # outputs of about 0.1 for standardised features
+        nn.init.zeros_(last.bias)
+        hidden = [nn.Linear(width, penultimate), nn.GELU()] if penultimate else []
+        self.head = nn.Sequential(*hidden, nn.Dropout(dropout), last)
+
+    def features(self, batch: Batch) -> Tensor:
+        tokens = self.encoder(batch["ts"], self.class_token)  # (B, nglo + L, D)
+        return self.norm(self.pool(tokens).float()).float()  # (B, D)
+
+
+def _check_pooling(pooling: str, nglo: int) -> None:
+    if pooling not in POOLINGS:
+        raise ValueError(f"There is no pooling {pooling!r}; choose one of {', '.join(POOLINGS)}.")
+    needed = 1 if pooling == "class_token" else 0
+    if nglo != needed:
+        raise ValueError(
+            f"pooling={pooling!r} needs an encoder built with nglo={needed}, and this one has nglo={nglo}: "
+            f"set model.nglo to {needed} or choose another pooling."
+        )
+
+
+class PixelDecoder(nn.Conv2d):
+    """Tokens (B, L, D) to images (B, out_chans, G*upscale, G*upscale): a 1x1 convolution, then a pixel shuffle.
+
+    Its output channel c*upscale**2 + y*upscale + x is pixel (y, x) of image c. Computed as a linear map of the tokens,
+    which it is; see PatchProjection for why.
+    """
+
+    def __init__(self, dim: int, out_chans: int, upscale: int):
+        super().__init__(dim, out_chans * upscale**2, kernel_size=1)
+        self.upscale = upscale
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        pixels = F.linear(to_working_dtype(tokens, self), self.weight.flatten(1), self.bias)  # (B, L, out_chans*u*u)
+        grid, u = round(tokens.shape[1] ** 0.5), self.upscale
+        return rearrange(pixels, "b (gy gx) (c uy ux) -> b c (gy uy) (gx ux)", gy=grid, uy=u, ux=u)
+
+
+class Specformer2D(nn.Module):
+    """Encoder, linear decoder, pixel shuffle: an image for a Sun, such as a mask or another channel.
+
+    The decoder has the keys of the checkpoint's pretraining head, so with out_chans=13 the released weights give
+    Surya's own one-hour forecast. A fresh decoder starts with outputs near zero.
+
+    Args:
+        encoder: the encoder, with nglo=0.
+        out_chans: channels of the target.
+        upscale: side in pixels of what a token becomes; None for the patch size, so that the target has the side of the
+            input. A target smaller by a factor f takes patch_size // f.
+
+    Raises:
+        ValueError: for an encoder with global tokens, or an upscale that does not divide the patch size.
+    """
+
+    def __init__(self, encoder: SuryaEncoder, out_chans: int = 1, upscale: int | None = None):
+        super().__init__()
+        patch = encoder.patch_size
+        upscale = patch if upscale is None else upscale
+        if encoder.nglo:
+            raise ValueError(f"Specformer2D needs an encoder with nglo=0, and this one has nglo={encoder.nglo}.")
+        if upscale < 1 or patch % upscale:
+            sides = [u for u in range(1, patch + 1) if patch % u == 0]
+            raise ValueError(
+                f"upscale={upscale} does not divide the patch size {patch}, so the target is not smaller than the "
+                f"{encoder.img_size}-pixel input by a whole factor: choose one of {sides}."
+            )
+        self.encoder = encoder
+        self.unembed = nn.Module()
+        self.unembed.unembed = nn.ModuleList([PixelDecoder(encoder.embed_dim, out_chans, upscale)])
+        nn.init.normal_(self.unembed.unembed[0].weight, std=0.1 * encoder.embed_dim**-0.5)
+        nn.init.zeros_(self.unembed.unembed[0].bias)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.unembed.unembed[0](self.encoder(batch["ts"])).float()  # (B, out_chans, H, W)
+
+
+class LinearBaseline1D(FeatureModel):
+    """A linear map of the mean brightness of each channel in signed-log space: what a number of the disc can be read
+    from.
+
+    The features are the spatial means of signed-log values, for all T frames: C*T numbers a sample. The batch holds
+    normalised values z, and signed-log values are y = z * std + mean; the mean over the image commutes with that map.
+    Trained by gradient descent in the same loop as the others; call `fit_features(train_loader)` first, because the
+    channels differ in scale.
+
+    Args:
+        in_chans: C.
+        num_outputs: how many numbers.
+        time_dim: T. mean, std: (C,) each channel's mean and standard deviation (plus epsilon) in signed-log space, as
+            in the scalers; None when the normalised means themselves will do.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        num_outputs: int = 1,
+        time_dim: int = 1,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
+        super().__init__(in_chans * time_dim)
+        self.shape = (in_chans, time_dim)
+        for name, values, default in (("mean", mean, torch.zeros(in_chans)), ("std", std, torch.ones(in_chans))):
+            values = default if values is None else torch.as_tensor(values, dtype=torch.float32)
+            if values.shape != (in_chans,):
+                raise ValueError(
+                    f"{name} must hold one number for each of the {in_chans} channels; got {tuple(values.shape)}."
+                )
+            self.register_buffer(f"signed_log_{name}", values)
+        self.head = nn.Linear(in_chans * time_dim, num_outputs)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, batch: Batch) -> Tensor:
+        ts = batch["ts"]
+        _check_channels_and_frames(ts, self.shape)
+        normalised = reduce(ts.float(), "b c t h w -> b c t", "mean")
+        signed_log = normalised * self.signed_log_std[:, None] + self.signed_log_mean[:, None]
+        return rearrange(signed_log, "b c t -> b (c t)")
+
+
+class LinearBaseline2D(nn.Module):
+    """The same linear map of the C*T values of each pixel, for all pixels: what can be read off without looking around.
+
+    Args:
+        in_chans: C.
+        out_chans: channels of the target.
+        time_dim: T.
+        factor: whole factor by which the target is smaller than the input; pixels are averaged before the map.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int = 1, time_dim: int = 1, factor: int = 1):
+        super().__init__()
+        self.shape, self.factor = (in_chans, time_dim), factor
+        self.head = nn.Linear(in_chans * time_dim, out_chans)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch) -> Tensor:
+        ts = batch["ts"]
+        _check_channels_and_frames(ts, self.shape)
+        if ts.shape[3] % self.factor or ts.shape[4] % self.factor:
+            raise ValueError(f"factor={self.factor} does not divide the image of {ts.shape[3]} x {ts.shape[4]} pixels.")
+        f = self.factor
+        pixels = reduce(ts.float(), "b c t (h fy) (w fx) -> b h w (c t)", "mean", fy=f, fx=f)
+        return rearrange(self.head(pixels), "b h w o -> b o h w").float()
+
+
+def _check_channels_and_frames(ts: Tensor, expected: tuple[int, int]) -> None:
+    if ts.ndim != 5 or tuple(ts.shape[1:3]) != expected:
+        raise ValueError(
+            f"The baseline takes ts of shape (B, C, T, H, W) with C={expected[0]} and T={expected[1]} and got "
+            f"{tuple(ts.shape)}: in_chans and time_dim must agree with the data, and the axes must stand in this order."
+        )
