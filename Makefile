@@ -1,0 +1,90 @@
+# Needs git, make, and Python 3.11 or newer; everything else is installed by the first target that you call, once.
+# In an active virtual or conda environment that environment is used; otherwise .venv/ is made here.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help env run-notebook lab test bench cache update lint lock clean
+
+# The first of these that runs and can make an environment; choose another with `make PYTHON=/path/to/python3.12 ...`.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+# The active environment, if any. Conda's `base` counts only where torch is in it, as in a hub's image: a laptop's bare
+# base stays as it is.
+ACTIVE := $(shell for folder in "$$VIRTUAL_ENV" "$$CONDA_PREFIX"; do \
+	[ -x "$$folder/bin/python" ] && ! [ "$$folder" -ef .venv ] || continue; \
+	[ "$$CONDA_DEFAULT_ENV" = base ] && [ "$$folder" = "$$CONDA_PREFIX" ] \
+		&& ! "$$folder/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' && continue; \
+	echo "$$folder"; break; done)
+# The git remote that holds the template.
+FROM ?= origin
+PY := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
+
+help:  ## what there is (this list)
+	@echo "make TARGET, where TARGET is one of:"
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
+
+env:  ## install what the course needs, once (every target below does this by itself)
+ifeq ($(ACTIVE),)
+	@.venv/bin/python -c "" 2>/dev/null || { \
+		"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+			echo "This course needs Python 3.11 or newer with its venv module; '$(PYTHON)' is none."; \
+			echo "Install one, or name yours: make PYTHON=/path/to/python3.12 env"; exit 1; }; \
+		echo "Making .venv with $$("$(PYTHON)" --version) ..."; "$(PYTHON)" -m venv --clear .venv; }
+endif
+	@"$(PY)" -P helpers/environment.py
+
+run-notebook: env  ## run NB=finetune from top to bottom [TASK=..] [PROFILE=..] [P="training.lr=1e-3 seed=1"]
+	@"$(PY)" -m helpers.run_notebook $(if $(NB),"$(NB)") $(if $(TASK),--task "$(TASK)") \
+		$(if $(PROFILE),--profile "$(PROFILE)") --parameters "$$P"
+
+lab: env  ## open JupyterLab on the same environment
+	@"$(PY)" -m jupyterlab --notebook-dir=. $(ARGS)
+
+test: env  ## run the tests [ARGS="tests/test_lora.py -k merge"]
+	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: env  ## list the benchmarks, or run one: B=name [ARGS=..]
+ifdef B
+	@"$(PY)" "tests/benchmarks/$(B:.py=).py" $(ARGS)
+else
+	@echo "make bench B=NAME, where NAME is one of:"
+	@for file in tests/benchmarks/*.py; do \
+		printf '  %-28s %s\n' "$$(basename "$$file" .py)" "$$(sed -n '1s/^"""//p' "$$file" | sed 's/"""$$//')"; done
+endif
+
+cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..]
+	@"$(PY)" -m helpers.frames $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)")
+
+update: env  ## merge the template's news into your branch [FROM=origin]
+	@branch=$$(git symbolic-ref --short -q HEAD) || branch="no branch"; \
+	case "$$branch" in main|"no branch") \
+		echo "You are on $$branch. Keep your work on a branch of its own, then main stays the template's:"; \
+		echo "  git switch -c my-task && make update"; exit 1;; esac; \
+	if [ -n "$$(git status --porcelain --untracked-files=no)" ]; then \
+		git status --short --untracked-files=no; \
+		echo "These changes are not committed, and a merge could mix them with the template's. Commit them first:"; \
+		echo "  git commit -am 'My work so far' && make update"; exit 1; fi; \
+	git fetch --quiet $(FROM) || { echo "Could not reach the template ($(FROM)); nothing was changed."; exit 1; }; \
+	if git merge-base --is-ancestor $(FROM)/main HEAD; then \
+		echo "Nothing new: $$branch already holds everything that $(FROM)/main has."; exit 0; fi; \
+	echo "New in $(FROM)/main:"; git --no-pager log --format='  %s (%an, %as)' --no-merges HEAD..$(FROM)/main; \
+	git merge --quiet --no-edit $(FROM)/main && echo "Merged into $$branch." && exit 0; \
+	echo "You and the template changed the same lines of:"; git diff --name-only --diff-filter=U | sed 's/^/  /'; \
+	echo "Open each one: both versions stand in it, between <<<<<<< and >>>>>>> (in a notebook, in the cell itself)."; \
+	echo "Keep what you want, then: git add FILE && git commit.   To go back to before: git merge --abort"; exit 1
+
+lint: env  ## check style and format
+	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
+
+lock:  ## pin the newest versions in requirements.lock (torch keeps its pin)
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && "$(PYTHON)" -m venv "$$folder/venv" \
+	&& "$$folder/venv/bin/python" -m pip install -q "$$(grep '^torch==' requirements.lock)" -e ".[dev]" \
+	&& { sed '/^[^#]/,$$d' requirements.lock; "$$folder/venv/bin/python" -m pip freeze -qq --all --exclude pip \
+		--exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > "$$folder/lock" && cp "$$folder/lock" requirements.lock
+
+clean:  ## remove .venv and the caches of this folder; runs, data and settings stay
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+	-@for section in filter.nbstripout diff.jupyternotebook merge.jupyternotebook; do \
+		git config --local --remove-section $$section 2>/dev/null; done; true

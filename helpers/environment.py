@@ -1,0 +1,89 @@
+"""Install the course into the Python that runs this file, once, and teach git to read notebooks.
+
+`make` calls it before every target. It uses the standard library only: nothing else is there before it has run.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> int:
+    """Make the environment ready; returns the exit code of what failed, else 0."""
+    if not is_current() and (failed := install()):
+        print("The installation failed; pip's own message stands above. Mend that, then call the same command again.")
+        return failed
+    configure_git()
+    return 0
+
+
+def is_current() -> bool:
+    """True if this environment holds this very folder, installed after the last change of its requirements."""
+    try:
+        files = distribution("surya-course").files or []
+    except PackageNotFoundError:
+        return False
+    record = next((Path(file.locate()) for file in files if file.name == "direct_url.json"), None)
+    if record is None:
+        return False
+    folder = url2pathname(urlparse(json.loads(record.read_text())["url"]).path)
+    changed = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock"))
+    return Path(folder) == ROOT and record.stat().st_mtime >= changed
+
+
+def install() -> int:
+    """One pip call for everything, so that nothing can pull another torch than the pinned or the present one."""
+    try:
+        torch = version("torch")
+        own = Path(sys.prefix) == ROOT / ".venv"
+    except PackageNotFoundError:
+        torch, own = "", True
+    pins = ["-r", "requirements.lock"] if own else [f"torch=={torch}"]
+    print(
+        f"Installing the exact versions of requirements.lock into {sys.prefix}: about two minutes, 2 GB on disk ..."
+        if own
+        else f"Installing this course into the active environment {sys.prefix}; its torch {torch} stays ...",
+        flush=True,
+    )
+    begin = time.monotonic()
+    # without compiling: Python does that for the tenth of the files that is ever imported
+    command = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pins, "-e", ".[dev]"]
+    code = subprocess.run(command, cwd=ROOT).returncode
+    if not code:
+        print(f"Installed in {time.monotonic() - begin:.0f} s; later calls start at once.")
+    return code
+
+
+def configure_git() -> None:
+    """Point the names in .gitattributes at this environment's nbstripout and nbdime, in this clone only."""
+    if not (ROOT / ".git").exists():
+        return
+    own = Path(sys.prefix) == ROOT / ".venv"
+    python = ".venv/bin/python" if own else shlex.quote(sys.executable)  # git calls these from the top of the clone
+    settings = {
+        "filter.nbstripout.clean": f"{python} -m nbstripout --keep-id --extra-keys metadata.language_info.version",
+        "filter.nbstripout.smudge": "cat",
+        "filter.nbstripout.required": "false",
+        "diff.jupyternotebook.command": f"{python} -m nbdime.vcs.git.diffdriver diff",
+        "merge.jupyternotebook.driver": f"{python} -m nbdime.vcs.git.mergedriver merge %O %A %B %L %P",
+        "merge.jupyternotebook.name": "cell by cell, with nbdime",
+    }
+    listing = subprocess.run(["git", "config", "--local", "--list"], cwd=ROOT, capture_output=True, text=True).stdout
+    present = dict(line.partition("=")[::2] for line in listing.splitlines())
+    for name, value in settings.items():
+        if present.get(name) != value:
+            subprocess.run(["git", "config", "--local", name, value], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
