@@ -1,0 +1,173 @@
+"""The 13 channels of Surya: order, units, colour maps, symmetries, and the three spaces that their pixels live in.
+
+* physical:   DN for AIA, gauss for the magnetic field, m/s for the Doppler velocity (what the NetCDF files hold)
+* signed-log: y = sign(x s) log(1 + |x s|), s the scale factor of the channel (what the Zarr store holds)
+* normalised: z = (y - mean) / (std + epsilon) (what the model reads)
+
+Constants: `scalers.yaml` of the release nasa-ibm-ai4science/Surya-1.0, copied to helpers/data/ (arXiv:2508.14112).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+# The order the checkpoint was trained with. The order of the keys in scalers.yaml is another one: never use that.
+CHANNELS = (
+    *("aia94", "aia131", "aia171", "aia193", "aia211", "aia304", "aia335", "aia1600"),
+    *("hmi_m", "hmi_bx", "hmi_by", "hmi_bz", "hmi_v"),
+)
+
+UNITS = {name: "DN" if name.startswith("aia") else "m/s" if name == "hmi_v" else "G" for name in CHANNELS}
+
+# What each image operation does to the sign of the physical value; None: the operation is not allowed for the channel.
+# An intensity has no direction. bx points to the right of the image and by up, so that mirroring the axis turns their
+# sign; bz and m point along the line of sight, which no operation in the image plane touches. (Strictly a magnetic
+# field is an axial vector, and a mirror gives minus this; the two differ by reversing the whole field, which the
+# equations of magnetohydrodynamics do not notice and the Sun itself does every eleven years.) The Doppler image carries
+# the rotation of the Sun, east limb coming and west limb going: mirrored left to right, or turned by 180 degrees, it is
+# a Sun that rotates backwards, and changing the sign instead would turn upflows into downflows. Mirrored upside down it
+# stays a possible Sun.
+_INTENSITY = {"flip_lr": 1, "flip_ud": 1, "rot180": 1}
+_LINE_OF_SIGHT = {"flip_lr": 1, "flip_ud": 1, "rot180": 1}
+AUGMENTATION_SIGNS: dict[str, dict[str, int | None]] = {
+    **{name: _INTENSITY for name in CHANNELS if name.startswith("aia")},
+    "hmi_m": _LINE_OF_SIGHT,
+    "hmi_bx": {"flip_lr": -1, "flip_ud": 1, "rot180": -1},
+    "hmi_by": {"flip_lr": 1, "flip_ud": -1, "rot180": -1},
+    "hmi_bz": _LINE_OF_SIGHT,
+    "hmi_v": {"flip_lr": None, "flip_ud": 1, "rot180": None},
+}
+AUGMENTATIONS = ("flip_lr", "flip_ud", "rot180")
+
+SCALERS_FILE = Path(__file__).parent / "data" / "scalers.yaml"
+
+
+@dataclass(frozen=True)
+class Scaler:
+    """Constants of the transform: numbers for one channel, arrays (C, 1, 1) from `stack_scalers` for a channel axis."""
+
+    mean: Any
+    std: Any
+    scale: Any
+    epsilon: Any
+
+
+def check_channels(names: Sequence[str]) -> tuple[str, ...]:
+    """Return `names` as a tuple; raise ValueError naming every channel that does not exist or stands there twice."""
+    if isinstance(names, str):
+        raise ValueError(f'Channels are a list of names, for example ["{names}"], but the text "{names}" was given.')
+    wrong = []
+    for name in names:
+        if name not in CHANNELS:
+            near = get_close_matches(str(name), CHANNELS, n=1)
+            wrong.append(f'"{name}"' + (f' (did you mean "{near[0]}"?)' if near else ""))
+    wrong += [f'"{name}" (given twice)' for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    if wrong or not names:
+        found = ", ".join(wrong) or "an empty list"
+        raise ValueError(f"Not a list of channels: {found}. The channels are {', '.join(CHANNELS)}.")
+    return tuple(names)
+
+
+def colormap(name: str):
+    """Matplotlib colour map that solar physicists expect for the channel `name` (sunpy's; blue-red for hmi_v)."""
+    check_channels([name])
+    import matplotlib
+    import sunpy.visualization.colormaps  # noqa: F401  (importing it registers the maps)
+
+    if name == "hmi_v":
+        return matplotlib.colormaps["RdBu_r"]  # blue comes towards us (negative), red goes away
+    return matplotlib.colormaps[name.replace("aia", "sdoaia") if name.startswith("aia") else "hmimag"]
+
+
+def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
+    """Read the constants of each channel from a YAML file like the release's (None: the copy in helpers/data).
+
+    Raises FileNotFoundError, or ValueError with the channel and key that are missing or not numbers.
+    """
+    path = Path(path or SCALERS_FILE)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no scalers file at {path}. Set data.scalers to null for the released one.")
+    table = yaml.safe_load(path.read_text())
+    if not isinstance(table, dict):
+        raise ValueError(f"{path} should hold one entry a channel (mean, std, epsilon, sl_scale_factor), but does not.")
+    scalers = {}
+    for name, entry in table.items():
+        try:
+            keys = ("mean", "std", "sl_scale_factor", "epsilon")
+            scalers[name] = Scaler(*(float(entry[key]) for key in keys))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: the entry {name} needs the numbers mean, std, epsilon and sl_scale_factor; "
+                f"reading it failed at {error}. Compare it with {SCALERS_FILE}."
+            ) from error
+    return scalers
+
+
+def stack_scalers(scalers: Mapping[str, Scaler], channels: Sequence[str], trailing: int = 2) -> Scaler:
+    """One Scaler for an array with a channel axis followed by `trailing` axes: its fields are float64 (C, 1, ..., 1).
+
+    The constants are taken by name in the order of `channels`; use trailing=3 for (C, T, H, W). Raises ValueError when
+    a channel has no constants.
+    """
+    missing = [name for name in channels if name not in scalers]
+    if missing:
+        raise ValueError(f"No normalisation constants for {', '.join(missing)}; add them to the file data.scalers.")
+    shape = (len(channels), *[1] * trailing)
+
+    def column(field: str) -> np.ndarray:
+        return np.array([getattr(scalers[name], field) for name in channels], dtype=np.float64).reshape(shape)
+
+    return Scaler(column("mean"), column("std"), column("scale"), column("epsilon"))
+
+
+def to_signed_log(physical, scaler: Scaler):
+    """Physical values -> signed-log values, y = sign(x s) log(1 + |x s|), for numpy arrays and torch tensors."""
+    xp, x, (scale,) = _prepare(physical, scaler.scale)
+    scaled = x * scale
+    return xp.sign(scaled) * xp.log1p(xp.abs(scaled))
+
+
+def from_signed_log(signed_log, scaler: Scaler):
+    """Signed-log values -> physical values, x = sign(y) (exp|y| - 1) / s: the inverse of `to_signed_log`."""
+    xp, y, (scale,) = _prepare(signed_log, scaler.scale)
+    return xp.sign(y) * xp.expm1(xp.abs(y)) / scale
+
+
+def standardise(signed_log, scaler: Scaler):
+    """Signed-log values -> normalised values, z = (y - mean) / (std + epsilon)."""
+    _, y, (mean, std, epsilon) = _prepare(signed_log, scaler.mean, scaler.std, scaler.epsilon)
+    return (y - mean) / (std + epsilon)
+
+
+def destandardise(normalised, scaler: Scaler):
+    """Normalised values -> signed-log values, y = z (std + epsilon) + mean: the inverse of `standardise`."""
+    _, z, (mean, std, epsilon) = _prepare(normalised, scaler.mean, scaler.std, scaler.epsilon)
+    return z * (std + epsilon) + mean
+
+
+def normalise(physical, scaler: Scaler):
+    """Physical values -> normalised values (what the model reads); same shape, float32 or float64."""
+    return standardise(to_signed_log(physical, scaler), scaler)
+
+
+def denormalise(normalised, scaler: Scaler):
+    """Normalised values -> physical values: the inverse of `normalise`, 1e-5 relative from 1 unit upwards."""
+    return from_signed_log(destandardise(normalised, scaler), scaler)
+
+
+def _prepare(values, *constants):
+    """The library of `values` (numpy or torch), the values in float32 or better, the constants in their type."""
+    if isinstance(values, torch.Tensor):
+        x = values if values.dtype in (torch.float32, torch.float64) else values.float()
+        return torch, x, [torch.as_tensor(c, dtype=x.dtype, device=x.device) for c in constants]
+    x = np.asarray(values)
+    x = x if x.dtype in (np.float32, np.float64) else x.astype(np.float32)
+    return np, x, [np.asarray(c, dtype=x.dtype) for c in constants]

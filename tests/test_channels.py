@@ -1,0 +1,96 @@
+"""The channels: order, units, colour maps, symmetries, and the transform between the three spaces."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import channels as ch
+
+ORDER = (
+    *("aia94", "aia131", "aia171", "aia193", "aia211", "aia304", "aia335", "aia1600"),
+    *("hmi_m", "hmi_bx", "hmi_by", "hmi_bz", "hmi_v"),
+)
+SCALERS = ch.load_scalers()
+PHYSICAL = np.concatenate([-np.geomspace(1, 65000, 200)[::-1], [0.0], np.geomspace(1, 65000, 200)]).astype(np.float32)
+
+
+def test_order_is_the_checkpoint_s_and_not_that_of_the_scalers_file():
+    assert ch.CHANNELS == ORDER
+    assert set(SCALERS) == set(ORDER) and tuple(SCALERS) != ORDER
+    assert {ch.UNITS[name] for name in ORDER} == {"DN", "G", "m/s"} and ch.UNITS["hmi_v"] == "m/s"
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_transform_is_the_formula_and_comes_back(name):
+    scaler = SCALERS[name]
+    for x, z in zip(PHYSICAL[::40].tolist(), ch.normalise(PHYSICAL[::40].astype(np.float64), scaler), strict=True):
+        y = math.copysign(math.log(1 + abs(x * scaler.scale)), x)
+        assert z == pytest.approx((y - scaler.mean) / (scaler.std + scaler.epsilon), rel=1e-12, abs=1e-12)
+    for values in (PHYSICAL, torch.from_numpy(PHYSICAL)):
+        back = ch.denormalise(ch.normalise(values, scaler), scaler)
+        assert type(back) is type(values) and back.dtype == values.dtype
+        np.testing.assert_allclose(np.asarray(back), PHYSICAL, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(
+            np.asarray(ch.from_signed_log(ch.to_signed_log(values, scaler), scaler)), PHYSICAL, rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize("trailing", [2, 3])
+def test_channel_axis_takes_constants_by_name(trailing):
+    names = ["hmi_v", "aia94", "hmi_bz"]
+    x = np.random.default_rng(0).normal(scale=500, size=(3, *[4] * trailing)).astype(np.float32)
+    stacked = ch.stack_scalers(SCALERS, names, trailing=trailing)
+    expected = np.stack([ch.normalise(plane, SCALERS[name]) for plane, name in zip(x, names, strict=True)])
+    np.testing.assert_allclose(ch.normalise(x, stacked), expected, rtol=1e-6, atol=1e-6)
+    batch = ch.normalise(torch.from_numpy(x)[None], stacked)
+    assert batch.dtype == torch.float32
+    np.testing.assert_allclose(batch[0].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_colour_maps_are_sunpy_s():
+    assert ch.colormap("aia171").name == "sdoaia171" and ch.colormap("hmi_bx").name == "hmimag"
+    for name in ORDER:
+        assert ch.colormap(name)(0.5) is not None
+
+
+def test_signs_agree_with_a_vector_field_turned_by_hand():
+    assert set(ch.AUGMENTATION_SIGNS) == set(ORDER)
+    for signs in ch.AUGMENTATION_SIGNS.values():
+        assert tuple(signs) == ch.AUGMENTATIONS
+        if None not in signs.values():  # turning by 180 degrees is both flips
+            assert signs["rot180"] == signs["flip_lr"] * signs["flip_ud"]
+    bx, by = (ch.AUGMENTATION_SIGNS[name] for name in ("hmi_bx", "hmi_by"))
+    # a field pointing away from the middle of the image still does after any of the operations
+    y, x = np.mgrid[-1:2, -1:2]
+    for name, turn in {"flip_lr": np.fliplr, "flip_ud": np.flipud, "rot180": lambda a: np.rot90(a, 2)}.items():
+        np.testing.assert_array_equal(turn(x) * bx[name], x)
+        np.testing.assert_array_equal(turn(y) * by[name], y)
+    assert ch.AUGMENTATION_SIGNS["hmi_v"] == {"flip_lr": None, "flip_ud": 1, "rot180": None}
+
+
+def test_unknown_repeated_or_missing_channels_are_named():
+    with pytest.raises(ValueError, match=r'"aia17" \(did you mean "aia171"\?\)'):
+        ch.check_channels(["aia17", "hmi_m"])
+    with pytest.raises(ValueError, match=r'"hmi_m" \(given twice\)'):
+        ch.check_channels(["hmi_m", "hmi_m"])
+    with pytest.raises(ValueError, match="an empty list"):
+        ch.check_channels([])
+    with pytest.raises(ValueError, match="list of names"):
+        ch.check_channels("aia171")
+    with pytest.raises(ValueError, match="No normalisation constants for hmi_v"):
+        ch.stack_scalers({"aia94": SCALERS["aia94"]}, ["aia94", "hmi_v"])
+
+
+def test_scalers_file_errors_are_sentences(tmp_path):
+    with pytest.raises(FileNotFoundError, match="data.scalers"):
+        ch.load_scalers(tmp_path / "none.yaml")
+    bad = tmp_path / "scalers.yaml"
+    bad.write_text(json.dumps({"aia94": {"mean": 1, "std": 2, "epsilon": 0}}))
+    with pytest.raises(ValueError, match="aia94 needs the numbers .* failed at 'sl_scale_factor'"):
+        ch.load_scalers(bad)
+    bad.write_text("just text")
+    with pytest.raises(ValueError, match="one entry a channel"):
+        ch.load_scalers(bad)
