@@ -1,0 +1,223 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) for the linear layers inside the encoder's blocks.
+
+Written by hand on loralib's base class and conventions: parameters `lora_A` and `lora_B`, scaling alpha / rank, A
+random and B zero, so that an adapted model starts as the model it was. Unlike loralib's own layers, an adapted layer
+shares the frozen parameters under their old names, computes the update through the rank (never as a dense matrix),
+and never writes into a frozen weight, whatever is called in whatever order.
+"""
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import loralib
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from helpers.encoder import SuryaEncoder
+
+QKV = ("q", "k", "v")
+
+
+class LoRALinear(nn.Linear, loralib.LoRALayer):
+    """A frozen linear layer y = W x + b plus scaling * B A dropout(x), with one (A, B) pair for each adapted part of y.
+
+    Args:
+        base: the layer to adapt; its very parameters are shared.
+        rank: r, rank of each pair.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the input of the adapter alone.
+        parts: which equal parts of the output get a pair: (True,) for a plain layer, three for the fused qkv.
+
+    The parameters are laid out as in loralib: lora_A (n*r, in) and lora_B (n*out/len(parts), r), n = sum(parts), one
+    part after the other.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, parts: tuple[bool, ...] = (True,)):
+        nn.Linear.__init__(self, base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        loralib.LoRALayer.__init__(self, r=rank, lora_alpha=alpha, lora_dropout=dropout, merge_weights=False)
+        self.weight, self.bias = base.weight, base.bias  # the same objects, under the same names
+        self.lora_dropout = nn.Dropout(dropout)
+        self.scaling = alpha / rank
+        self.parts = parts
+        n, out = sum(parts), base.out_features // len(parts)
+        self.lora_A = nn.Parameter(torch.empty(n * rank, base.in_features, device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(n * out, rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def _up(self) -> Tensor:
+        """B of all pairs as one block-diagonal matrix (out, n*r), zero rows where a part has no pair; scaled."""
+        blocks = iter(self.lora_B.chunk(sum(self.parts)))
+        none = self.lora_B.new_zeros(self.out_features // len(self.parts), 0)
+        return torch.block_diag(*[next(blocks) if adapted else none for adapted in self.parts]) * self.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = F.linear(self.lora_dropout(x), self.lora_A.to(x.dtype))  # (..., n*r)
+        return F.linear(x, self.weight, self.bias) + F.linear(low, self._up().to(low.dtype))  # (..., out)
+
+    def merge(self) -> nn.Linear:
+        """A plain layer with the update added to a copy of the weight."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        update = (self._up() @ self.lora_A).detach()
+        plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype))
+        plain.bias = self.bias
+        return plain.train(self.training)
+
+
+def apply_lora(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 8,
+    dropout: float = 0.1,
+    targets: Iterable[str] = ("qkv", "proj", "fc1", "fc2"),
+    qkv: Iterable[str] = QKV,
+) -> nn.Module:
+    """Freeze the encoder and put adapters beside the chosen linear layers of its blocks, in place.
+
+    Everything outside the encoder (the head) keeps training. The patch embedding and the spectral filters are no linear
+    layers of the blocks and are never adapted.
+
+    Args:
+        model: a Specformer (something with an `.encoder`), or a SuryaEncoder alone.
+        rank: r of every pair.
+        alpha: the update is scaled by alpha / rank.
+        dropout: on the input of the adapters alone.
+        targets: names of linear layers: qkv, proj (of the attention), fc1, fc2 (of every MLP), to_dynamic_projection.
+        qkv: which of "q", "k", "v" get a pair where qkv is a target.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: for settings out of range, a target that matches no layer, or a model that is adapted already.
+    """
+    encoder, targets, qkv = _encoder_of(model), tuple(targets), tuple(qkv)
+    layers = [(name, layer) for name, layer in encoder.backbone.named_modules() if isinstance(layer, nn.Linear)]
+    _check_settings(layers, rank, alpha, dropout, targets, qkv)
+    for name, layer in layers:
+        parent, leaf = name.rpartition(".")[::2]
+        if leaf in targets:
+            parts = tuple(part in qkv for part in QKV) if leaf == "qkv" else (True,)
+            adapted = LoRALinear(layer, rank, alpha, dropout, parts).train(layer.training)
+            setattr(encoder.backbone.get_submodule(parent), leaf, adapted)
+    loralib.mark_only_lora_as_trainable(encoder)
+    return model
+
+
+def _encoder_of(model: nn.Module) -> SuryaEncoder:
+    encoder = getattr(model, "encoder", model)
+    if not isinstance(encoder, SuryaEncoder):
+        raise ValueError(
+            f"{type(model).__name__} has no Surya encoder to adapt; "
+            "give a Specformer1D, a Specformer2D or a SuryaEncoder."
+        )
+    return encoder
+
+
+def _check_settings(
+    layers: list[tuple[str, nn.Linear]],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: tuple[str, ...],
+    qkv: tuple[str, ...],
+) -> None:
+    if any(isinstance(layer, LoRALinear) for _, layer in layers):
+        raise ValueError(
+            "This model has adapters already; build it again, or export it with merge_lora, before adapting it anew."
+        )
+    there = Counter(name.rpartition(".")[2] for name, _ in layers)
+    listed = ", ".join(f"{name} ({count} layers)" for name, count in there.items())
+    unknown = [target for target in targets if target not in there]
+    problems = [
+        (not isinstance(rank, int) or rank < 1, f"rank must be a whole number of at least 1, not {rank!r}"),
+        (not alpha > 0, f"alpha must be positive, not {alpha!r}"),
+        (not 0 <= dropout < 1, f"dropout must be at least 0 and below 1, not {dropout!r}"),
+        (not targets, f"targets is empty; the encoder's blocks have {listed}"),
+        (unknown, f"targets {unknown} match no linear layer; the encoder's blocks have {listed}"),
+        (set(qkv) - set(QKV), f"qkv {qkv} may hold 'q', 'k' and 'v' alone"),
+        ("qkv" in targets and not qkv, "qkv is a target but none of q, k, v is chosen"),
+    ]
+    found = [sentence for wrong, sentence in problems if wrong]
+    if found:
+        raise ValueError("The adapters cannot be made: " + "; ".join(found) + ".")
+
+
+def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters alone, under the names of the model's state dict."""
+    return loralib.lora_state_dict(model)
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """A copy of the model for export, with every update added to its weight and no adapters left; same outputs in eval.
+
+    The model itself does not change by a bit. A model without adapters gives a plain copy. Where the frozen weights are
+    bfloat16, the sum is rounded to bfloat16; merge in float32 for equal outputs.
+    """
+    merged = copy.deepcopy(model)
+    for name, layer in list(merged.named_modules()):
+        if isinstance(layer, LoRALinear):
+            parent, leaf = name.rpartition(".")[::2]
+            setattr(merged.get_submodule(parent), leaf, layer.merge())
+    return merged
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """Counts of parameters; prints as a table of the groups and a list of what trains.
+
+    Attributes:
+        groups: {"adapters" | "head" | "encoder": (trainable, total)}.
+        trains: {name with block numbers as *: (tensors, parameters)}.
+    """
+
+    groups: dict[str, tuple[int, int]]
+    trains: dict[str, tuple[int, int]] = field(repr=False)
+
+    @property
+    def trainable(self) -> int:
+        return sum(trainable for trainable, _ in self.groups.values())
+
+    @property
+    def total(self) -> int:
+        return sum(total for _, total in self.groups.values())
+
+    @property
+    def frozen(self) -> int:
+        return self.total - self.trainable
+
+    @property
+    def percentage(self) -> float:
+        return 100 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        rows = [f"{'':10}{'trainable':>14}{'frozen':>14}"]
+        rows += [f"{name:10}{train:>14,}{total - train:>14,}" for name, (train, total) in self.groups.items() if total]
+        rows += [
+            f"{'all':10}{self.trainable:>14,}{self.frozen:>14,}   {self.percentage:.2f}% trainable",
+            "",
+            "What trains:",
+        ]
+        rows += [f"  {name}  ({count} x, {size:,})" for name, (count, size) in self.trains.items()]
+        return "\n".join(rows if self.trains else [*rows, "  nothing"])
+
+
+def trainable_summary(model: nn.Module) -> TrainableSummary:
+    """Count what trains and what is frozen, for adapters, head (all outside the encoder) and encoder."""
+    inside = "" if isinstance(model, SuryaEncoder) else "encoder."
+    groups = {"adapters": (0, 0), "head": (0, 0), "encoder": (0, 0)}
+    trains: dict[str, tuple[int, int]] = {}
+    for name, parameter in model.named_parameters():
+        group = "adapters" if "lora_" in name else "encoder" if name.startswith(inside) else "head"
+        trainable, total = groups[group]
+        size = parameter.numel()
+        groups[group] = (trainable + size * parameter.requires_grad, total + size)
+        if parameter.requires_grad:
+            pattern = re.sub(r"\.\d+\.", ".*.", name)
+            count, counted = trains.get(pattern, (0, 0))
+            trains[pattern] = (count + 1, counted + size)
+    return TrainableSummary(groups, trains)
