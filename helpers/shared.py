@@ -32,6 +32,10 @@ GB = 1e9
 class DiskFullError(OSError):
     """There is not enough free space; the message says how much is needed and what could be freed."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.errno = errno.ENOSPC
+
 
 class LockedError(TimeoutError):
     """Someone else holds the lock of an item; the message says who."""
@@ -223,7 +227,6 @@ def ensure_space(path: str | Path, size: float, reserve_gb: float, what: str = "
     if size + reserve_gb * GB <= free:
         return
     raise DiskFullError(
-        errno.ENOSPC,
         f"Writing {what} takes {size / GB:.2f} GB, but the disk of {path} has {free / GB:.2f} GB free, of which "
         f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). {_what_to_free(Path(path))}",
     )
@@ -268,9 +271,8 @@ def _raise_if_full(error: BaseException, path: Path) -> None:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise DiskFullError(
-                errno.ENOSPC,
                 f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
-                f"been removed, what was complete is still there. {_what_to_free(path)} Then run this again: it goes on.",
+                f"been removed, the rest is still there. {_what_to_free(path)} Run this again then: it goes on."
             ) from error
         error = error.__cause__ or error.__context__
 
