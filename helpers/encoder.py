@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+BLOCK_SIDES = (8, 4, 2)  # of a block of queries; the first that divides the grid is taken
+
 
 def to_working_dtype(x: Tensor, layer: nn.Module) -> Tensor:
     """Cast activations to what `layer` computes in: autocast's dtype where it is on, else the dtype of the weights.
@@ -138,7 +140,7 @@ class Neighbourhood(nn.Module):
     def __init__(self, grid: int, window: int, rank: int, nglo: int):
         super().__init__()
         self.grid, self.window = grid, window
-        self.block = next(b for b in (8, 4, 2) if grid % b == 0)
+        self.block = next(b for b in BLOCK_SIDES if grid % b == 0)
         self.blocks = (grid // self.block) ** 2
         starts = torch.arange(0, grid, self.block)
         rows = starts[:, None] + torch.arange(-1, self.block + 1)  # (G/b, b+2), the same for columns
