@@ -1,0 +1,45 @@
+"""Every test session has caches of its own, and never touches the person's."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_FOLDER = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point every cache at a temporary folder; workers and the kernels of notebooks inherit it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    config.stash[_FOLDER] = folder = tempfile.mkdtemp(prefix="surya-course-tests-")
+    os.environ.update(SURYA_SHARED=f"{folder}/shared", XDG_CACHE_HOME=f"{folder}/cache", NETRC=f"{folder}/netrc")
+    os.environ.update(HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
+    for name in ("HF_HOME", "WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
+    if config.getoption("numprocesses", None):
+        os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores already
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what this session made."""
+    if _FOLDER in config.stash:
+        shutil.rmtree(config.stash[_FOLDER], ignore_errors=True)
+
+
+@pytest.fixture
+def make() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Call make as a person would who has activated the environment of the tests."""
+    outer = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ARGS"))}
+
+    def call(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
+        environment = outer | {"VIRTUAL_ENV": sys.prefix} | changes
+        return subprocess.run(["make", *words], cwd=cwd, capture_output=True, text=True, env=environment)
+
+    return call

@@ -1,0 +1,194 @@
+"""The local history is complete whatever happens; Weights & Biases gets the same and may fail."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from helpers import tracking
+from helpers.config import load_config
+from helpers.tracking import claim_run, latest_run, list_runs, start_run, wandb_mode
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """The course's configuration with runs in a temporary folder and Weights & Biases disabled."""
+    return load_config(ROOT / "config.yaml", {"paths.runs": str(tmp_path / "runs"), "tracking.wandb": "disabled"})
+
+
+def with_wandb(cfg, mode):
+    return load_config(ROOT / "config.yaml", {"paths.runs": cfg.paths.runs, "tracking.wandb": mode})
+
+
+def test_a_run_leaves_config_history_figures_and_summary(cfg):
+    with start_run(cfg) as run:
+        run.log({"train": 1.0, "val": torch.tensor(0.5)}, step=0)
+        run.log({"val": np.float32(0.25), "train": float("nan")}, step=1)
+        figure = Figure()
+        figure.add_subplot().plot([1, 2])
+        assert run.figure("curves", figure).read_bytes().startswith(b"\x89PNG")
+        run.summary({"test_rmse": np.float64(0.3)})
+        run.summary({"test_tss": float("inf")})
+    assert run.folder == Path(cfg.paths.runs) / "finetune-flare-tiny-001"
+    table = pd.read_csv(run.folder / "history.csv")
+    assert list(table) == ["step", "train", "val"] and table.val.tolist() == [0.5, 0.25] and table.train.isna()[1]
+    assert yaml.safe_load((run.folder / "config.yaml").read_text()) == cfg.to_dict()
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["metrics"] == {"test_rmse": 0.3, "test_tss": None}
+
+
+def test_the_first_row_fixes_the_columns(cfg):
+    run = start_run(cfg)
+    run.log({"train": 1.0}, step=0)
+    with pytest.raises(ValueError, match="has the columns step, train, but this row has step, train, lr. Log the same"):
+        run.log({"train": 1.0, "lr": 0.1}, step=1)
+    assert (run.folder / "history.csv").read_text().splitlines() == ["step,train", "0,1.0"]
+
+
+def test_a_killed_process_leaves_what_it_measured(cfg):
+    code = (
+        "import os, sys\nfrom helpers.config import load_config\nfrom helpers.tracking import start_run\n"
+        "cfg = load_config(sys.argv[1], {'paths.runs': sys.argv[2], 'tracking.wandb': 'disabled'})\n"
+        "run = start_run(cfg, 'killed')\nfor step in range(3): run.log({'loss': 1.0 / (step + 1)}, step)\n"
+        f"os.kill(os.getpid(), {int(signal.SIGKILL)})"
+    )
+    subprocess.run([sys.executable, "-c", code, ROOT / "config.yaml", cfg.paths.runs], cwd=ROOT)
+    folder = Path(cfg.paths.runs) / "killed"
+    assert len(pd.read_csv(folder / "history.csv")) == 3
+    assert json.loads((folder / "summary.json").read_text())["status"] == "running"
+    assert list_runs(cfg.paths.runs).empty
+
+
+def test_the_runners_folder_is_used_once_and_never_overwritten(cfg):
+    folder = claim_run(Path(cfg.paths.runs), "baseline-flare-tiny")
+    (folder / "baseline.ipynb").write_text("{}")
+    with start_run(cfg, folder.name, "baseline") as run:
+        run.log({"loss": 1.0}, step=0)
+    assert run.folder == folder
+    with pytest.raises(FileExistsError, match="runs are not overwritten. Pass name=None"):
+        start_run(cfg, folder.name)
+
+
+def test_many_processes_never_share_a_folder(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: claim_run(tmp_path / "runs", "a"), range(40)))
+    assert len(set(folders)) == 40 and folders[0].parent.joinpath("a-040").exists()
+    assert claim_run(tmp_path / "runs", "a").name == "a-041" and claim_run(tmp_path / "runs", "b").name == "b-001"
+
+
+def test_runs_are_found_by_experiment_task_and_profile(cfg):
+    assert list_runs(cfg.paths.runs).empty and latest_run(cfg.paths.runs, experiment="baseline") is None
+    for experiment, rmse in [("baseline", 0.5), ("finetune", 0.4), ("baseline", 0.3)]:
+        with start_run(cfg, experiment=experiment) as run:
+            run.summary({"test_rmse": rmse})
+    with pytest.raises(RuntimeError), start_run(cfg, experiment="baseline"):
+        raise RuntimeError("interrupted")
+    table = list_runs(cfg.paths.runs, task="flare", profile=None)
+    assert table.test_rmse.tolist() == [0.5, 0.4, 0.3] and table.experiment.tolist() == [
+        "baseline",
+        "finetune",
+        "baseline",
+    ]
+    latest = latest_run(cfg.paths.runs, experiment="baseline", task="flare", profile="tiny")
+    assert latest["name"] == "baseline-flare-tiny-002" and latest["test_rmse"] == 0.3
+    assert latest_run(cfg.paths.runs, task="wind") is None
+    with pytest.raises(TypeError, match="not by seed"):
+        list_runs(cfg.paths.runs, seed="0")
+
+
+def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd):
+    with start_run(with_wandb(cfg, "offline"), experiment="baseline") as run:
+        run.log({"loss": 0.125}, step=0)
+        run.log({"loss": 0.0625}, step=1)
+        figure = Figure()
+        figure.add_subplot().plot([1, 2])
+        run.figure("curves", figure)
+        run.summary({"test_rmse": 0.3})
+    (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
+    deadline = time.monotonic() + 20  # wandb's own process writes the file, shortly after finish()
+    while not (records := wandb_records(file)) or not records[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{file} is not complete"
+        time.sleep(0.1)
+    start = next(record.run for record in records if record.HasField("run"))
+    assert (start.display_name, start.run_group, start.job_type) == (run.name, "flare-tiny", "baseline")
+    rows = [{item.key or item.nested_key[0]: item.value_json for item in record.history.item} for record in records]
+    assert [row["loss"] for row in rows if "loss" in row] == ["0.125", "0.0625"]
+    assert any("curves" in row for row in rows)
+    console = capfd.readouterr()
+    assert "wandb" not in console.out + console.err
+
+
+def wandb_records(file):
+    """The records of an offline run: a LevelDB log (blocks of 32 KiB, each piece after a header of 7 bytes)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, position, pieces, records = file.read_bytes(), 7, b"", []
+    while position + 7 <= len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        pieces += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            records.append(Record.FromString(pieces))
+            pieces = b""
+    return records
+
+
+class TestWandbMayFail:
+    """Whatever happens to Weights & Biases, one sentence is said and the local history is complete."""
+
+    def test_at_the_start(self, cfg, monkeypatch):
+        monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(OSError("no network")))
+        with pytest.warns(UserWarning, match=r"did not start \(no network\); this run is kept in"):
+            run = start_run(with_wandb(cfg, "online"))
+        self.check_local_history(run)
+
+    def test_in_the_middle_and_only_once(self, cfg, monkeypatch):
+        class Broken:
+            def log(self, *_, **__):
+                raise ConnectionError("lost")
+
+        monkeypatch.setattr(tracking, "_start_wandb", lambda *_: Broken())
+        run = start_run(cfg)
+        with pytest.warns(UserWarning, match=r"Weights & Biases failed \(lost\)") as caught:
+            self.check_local_history(run)
+        assert len(caught) == 1
+
+    @staticmethod
+    def check_local_history(run):
+        with run:
+            run.log({"loss": 1.0}, step=0)
+            run.log({"loss": 0.5}, step=1)
+        assert len(pd.read_csv(run.folder / "history.csv")) == 2
+
+
+def test_auto_is_online_only_for_who_is_logged_in(cfg, tmp_path, monkeypatch):
+    auto = with_wandb(cfg, "auto")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert wandb_mode(auto) == "offline"
+    (tmp_path / "netrc").write_text("machine elsewhere.org login user password secret\n")
+    os.chmod(tmp_path / "netrc", 0o600)
+    assert wandb_mode(auto) == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.org")
+    assert wandb_mode(auto) == "online"
+    monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert wandb_mode(auto) == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert wandb_mode(auto) == "offline" and wandb_mode(with_wandb(cfg, "online")) == "online"
