@@ -53,8 +53,8 @@ else
 		printf '  %-28s %s\n' "$$(basename "$$file" .py)" "$$(sed -n '1s/^"""//p' "$$file" | sed 's/"""$$//')"; done
 endif
 
-cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..]
-	@"$(PY)" -m helpers.frames $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)")
+cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]
+	@"$(PY)" -m helpers.frames $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
 
 update: env  ## merge the template's news into your branch [FROM=origin]
 	@branch=$$(git symbolic-ref --short -q HEAD) || branch="no branch"; \
@@ -79,7 +79,7 @@ lint: env  ## check style and format
 
 lock:  ## pin the newest versions in requirements.lock (torch keeps its pin)
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && "$(PYTHON)" -m venv "$$folder/venv" \
-	&& "$$folder/venv/bin/python" -m pip install -q "$$(grep '^torch==' requirements.lock)" -e ".[dev]" \
+	&& "$$folder/venv/bin/python" -m pip install -qq "$$(grep '^torch==' requirements.lock)" -e ".[dev]" \
 	&& { sed '/^[^#]/,$$d' requirements.lock; "$$folder/venv/bin/python" -m pip freeze -qq --all --exclude pip \
 		--exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > "$$folder/lock" && cp "$$folder/lock" requirements.lock
 

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -29,16 +29,15 @@ def main() -> int:
 
 def is_current() -> bool:
     """True if this environment holds this very folder, installed after the last change of its requirements."""
-    try:
-        files = distribution("surya-course").files or []
-    except PackageNotFoundError:
-        return False
-    record = next((Path(file.locate()) for file in files if file.name == "direct_url.json"), None)
-    if record is None:
-        return False
-    folder = url2pathname(urlparse(json.loads(record.read_text())["url"]).path)
+    found = (file for project in distributions(name="surya-course") for file in project.files or ())
+    records = [Path(file.locate()) for file in found if file.name == "direct_url.json"]
     changed = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock"))
-    return Path(folder) == ROOT and record.stat().st_mtime >= changed
+    return any(_folder(record) == ROOT and record.stat().st_mtime >= changed for record in records)
+
+
+def _folder(record: Path) -> Path:
+    """The folder that an editable installation points to."""
+    return Path(url2pathname(urlparse(json.loads(record.read_text())["url"]).path))
 
 
 def install() -> int:
