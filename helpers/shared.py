@@ -91,7 +91,7 @@ def shared_folder(cfg: Config) -> SharedFolder:
                 f"disk mounted? Correct {reason}, or remove it to use your own cache."
             )
         path = base / SUBFOLDER
-        found = SharedFolder(path, reason, _writable(path), _user_cache() / SUBFOLDER)
+        found = SharedFolder(path, reason, is_writable(path), _user_cache() / SUBFOLDER)
         _found[text, reason] = found
         print(found)
     return _found[text, reason]
@@ -123,7 +123,7 @@ def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
-def _writable(path: Path) -> bool:
+def is_writable(path: Path) -> bool:
     """Whether a file can be made in `path` (or in the nearest folder above that exists), found out by making one."""
     try:
         with tempfile.TemporaryFile(dir=_existing(path)):
@@ -200,7 +200,7 @@ def _download(repository: str, filename: str, cache: Path, reserve_gb: float) ->
     except LockedError:
         raise
     except Exception as error:  # each HTTP library has its own kinds
-        _raise_if_full(error, cache)
+        raise_if_full(error, cache)
         raise FileNotFoundError(
             f"{filename} is not in {cache}, and could not be downloaded from the Hugging Face hub: "
             f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}. Without network here, run "
@@ -265,7 +265,7 @@ def _what_to_free(path: Path) -> str:
     return f"The biggest folders that could be freed{'' if complete else ' (of those seen in 3 s)'}: {listed}."
 
 
-def _raise_if_full(error: BaseException, path: Path) -> None:
+def raise_if_full(error: BaseException, path: Path) -> None:
     """Raise DiskFullError when `error` (or what caused it) means that the disk or your quota of it is full."""
     while error is not None:
         number = getattr(error, "errno", None)
@@ -323,7 +323,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        _raise_if_full(error, path.parent)
+        raise_if_full(error, path.parent)
         raise
 
 
