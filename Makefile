@@ -61,10 +61,11 @@ update: env  ## merge the template's news into your branch [FROM=origin]
 	case "$$branch" in main|"no branch") \
 		echo "You are on $$branch. Keep your work on a branch of its own, then main stays the template's:"; \
 		echo "  git switch -c my-task && make update"; exit 1;; esac; \
-	if [ -n "$$(git status --porcelain --untracked-files=no)" ]; then \
-		git status --short --untracked-files=no; \
-		echo "These changes are not committed, and a merge could mix them with the template's. Commit them first:"; \
+	if ! git diff --quiet --no-ext-diff HEAD; then \
+		echo "You changed, and did not commit yet:"; git diff --no-ext-diff --name-only HEAD | sed 's/^/  /'; \
+		echo "A merge could mix that with the template's changes. Commit first, then come back:"; \
 		echo "  git commit -am 'My work so far' && make update"; exit 1; fi; \
+	git add -u; : 'notebooks that were only executed count as changed until git has looked at them'; \
 	git fetch --quiet $(FROM) || { echo "Could not reach the template ($(FROM)); nothing was changed."; exit 1; }; \
 	if git merge-base --is-ancestor $(FROM)/main HEAD; then \
 		echo "Nothing new: $$branch already holds everything that $(FROM)/main has."; exit 0; fi; \

@@ -73,7 +73,7 @@ def configure_git() -> None:
         "filter.nbstripout.clean": f"{python} -m nbstripout --keep-id --extra-keys metadata.language_info.version",
         "filter.nbstripout.smudge": "cat",
         "filter.nbstripout.required": "false",
-        "diff.jupyternotebook.command": f"{python} -m nbdime.vcs.git.diffdriver diff",
+        "diff.jupyternotebook.command": f"{python} -m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts,
         "merge.jupyternotebook.driver": f"{python} -m nbdime.vcs.git.mergedriver merge %O %A %B %L %P",
         "merge.jupyternotebook.name": "cell by cell, with nbdime",
     }
