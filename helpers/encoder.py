@@ -71,12 +71,11 @@ class PatchProjection(nn.Conv2d):
 
 def fourier_positions(grid: int, dim: int) -> Tensor:
     """Fixed positions (1, L, D): for each of D/4 frequencies cos and sin along x, then cos and sin along y."""
-    axis = torch.linspace(0, 1, grid, dtype=torch.float64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
     frequencies = torch.linspace(1, grid / 2, dim // 4, dtype=torch.float64)
-    phase_x, phase_y = (2 * torch.pi * rearrange(a, "gy gx -> (gy gx) 1") * frequencies for a in (x, y))  # (L, D/4)
-    features = torch.stack([phase_x.cos(), phase_x.sin(), phase_y.cos(), phase_y.sin()], dim=-1)  # (L, D/4, 4)
-    return rearrange(features, "l f four -> 1 l (f four)").float()
+    phase = 2 * torch.pi * torch.linspace(0, 1, grid, dtype=torch.float64)[:, None] * frequencies  # (G, D/4)
+    wave = torch.stack([phase.cos(), phase.sin()], dim=-1).float()  # (G, D/4, 2), along x or y alike
+    along_x, along_y = wave[None].expand(grid, -1, -1, -1), wave[:, None].expand(-1, grid, -1, -1)
+    return rearrange(torch.cat([along_x, along_y], dim=-1), "gy gx f four -> 1 (gy gx) (f four)")
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,464 @@
+"""Filtered loading, adapter files, and a sentence for every file that is something else."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from helpers.channels import CHANNELS
+from helpers.checkpoint import CheckpointError, fingerprint, load_adapter, load_filtered, save_adapter
+from helpers.encoder import SuryaEncoder, fourier_positions
+from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.lora import apply_lora, lora_state_dict, merge_lora
+
+ROOT = Path(__file__).parent.parent
+CONFIG = dict(
+    img_size=64,
+    patch_size=4,
+    in_chans=13,
+    time_dim=2,
+    embed_dim=16,
+    depth=3,
+    n_spectral_blocks=1,
+    num_heads=2,
+    dp_rank=2,
+)
+FILTER = "backbone.blocks_spectral_gating.0.filter.complex_weight"
+PATCHES = "embedding.patch_embed.proj.weight"
+
+
+def encoder(**changes) -> SuryaEncoder:
+    return SuryaEncoder(**{**CONFIG, **changes})
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Tensor]:
+    """A checkpoint as the release has it: flat, no prefix, with the decoder and the positions."""
+    torch.manual_seed(0)
+    model = Specformer2D(encoder(), out_chans=13)
+    own = {key.removeprefix("encoder."): torch.randn_like(value) for key, value in model.state_dict().items()}
+    return own | {"embedding.pos_embed": fourier_positions(16, 16)}
+
+
+@pytest.fixture(scope="module")
+def file(state: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "surya.test.pt"
+    torch.save(state, path)
+    return path
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def test_everything_is_loaded_into_the_same_shape(file: Path, state: dict[str, Tensor]):
+    model = Specformer2D(encoder(), out_chans=13)
+    report = load_filtered(model, file)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key.removeprefix("encoder.")]), key
+    assert set(report.loaded) == state.keys() - {"embedding.pos_embed"}
+    assert report.adapted == {} and report.missing == [] and report.fresh == []
+    assert report.skipped == {"embedding.pos_embed": "regenerated for the 16 x 16 grid"}
+    assert report.parameters_loaded == report.parameters_total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_head_and_the_adapters_stay_fresh(file: Path, state: dict[str, Tensor], pooling: str, adapted: bool):
+    model = Specformer1D(encoder(nglo=int(pooling == "class_token")), pooling=pooling)
+    model = apply_lora(model) if adapted else model
+    before = bits(model)
+    report = load_filtered(model, file)
+    loaded = {f"encoder.{key}" for key in report.loaded}
+    assert loaded | set(report.fresh) == before.keys() and not loaded & set(report.fresh)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] if key in report.fresh else state[key.removeprefix("encoder.")]), key
+    assert all("lora_" in key or not key.startswith("encoder.") for key in report.fresh)
+    assert {key for key in report.skipped if key != "embedding.pos_embed"} == {
+        "unembed.unembed.0.weight",
+        "unembed.unembed.0.bias",
+    }
+    assert report.parameters_loaded == sum(p.numel() for n, p in model.named_parameters() if n in loaded)
+
+
+def test_the_report_prints_as_a_table(file: Path):
+    model = apply_lora(Specformer1D(encoder(img_size=32, in_chans=1, time_dim=1)))
+    text = str(load_filtered(model, file, channels=["hmi_m"]))
+    assert text.startswith("surya.test.pt: ")
+    assert f"{FILTER}: the modes of a 8 x 8 grid, out of 16 x 16" in text
+    assert f"{PATCHES}: 1 of 13 channels, by name; the last 1 of 2 frames" in text
+    assert "missing     0 tensors" in text and "head and adapters, trained from here" in text
+
+
+def test_fewer_frames_are_the_most_recent_ones(file: Path):
+    """A model of the last frame alone gives what the whole one gives for an empty first frame."""
+    whole, last = encoder().eval(), encoder(time_dim=1).eval()
+    load_filtered(whole, file)
+    report = load_filtered(last, file)
+    assert report.adapted == {PATCHES: "the last 1 of 2 frames"}
+    ts = torch.randn(1, 13, 2, 64, 64)
+    ts[:, :, 0] = 0
+    torch.testing.assert_close(last.embedding(ts[:, :, 1:]), whole.embedding(ts))
+
+
+@pytest.mark.parametrize("names", [("hmi_v", "aia171"), tuple(reversed(CHANNELS)), ("aia94",)])
+def test_channels_are_picked_by_name(file: Path, names: tuple[str, ...]):
+    whole, some = encoder().eval(), encoder(in_chans=len(names)).eval()
+    load_filtered(whole, file)
+    report = load_filtered(some, file, channels=names)
+    assert report.adapted == {PATCHES: f"{len(names)} of 13 channels, by name"}
+    ts = torch.zeros(1, 13, 2, 64, 64)
+    values = torch.randn(1, len(names), 2, 64, 64)
+    for i, name in enumerate(names):
+        ts[:, CHANNELS.index(name)] = values[:, i]
+    torch.testing.assert_close(some.embedding(values), whole.embedding(ts), rtol=1e-4, atol=1e-4)
+
+
+def test_a_checkpoint_of_other_channels(state: dict[str, Tensor]):
+    small = {**state, PATCHES: state[PATCHES][:, :4]}
+    model = encoder(in_chans=1)
+    load_filtered(model, small, channels=["hmi_m"], source_channels=["aia171", "hmi_m"])
+    assert torch.equal(model.state_dict()[PATCHES], state[PATCHES][:, 2:4])
+
+
+@pytest.mark.parametrize("side", [8, 24, 48])
+def test_a_smaller_grid_filters_a_band_limited_image_alike(file: Path, side: int):
+    """Below the Nyquist frequency of the small grid, sampling commutes with the filter exactly."""
+    small_grid, large_grid = side // 4, 16
+    large, small = encoder(), encoder(img_size=side)
+    load_filtered(large, file)
+    report = load_filtered(small, file)
+    assert FILTER in report.adapted and "embedding.pos_embed" in report.skipped
+    modes = torch.zeros(large_grid, large_grid // 2 + 1, 16, dtype=torch.complex64)
+    below = range(-(small_grid // 2) + 1, small_grid // 2)
+    for m in below:
+        for n in range(small_grid // 2):
+            modes[m, n] = torch.randn(16, dtype=torch.complex64)
+
+    def sampled(grid: int, of: Tensor) -> Tensor:
+        """The band-limited image of these modes at the points of a grid, straight from the definition."""
+        x = torch.arange(grid) / grid
+        image = torch.zeros(grid, grid, 16)
+        for m in below:
+            for n in range(small_grid // 2):
+                wave = torch.exp(2j * torch.pi * (m * x[:, None] + n * x[None, :]))
+                image += (1 if n == 0 else 2) * (of[m, n] * wave[:, :, None]).real
+        return rearrange(image, "gy gx d -> 1 (gy gx) d")
+
+    with torch.no_grad():
+        gains = torch.view_as_complex(large.backbone.blocks_spectral_gating[0].filter.complex_weight)
+        gains = gains.clone()
+        for m in range(1, small_grid // 2):  # a real image: the column of n = 0 holds conjugate pairs
+            modes[-m, 0] = modes[m, 0].conj()
+        modes[0, 0] = modes[0, 0].real.to(modes.dtype)
+        filtered = {g: e.backbone.blocks_spectral_gating[0].filter(sampled(g, modes))
+                    for g, e in ((large_grid, large), (small_grid, small))}  # fmt: skip
+        back = torch.fft.rfft2(rearrange(filtered[large_grid], "1 (gy gx) d -> gy gx d", gx=16), dim=(0, 1))
+        expected = sampled(small_grid, back / large_grid**2)
+    torch.testing.assert_close(filtered[small_grid], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_positions_are_made_for_the_models_own_grid(file: Path):
+    model = encoder(img_size=32)
+    load_filtered(model, file)
+    assert torch.equal(model.embedding.pos_embed, fourier_positions(8, 16))
+
+
+def test_a_decoder_from_the_rows_of_named_channels(file: Path):
+    whole, two = Specformer2D(encoder(), out_chans=13).eval(), Specformer2D(encoder(), out_chans=2).eval()
+    load_filtered(whole, file)
+    report = load_filtered(two, file, decoder_channels=["hmi_m", "aia131"])
+    assert report.adapted["unembed.unembed.0.weight"] == "the rows of hmi_m, aia131"
+    batch = {"ts": torch.randn(1, 13, 2, 64, 64)}
+    with torch.no_grad():
+        picked = whole(batch)[:, [CHANNELS.index("hmi_m"), CHANNELS.index("aia131")]]
+        torch.testing.assert_close(two(batch), picked, rtol=1e-3, atol=1e-3)
+        half = Specformer2D(encoder(), out_chans=2, upscale=2).eval()
+        load_filtered(half, file, decoder_channels=["hmi_m", "aia131"])
+        torch.testing.assert_close(half(batch), nn.functional.avg_pool2d(picked, 2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"out_chans": 1}, {"out_chans": 13, "upscale": 2}, {"out_chans": 52, "upscale": 2}]
+)
+def test_a_decoder_of_another_meaning_stays_fresh(file: Path, settings: dict):
+    """52 outputs at a quarter of the pixels have the very shape of 13 whole ones, and are something else."""
+    model = Specformer2D(encoder(), **settings)
+    before = bits(model.unembed)
+    report = load_filtered(model, file)
+    assert same(before, bits(model.unembed))
+    assert sorted(report.fresh) == ["unembed.unembed.0.bias", "unembed.unembed.0.weight"]
+
+
+@pytest.mark.parametrize("wrap", ["state_dict", "model", "module.", "_orig_mod.module.", "model."])
+def test_wrapped_checkpoints_are_unwrapped(state: dict[str, Tensor], wrap: str, tmp_path: Path):
+    wrapped = {f"{wrap}{k}": v for k, v in state.items()} if wrap.endswith(".") else {wrap: state, "epoch": 3}
+    torch.save(wrapped, tmp_path / "wrapped.pt")
+    model = encoder()
+    assert load_filtered(model, tmp_path / "wrapped.pt").missing == []
+    assert torch.equal(model.state_dict()[FILTER], state[FILTER])
+
+
+def test_an_exported_model_of_the_course_is_a_checkpoint(file: Path):
+    model = apply_lora(Specformer1D(encoder()))
+    load_filtered(model, file)
+    merged = merge_lora(model)
+    again = Specformer1D(encoder())
+    report = load_filtered(again, merged.state_dict())
+    assert report.skipped["head.1.weight"] == "no such tensor in the model"
+    assert same(bits(merged.encoder), bits(again.encoder))
+
+
+def test_relative_position_bias_is_loaded(state: dict[str, Tensor]):
+    source = encoder(rpe=True)
+    nn.init.normal_(source.backbone.blocks_attention[0].attn.local_relative_position_bias_table)
+    model = encoder(rpe=True)
+    assert load_filtered(model, source.state_dict()).missing == []
+    assert same(bits(source), bits(model))
+
+
+REFUSALS = [
+    ({"embed_dim": 32}, {}, "embed_dim is 16 in the checkpoint and 32 in the model"),
+    ({"patch_size": 8}, {}, "patch_size is 4 in the checkpoint and 8 in the model"),
+    ({"dp_rank": 4}, {}, "num_heads x dp_rank is 4 in the checkpoint and 8 in the model"),
+    ({"mlp_ratio": 2}, {}, "(embed_dim x mlp_ratio) is 64 in the checkpoint and 32 in the model"),
+    ({"img_size": 128}, {}, "The model's token grid is 32 x 32 and the checkpoint's is 16 x 16"),
+    ({"time_dim": 3}, {}, "The model takes 3 frames and the checkpoint was trained with 2: set time_dim to 2 or less"),
+    ({"in_chans": 5}, {}, "The model has 5 input channels, but 13 names are given"),
+    ({}, {"channels": ["aia94"]}, "The model has 13 input channels, but 1 names are given"),
+    ({"in_chans": 1}, {"channels": ["aia95"]}, "channels ['aia95'] are not among the checkpoint's channels"),
+    ({"in_chans": 1}, {"channels": ["x"], "source_channels": ["x", "y", "z"]}, "26 input planes, no multiple of its 3"),
+    ({"depth": 4}, {}, "17 encoder tensors of the model are not in it (backbone.blocks_attention.2."),
+    ({"depth": 2}, {}, "17 of its encoder tensors have no place in the model (backbone.blocks_attention.1."),
+    ({"rpe": True}, {}, "4 encoder tensors of the model are not in it"),
+    ({}, {"decoder_channels": ["aia94"]}, "decoder_channels is for a Specformer2D"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "arguments", "sentence"), REFUSALS)
+def test_what_cannot_be_loaded_is_said_and_nothing_is_written(
+    file: Path, changes: dict, arguments: dict, sentence: str
+):
+    model = encoder(**changes)
+    before = bits(model)
+    with pytest.raises(CheckpointError) as error:
+        load_filtered(model, file, **arguments)
+    assert sentence in str(error.value) and "surya.test.pt" in str(error.value)
+    assert same(before, bits(model))
+
+
+def test_partial_loading_on_request(file: Path, state: dict[str, Tensor]):
+    deeper = encoder(depth=4)
+    report = load_filtered(deeper, file, strict=False)
+    assert len(report.missing) == 17 and all(key.startswith("backbone.blocks_attention.2.") for key in report.missing)
+    assert "missing    17 tensors: backbone.blocks_attention.2." in str(report)
+    shallower = encoder(depth=2)
+    report = load_filtered(shallower, file, strict=False)
+    assert report.skipped["backbone.blocks_attention.1.attn.qkv.weight"] == "no such tensor in the model"
+    key = "backbone.blocks_attention.0.attn.qkv.weight"
+    assert torch.equal(shallower.state_dict()[key], state[key])
+
+
+def test_decoder_channels_must_be_as_many_as_the_outputs(file: Path, state: dict[str, Tensor]):
+    with pytest.raises(CheckpointError, match="names 2 channels .* and the model has 1 outputs"):
+        load_filtered(Specformer2D(encoder()), file, decoder_channels=["aia94", "hmi_m"])
+    without = {key: value for key, value in state.items() if "unembed" not in key}
+    with pytest.raises(CheckpointError, match="has no decoder for 13 channels"):
+        load_filtered(Specformer2D(encoder()), without, decoder_channels=["aia94"])
+
+
+def test_adapters_in_a_checkpoint_are_not_dropped_in_silence(file: Path):
+    adapted = apply_lora(encoder())
+    with pytest.raises(CheckpointError, match="lora_A"):
+        load_filtered(encoder(), adapted.state_dict())
+
+
+def test_a_model_without_an_encoder_is_refused(file: Path):
+    with pytest.raises(CheckpointError, match="LinearBaseline1D has no Surya encoder"):
+        load_filtered(LinearBaseline1D(13), file)
+
+
+def broken(kind: str, file: Path, folder: Path) -> Path:
+    path = folder / f"{kind}.pt"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "text":
+        path.write_text("<html>404 Not Found</html>")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "pointer":
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif kind == "truncated":
+        path.write_bytes(file.read_bytes()[:-5000])
+    elif kind == "archive":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", "hello")
+    elif kind == "damaged":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("damaged/data.pkl", "not a pickle")
+    elif kind == "objects":
+        torch.save({"model": nn.Linear(2, 2)}, path)
+    elif kind == "numbers":
+        torch.save({"epoch": 3}, path)
+    elif kind == "other":
+        torch.save({"fc.weight": torch.zeros(2), "fc.bias": torch.zeros(2)}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("absent", "does not exist: check the path"),
+        ("folder", "is a folder, not a file"),
+        ("text", "is not a PyTorch checkpoint (a file that torch.save writes); it begins with b'<html>404"),
+        ("empty", "is not a PyTorch checkpoint"),
+        ("pointer", "is a git-LFS pointer, not the weights themselves: run `git lfs pull`"),
+        ("truncated", "is truncated ("),
+        ("archive", "is a zip archive of something else"),
+        ("damaged", "delete it and download it again"),
+        ("objects", "holds Python objects besides tensors"),
+        ("numbers", "holds no tensors by name"),
+        ("other", "holds another architecture: a Surya checkpoint has keys such as"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint_gets_one_sentence(kind: str, sentence: str, file: Path, tmp_path: Path):
+    path = broken(kind, file, tmp_path)
+    with pytest.raises(CheckpointError) as error:
+        load_filtered(encoder(), path)
+    assert sentence in str(error.value) and path.name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_fingerprint_tells_checkpoints_apart(file: Path, state: dict[str, Tensor]):
+    one = fingerprint(file)
+    assert one == fingerprint(str(file)) == fingerprint(state) == fingerprint(dict(reversed(state.items())))
+    assert len(one) == 16 and int(one, 16) >= 0
+    assert one != fingerprint({**state, FILTER: state[FILTER] + 1e-6})
+    assert one != fingerprint({key: value for key, value in state.items() if key != FILTER})
+
+
+def trained(pooling: str = "attention", seed: int = 0) -> Specformer1D:
+    torch.manual_seed(seed)
+    model = apply_lora(Specformer1D(encoder(nglo=int(pooling == "class_token")), pooling=pooling), rank=2)
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter)
+    model.feature_std.fill_(seed + 2.0)
+    return model
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_an_adapter_file_brings_the_fine_tune_back(pooling: str, file: Path, tmp_path: Path):
+    model, other = trained(pooling), trained(pooling, seed=1)
+    for m in (model, other):
+        load_filtered(m, file)
+    config = {"lora": {"rank": 2}, "path": tmp_path, "lr": 1e-3}
+    path = save_adapter(tmp_path / "new" / "adapter.pt", model, config, fingerprint(file), extra={"rmse": 0.5})
+    batch = {"ts": torch.randn(1, 13, 2, 64, 64)}
+    encoder_before = {name: p.detach().clone() for name, p in other.named_parameters() if not p.requires_grad}
+    back = load_adapter(path, other, fingerprint(file))
+    assert back["config"] == {"lora": {"rank": 2}, "path": str(tmp_path), "lr": 1e-3}
+    assert back["extra"] == {"rmse": 0.5} and back["fingerprint"] == fingerprint(file)
+    assert same(bits(model), bits(other))
+    assert torch.equal(model.eval()(batch), other.eval()(batch))
+    assert all(torch.equal(dict(other.named_parameters())[name], value) for name, value in encoder_before.items())
+
+
+def test_an_adapter_file_holds_adapters_and_head_and_is_small(tmp_path: Path):
+    model = trained("class_token")
+    path = save_adapter(tmp_path / "adapter.pt", model, {}, "0" * 16)
+    contents = torch.load(path, weights_only=True)
+    head = {key for key in model.state_dict() if not key.startswith("encoder.")}
+    assert set(contents["state"]) == set(lora_state_dict(model)) | head
+    assert {"class_token", "feature_mean", "feature_std"} <= head
+    assert path.stat().st_size < sum(p.numel() for p in model.parameters())
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter.pt"]  # no temporary file is left
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = save_adapter(tmp_path / "adapter.pt", trained(), {}, "0" * 16)
+    before = path.read_bytes()
+
+    def die(contents, target):
+        Path(target).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(path, trained(seed=1), {}, "0" * 16)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["adapter.pt"]
+
+
+def test_a_baseline_is_saved_whole(tmp_path: Path):
+    model = LinearBaseline1D(3, mean=[1.0, 2.0, 3.0], std=[1.0, 1.0, 2.0])
+    nn.init.normal_(model.head.weight)
+    path = save_adapter(tmp_path / "baseline.pt", model, {}, "none")
+    other = LinearBaseline1D(3)
+    load_adapter(path, other)
+    assert same(bits(model), bits(other))
+
+
+def test_an_adapter_on_another_checkpoint_or_model_is_refused(file: Path, tmp_path: Path):
+    path = save_adapter(tmp_path / "adapter.pt", trained(), {}, "a" * 16)
+    target = trained(seed=1)
+    before = bits(target)
+    with pytest.raises(
+        CheckpointError, match=f"adapter.pt was trained on the checkpoint {'a' * 16}, and the model holds b"
+    ):
+        load_adapter(path, target, "b" * 16)
+    wider = apply_lora(Specformer1D(encoder(), pooling="attention"), rank=4)
+    with pytest.raises(CheckpointError, match=r"lora_A of shape \(2, 16\), and the model's is \(4, 16\): rank"):
+        load_adapter(path, wider)
+    with pytest.raises(CheckpointError, match="adapter.pt was trained with another model.*apply_lora"):
+        load_adapter(path, Specformer1D(encoder(), pooling="attention"))
+    with pytest.raises(CheckpointError, match="surya.test.pt is no adapter file of this course"):
+        load_adapter(file, target)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_adapter(tmp_path / "absent.pt", target)
+    assert same(before, bits(target))
+
+
+MEMORY = """
+import sys, torch
+from helpers.checkpoint import load_filtered
+from helpers.encoder import SuryaEncoder
+
+def peak():
+    lines = open("/proc/self/status").read().split("\\n")
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+encoder = SuryaEncoder(img_size={side}, patch_size=16, in_chans=13, time_dim=2, embed_dim=256, depth=1,
+                       n_spectral_blocks=1, num_heads=4)
+before = peak()
+load_filtered(encoder, {path!r})
+print(peak() - before, sum(p.numel() * 4 for p in encoder.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory as Linux reports it")
+@pytest.mark.parametrize("side", [4096, 2048])
+def test_loading_takes_little_more_memory_than_checkpoint_and_model(side: int, big_file: Path):
+    command = [sys.executable, "-c", MEMORY.format(side=side, path=str(big_file))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    extra, model = map(int, done.stdout.split())
+    checkpoint = big_file.stat().st_size
+    assert checkpoint > 100e6
+    assert extra <= 1.3 * checkpoint, f"{extra / 1e6:.0f} MB on top of the model of {model / 1e6:.0f} MB"
+
+
+@pytest.fixture(scope="module")
+def big_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    big = SuryaEncoder(
+        img_size=4096, patch_size=16, in_chans=13, time_dim=2, embed_dim=256, depth=1, n_spectral_blocks=1, num_heads=4
+    )
+    path = tmp_path_factory.mktemp("big") / "big.pt"
+    torch.save(big.state_dict() | {"embedding.pos_embed": big.embedding.pos_embed}, path)
+    yield path
+    path.unlink()
