@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import tempfile
 import time
 import uuid
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import lru_cache
@@ -30,6 +32,7 @@ import numpy as np
 import pandas as pd
 import torch
 import zarr
+from numcodecs import Shuffle
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
@@ -51,8 +54,6 @@ from helpers.shared import (
 )
 
 COMPRESSED = 0.75  # size of a compressed frame over that of its float16 values, measured
-READ_SPEED = 180e6  # bytes of float32 that one process reads and reduces in a second, measured; only a guide
-CLUSTER_SECONDS = 12  # work shorter than this is done here, as starting processes would take as long
 ROUNDING = "values are float16: relative error at most 2^-11 of the signed-log value"
 
 
@@ -204,11 +205,37 @@ def _pooled(variable: h5py.Dataset, pooling: int, native_size: int | None) -> Te
         raise FrameError(f"{name} has the shape {' x '.join(map(str, shape))}, expected {wanted}")
     if packed := {"scale_factor", "add_offset"} & set(variable.attrs):
         raise FrameError(f"{name} is packed ({', '.join(packed)}), expected plain physical values")
-    image = torch.from_numpy(variable[()].astype(np.float32, copy=False))  # (H, W) physical
+    image = torch.from_numpy(_values(variable))  # (H, W) physical
     pooled = avg_pool2d(image[None, None], pooling)[0, 0]  # (H / pooling, W / pooling)
     if wrong := int((~pooled.isfinite()).sum()):
         raise FrameError(f"{name} has pixels that are not numbers (NaN), in {wrong / pooled.numel():.1%} of the image")
     return pooled
+
+
+def _values(variable: h5py.Dataset) -> np.ndarray:
+    """All values as float32. Large zlib chunks are decompressed here: HDF5 would do it for one thread at a time."""
+    chunks, shape = variable.chunks, variable.shape
+    usual = chunks and variable.compression == "gzip" and not variable.fletcher32 and variable.scaleoffset is None
+    size = math.prod(chunks or ()) * variable.dtype.itemsize
+    if (
+        not usual
+        or size < 2**16
+        or variable.id.get_num_chunks() < math.prod(-(-n // m) for n, m in zip(shape, chunks, strict=True))
+    ):
+        return variable[()].astype(np.float32, copy=False)
+    values = np.empty(shape, np.float32)
+    for place in variable.iter_chunks():
+        skipped_filters, packed = variable.id.read_direct_chunk([axis.start for axis in place])
+        if skipped_filters:
+            return variable[()].astype(np.float32, copy=False)
+        try:
+            block = zlib.decompress(packed, bufsize=size)
+        except zlib.error as error:
+            raise FrameError(f"the file is cut short or damaged ({variable.name}: {error})") from None
+        block = Shuffle(variable.dtype.itemsize).decode(block) if variable.shuffle else block
+        block = np.frombuffer(block, variable.dtype).reshape(chunks)
+        values[place] = block[tuple(slice(axis.stop - axis.start) for axis in place)]
+    return values
 
 
 @contextmanager
@@ -549,11 +576,11 @@ def build_store(
         index_csv: CSV with the columns path, timestep, present; local or s3://.
         channels: what to keep, by name. A store that is there already keeps the channels it has.
         pooling: side of the squares of physical pixels that are averaged.
-        workers: processes on this machine, where the work is worth starting them.
+        workers: how many frames are made at once on this machine.
         native_size: side of the images in the files (None: that of the first one that can be read).
         between: [start, end) spans of time to build; None for the whole index.
         reserve_gb: free space that must remain on the disk.
-        dask_address: a Dask scheduler whose workers see the same disks, instead of processes here.
+        dask_address: a Dask scheduler whose workers see the same disks, to use instead.
 
     Returns:
         A report that lists the frames that could not be used, which is also written to `<store>.build/unreadable.csv`.
@@ -586,10 +613,22 @@ def build_store(
     if tasks:
         size = len(tasks) * len(store.stored_channels) * store.side**2 * 2 * COMPRESSED
         ensure_space(path, size, reserve_gb, what=f"{len(tasks)} frames")
-        _collect(_results(tasks, workers, dask_address), report, len(tasks), progress)
-        _record(report)
+        with group_umask(path.parent), _one_torch_thread():  # once around all threads: both belong to the process
+            _collect(_results(tasks, workers, dask_address), report, len(tasks), progress)
+            _record(report)
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Frames are made side by side; several threads for each one would only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _within(table: pd.DataFrame, between: Sequence[tuple[str, str]] | None) -> pd.DataFrame:
@@ -618,7 +657,6 @@ def _build_folder(store: Path) -> Path:
 
 def _build_frame(task: _Task, wait: bool = False) -> _Result:
     """Make one frame of the store unless it is complete, or being made by someone else and we are not to wait."""
-    torch.set_num_threads(1)
     if _mark(task.store, task.row).exists():
         return _Result(task, "already")
     try:
@@ -670,10 +708,8 @@ def _writable_arrays(store: Path) -> tuple[zarr.Array, zarr.Array]:
 
 def _results(tasks: list[_Task], workers: int, dask_address: str | None) -> Iterator[_Result]:
     """Build all tasks, here or on Dask workers, and then wait for those that someone else was making."""
-    size = tasks[0].native_size ** 2 * 4 * len(tasks[0].channels)
-    remote = "://" in tasks[0].url
-    worth_it = workers > 1 and len(tasks) > 1 and (remote or len(tasks) * size / READ_SPEED > CLUSTER_SECONDS)
-    results = _on_cluster(tasks, workers, dask_address) if dask_address or worth_it else map(_build_frame, tasks)
+    here = not dask_address and (workers == 1 or len(tasks) == 1)
+    results = map(_build_frame, tasks) if here else _on_cluster(tasks, workers, dask_address)
     busy = []
     for result in results:
         if result.outcome == "busy":
@@ -689,15 +725,11 @@ def _on_cluster(tasks: list[_Task], workers: int, address: str | None) -> Iterat
 
     step = min(8, 1 + len(tasks) // 500)
     batches = [tasks[i : i + step] for i in range(0, len(tasks), step)]
-    local = {"n_workers": min(workers, len(batches)), "threads_per_worker": 1, "dashboard_address": None}
-    with LocalCluster(**local) if not address else _nothing(address) as cluster, Client(cluster) as client:
+    # threads: decompressing, averaging and writing leave Python's lock alone, and processes take longer to start
+    local = {"processes": False, "n_workers": 1, "threads_per_worker": workers, "dashboard_address": None}
+    with LocalCluster(**local) if not address else nullcontext(address) as cluster, Client(cluster) as client:
         for _, results in as_completed(client.map(_build_batch, batches, pure=False), with_results=True):
             yield from results
-
-
-@contextmanager
-def _nothing(address: str) -> Iterator[str]:
-    yield address
 
 
 def _build_batch(tasks: list[_Task]) -> list[_Result]:
