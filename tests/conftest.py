@@ -35,11 +35,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def make() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Call make as a person would who has activated the environment of the tests."""
+    """Call make as a person would who has activated the environment of the tests; nothing is installed into it."""
     outer = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "ARGS"))}
 
     def call(*words: str, cwd: Path = ROOT, **changes: str) -> subprocess.CompletedProcess[str]:
         environment = outer | {"VIRTUAL_ENV": sys.prefix} | changes
-        return subprocess.run(["make", *words], cwd=cwd, capture_output=True, text=True, env=environment)
+        return subprocess.run(
+            ["make", *(() if "env" in words else ("-o", "env")), *words],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            env=environment,
+        )
 
     return call

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -51,12 +52,12 @@ def template(tmp_path):
 
 
 @pytest.fixture
-def clone(template, make, monkeypatch):
+def clone(template, monkeypatch):
     """A participant's clone on a branch of its own, whose git knows nbstripout and nbdime as after `make env`."""
     folder = template.with_name("my clone")
     git(template.parent, "clone", "-q", str(template), folder.name)
     configure = "import pathlib, helpers.environment as e; e.ROOT = pathlib.Path.cwd(); e.configure_git()"
-    subprocess.run([os.sys.executable, "-c", configure], cwd=folder, check=True, env=os.environ | {"PYTHONPATH": ""})
+    subprocess.run([sys.executable, "-c", configure], cwd=folder, check=True, env=os.environ | {"PYTHONPATH": ""})
     git(folder, "switch", "-qc", "my-task")
     for key, value in {**PERSON, "GIT_CONFIG_GLOBAL": os.devnull}.items():
         monkeypatch.setenv(key, value)
@@ -65,8 +66,8 @@ def clone(template, make, monkeypatch):
 
 @pytest.fixture
 def update(make, clone):
-    """Call `make update` in the clone, taking its environment as installed."""
-    return lambda *words: make("update", "-o", "env", *words, cwd=clone)
+    """Call `make update` in the clone."""
+    return lambda: make("update", cwd=clone)
 
 
 def publish(template: Path, *notebook_sources: str, message: str) -> None:

@@ -1,12 +1,16 @@
 """The house: requirements, lock, Makefile, notebooks and layout agree with each other."""
 
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import nbformat
 import pytest
@@ -15,7 +19,7 @@ from nbstripout import strip_output
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers.environment import configure_git, is_current
+from helpers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -57,10 +61,10 @@ def test_the_lock_holds_exact_plain_versions_and_names_no_host():
 
 
 def test_conda_environment_installs_the_project_and_its_python():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
-    (pip,) = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert environment["channels"] == ["conda-forge"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    plain = [entry for entry in conda["dependencies"] if isinstance(entry, str)]
+    (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
+    assert conda["channels"] == ["conda-forge"]
     assert f"python{PROJECT['requires-python']}" in plain and {"pip", "git", "make"} <= set(plain)
     assert pip == ["-e ."]
 
@@ -74,14 +78,55 @@ def test_help_is_the_default_and_explains_every_target(make):
     assert expected <= set(phony)
 
 
-def test_the_environment_of_the_tests_is_current_so_make_installs_nothing(make):
-    assert is_current(), "run the tests with `make test`"
-    assert make("env").stdout == ""
+def test_the_installation_is_done_once_and_again_when_requirements_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("pyproject.toml", "requirements.lock"):
+        (tmp_path / name).touch()
+    assert not environment.is_current()
+    record = tmp_path / "surya_course-0.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Name: surya-course\nVersion: 0\n")
+    (record / "RECORD").write_text(f"{record.name}/direct_url.json,,\n")
+    (record / "direct_url.json").write_text(json.dumps({"url": (tmp_path / "another clone").as_uri()}))
+    assert not environment.is_current()
+    (record / "direct_url.json").write_text(json.dumps({"url": tmp_path.as_uri()}))
+    assert environment.is_current()
+    for name in ("pyproject.toml", "requirements.lock"):
+        later = time.time() + 60
+        os.utime(tmp_path / name, (later, later))
+        assert not environment.is_current()
+        os.utime(tmp_path / name, (0, 0))
+
+
+@pytest.mark.parametrize(
+    "own, torch, pins, told",
+    [
+        (True, "2.13.0+cpu", ["-r", "requirements.lock"], "exact versions of requirements.lock"),
+        (False, None, ["-r", "requirements.lock"], "exact versions of requirements.lock"),
+        (False, "2.9.1+cu128", ["torch==2.9.1+cu128"], "its torch 2.9.1+cu128 stays"),
+    ],
+)
+def test_one_pip_call_never_brings_another_torch(monkeypatch, capsys, own, torch, pins, told):
+    def installed(name):
+        if torch is None:
+            raise PackageNotFoundError(name)
+        return torch
+
+    calls = []
+    monkeypatch.setattr(environment, "version", installed)
+    monkeypatch.setattr(
+        environment.subprocess, "run", lambda words, **_: calls.append(words) or CompletedProcess([], 0)
+    )
+    monkeypatch.setattr(environment.sys, "prefix", str(ROOT / ".venv" if own else ROOT / "elsewhere"))
+    assert environment.install() == 0
+    (words,) = calls
+    assert words[-len(pins) - 2 :] == [*pins, "-e", ".[dev]"]
+    assert told in capsys.readouterr().out
 
 
 def test_a_wrong_python_is_named(make, tmp_path):
-    for name in ("Makefile", "pyproject.toml"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     done = make("env", "PYTHON=no-such", cwd=tmp_path, VIRTUAL_ENV="", CONDA_PREFIX="")
     assert done.returncode and "needs Python 3.11 or newer" in done.stdout and "'no-such'" in done.stdout
 
@@ -100,8 +145,8 @@ def test_a_laptops_bare_conda_base_is_left_alone(make, tmp_path):
 
 def test_git_reads_notebooks_with_this_environment(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    monkeypatch.setattr("helpers.environment.ROOT", tmp_path)
-    configure_git()
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    environment.configure_git()
     value = subprocess.check_output(["git", "config", "--local", "filter.nbstripout.clean"], cwd=tmp_path, text=True)
     assert value.startswith(shlex.quote(sys.executable)) and "nbstripout" in value
 
