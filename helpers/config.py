@@ -50,6 +50,18 @@ class Paths(_Section):
     labels: str
 
 
+class Pretraining(_Section):
+    """How the tiny checkpoint is made (`python -m helpers.synthetic`)."""
+
+    seed: int
+    suns: Count
+    samples: Count
+    held_out: Count
+    epochs: Count
+    batch_size: Count
+    lr: Positive
+
+
 class Synthetic(_Section):
     """The synthetic Sun; `folder: null` means that all data is real."""
 
@@ -59,6 +71,7 @@ class Synthetic(_Section):
     visits: NotNegative
     hours_between_visits: Count
     workers: Count
+    pretraining: Pretraining
 
 
 class Data(_Section):
@@ -434,7 +447,7 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Pa
 
 
 def _expand(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill {seed}, {synthetic} and {labels} in paths; {shared} is left to helpers/shared.py, which knows the machine."""
+    """Fill {seed}, {synthetic} and {labels} in paths; {shared} is left to shared.py, which knows the machine."""
     folder = str(values.get("synthetic.folder")).replace("{seed}", str(values.get("synthetic.seed")))
     labels = str(values.get("paths.labels")).replace("{synthetic}", folder)
     names = {"{seed}": str(values.get("synthetic.seed")), "{synthetic}": folder, "{labels}": labels}

@@ -1,0 +1,410 @@
+"""The synthetic Sun: frames, flare labels, and the tiny Surya checkpoint pretrained on them.
+
+A rotating disk carries bipolar active regions that emerge, fluctuate and decay. The field strength of a region drives
+its brightness in the EUV channels; its heating, which also depends on how compact the bipole is, drives the hot
+channels (94, 131, 335) and, two hours later and with noise, the soft X-ray flux. Frames are written as NetCDF files in
+the layout of s3://nasa-surya-bench with an index, labels are hourly GOES classes: the real files, only smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5netcdf
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
+from helpers.config import Config, load_config
+from helpers.encoder import SuryaEncoder
+from helpers.heads import Specformer2D
+from helpers.shared import atomic_write, resolve
+
+DISK_RADIUS = 0.4  # of the image side, as in SDO images
+FLARE_DELAY_HOURS = 2.0  # the flux follows the field this much later
+FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
+QUIET_FLUX = 4e-7  # W/m^2, the background between flares (class B4)
+
+
+@dataclass(frozen=True)
+class _Response:
+    """How one EUV/UV channel answers, in DN: quiet disk, active region, corona beyond the limb."""
+
+    quiet: float
+    active: float
+    power: float  # of the field (or of the heating for hot channels)
+    hot: bool
+    limb: float  # > 0 brightens towards the limb (corona), < 0 darkens (photosphere)
+
+
+_RESPONSES = {
+    "aia94": _Response(0.6, 18, 1.2, True, 0.5),
+    "aia131": _Response(3.0, 70, 1.0, True, 0.5),
+    "aia171": _Response(90, 900, 0.7, False, 0.6),
+    "aia193": _Response(100, 1500, 0.9, False, 0.7),
+    "aia211": _Response(32, 600, 1.0, False, 0.7),
+    "aia304": _Response(26, 260, 0.8, False, 0.3),
+    "aia335": _Response(2.4, 40, 1.0, True, 0.6),
+    "aia1600": _Response(55, 160, 0.6, False, -0.6),
+}
+
+
+class SyntheticSun:
+    """A seeded Sun whose frames and X-ray flux can be asked for at any hour.
+
+    Args:
+        seed: two Suns with the same seed are equal, at any size.
+        hours: length of the life that is asked for; regions are born from 12 days before the start.
+    """
+
+    def __init__(self, seed: int, hours: float) -> None:
+        rng = np.random.default_rng([seed, 0])
+        span = hours + 12 * 24
+        count = rng.poisson(span / 24 * 1.4)  # 1.4 births a day over the whole sphere
+        self.seed = seed
+        self.birth = rng.uniform(-12 * 24, hours, count)  # hours
+        self.life = rng.uniform(2.5, 7.0, count) * 24  # e-folding time of the decay, hours
+        self.latitude = np.deg2rad(rng.uniform(8, 32, count) * rng.choice([-1, 1], count))
+        self.longitude = rng.uniform(-np.pi, np.pi, count)  # at birth; 0 is the central meridian, west positive
+        self.field = 700 * np.exp(rng.normal(0, 0.45, count))  # gauss, at the peak
+        self.compactness = np.exp(rng.normal(0, 0.5, count))  # close polarities store more energy
+        self.tilt = np.deg2rad(rng.normal(6, 8, count)) * np.sign(self.latitude)
+        self.size = rng.uniform(0.035, 0.06, count)  # of the solar radius
+        self.separation = self.size * 2.6 / np.sqrt(self.compactness)
+        self.period = rng.uniform(15, 70, (count, 3))  # hours; of the fluctuations
+        self.phase = rng.uniform(0, 2 * np.pi, (count, 3))
+        self.drift = rng.uniform(0, 2 * np.pi, 2)  # of the instrument's sensitivity
+        texture = rng.normal(size=(180, 360))
+        self.texture = sum(np.roll(texture, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 3
+
+    @staticmethod
+    def rotation(latitude: np.ndarray) -> np.ndarray:
+        """Synodic differential rotation in radians an hour (Snodgrass 1983, minus the Earth's motion)."""
+        s2 = np.sin(latitude) ** 2
+        return np.deg2rad(14.38 - 1.95 * s2 - 2.17 * s2**2 - 0.986) / 24
+
+    def regions(self, hour: float) -> dict[str, np.ndarray]:
+        """Of the regions alive at `hour`: longitude, latitude (rad), field (gauss), heating (1 for an average one)."""
+        age = hour - self.birth
+        alive = (age > 0) & (age < 4 * self.life)
+        age = age[alive]
+        rise = 1 - np.exp(-((age / 30) ** 2))
+        wave = np.sin(2 * np.pi * hour / self.period[alive] + self.phase[alive]).sum(1)
+        field = self.field[alive] * rise * np.exp(-age / self.life[alive] + 0.2 * wave)  # gauss
+        longitude = self.longitude[alive] + self.rotation(self.latitude[alive]) * age
+        return {
+            "index": np.flatnonzero(alive),
+            "longitude": (longitude + np.pi) % (2 * np.pi) - np.pi,
+            "latitude": self.latitude[alive],
+            "field": field,
+            "heating": (field / 700) ** 1.5 * self.compactness[alive],
+        }
+
+    def flux(self, hour: float, rng: np.random.Generator) -> float:
+        """Soft X-ray flux in W/m^2 at `hour`: from the regions on the visible side, FLARE_DELAY_HOURS earlier."""
+        now = self.regions(hour - FLARE_DELAY_HOURS)
+        visible = np.cos(now["latitude"]) * np.cos(now["longitude"]) > 0
+        flares = 1.5e-6 * (now["heating"][visible] ** 2).sum()
+        return float((QUIET_FLUX + flares) * 10 ** rng.normal(0, FLARE_NOISE_DEX))
+
+    def frame(self, hour: float, side: int) -> np.ndarray:
+        """All channels at `hour` as (13, side, side) float32 in physical units (DN, gauss, m/s); row 0 is the south."""
+        rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
+        disk = _disk(side)
+        field, cool, hot, radial = self._active(hour, disk)
+        shift = self.rotation(disk.latitude) * hour
+        rows = ((disk.latitude / np.pi + 0.5) * 179).astype(int)
+        columns = ((disk.longitude - shift) / (2 * np.pi) * 360).astype(int) % 360
+        quiet = 1 + 0.25 * self.texture[rows, columns]  # (side, side), network that turns with the surface
+        sensitivity = 1 + 0.15 * np.sin(2 * np.pi * hour / np.array([900, 2300]) + self.drift)
+        out = np.empty((len(CHANNELS), side, side), np.float32)
+        for c, name in enumerate(CHANNELS):
+            noise = rng.standard_normal((side, side), np.float32)
+            if name in _RESPONSES:
+                image = _euv(_RESPONSES[name], disk, quiet, cool, hot) * sensitivity[c % 2]
+                out[c] = np.maximum(image * (1 + 0.06 * noise), 0)
+            elif name == "hmi_v":
+                out[c] = np.where(disk.on, 1900 * disk.x + 180 * noise, 0)
+            else:
+                out[c] = np.where(disk.on, field[name] * (radial if name == "hmi_m" else 1) + 4 * noise, 0)
+        return _quantised(out)
+
+    def _active(self, hour: float, disk: _Disk) -> tuple[dict[str, np.ndarray], dict, dict, np.ndarray]:
+        """Field components (gauss) and brightness of cool and hot plasma, summed over the visible regions."""
+        shape = disk.x.shape
+        field = {name: np.zeros(shape, np.float32) for name in ("hmi_m", "hmi_bx", "hmi_by", "hmi_bz")}
+        cool = {power: np.zeros(shape, np.float32) for power in {r.power for r in _RESPONSES.values() if not r.hot}}
+        hot = {power: np.zeros(shape, np.float32) for power in {r.power for r in _RESPONSES.values() if r.hot}}
+        now = self.regions(hour)
+        for i, longitude, latitude, gauss, heating in zip(*now.values(), strict=True):
+            if np.cos(latitude) * np.cos(longitude) < -0.05:
+                continue
+            box, u, v = disk.tangent(longitude, latitude, self.tilt[i], 5 * (self.size[i] + self.separation[i]))
+            width, half = self.size[i], self.separation[i] / 2
+            lead, follow = (
+                np.exp(-((u + s * half) ** 2 + v**2) / (2 * (width * k) ** 2)) for s, k in ((-1, 0.8), (1, 1))
+            )
+            polarity = 1.0 if latitude > 0 else -1.0  # Hale's law
+            vertical = polarity * gauss * (lead - follow)
+            loops = np.exp(-(u**2) / (2 * (half + width) ** 2) - v**2 / (2 * (1.2 * width) ** 2))
+            sheared = 0.5 * polarity * gauss * loops
+            field["hmi_bz"][box] += vertical
+            field["hmi_m"][box] += vertical
+            field["hmi_bx"][box] -= sheared * np.cos(self.tilt[i])
+            field["hmi_by"][box] -= sheared * np.sin(self.tilt[i])
+            for power, image in cool.items():
+                image[box] += (gauss / 700) ** power * loops
+            for power, image in hot.items():
+                image[box] += heating**power * loops**2
+        return field, cool, hot, disk.z
+
+    def mask(self, hour: float, side: int) -> np.ndarray:
+        """True where |radial field| exceeds 100 gauss: the active regions, (side, side) bool."""
+        disk = _disk(side)
+        return disk.on & (np.abs(self._active(hour, disk)[0]["hmi_bz"]) > 100)
+
+
+class _Disk:
+    """Coordinates of every pixel on the unit sphere, seen from far away; x west, y north, z towards the observer."""
+
+    def __init__(self, side: int) -> None:
+        axis = ((np.arange(side) + 0.5) / side - 0.5) / DISK_RADIUS
+        self.x, self.y = (a.astype(np.float32) for a in np.meshgrid(axis, axis))
+        r2 = self.x**2 + self.y**2
+        self.on = r2 < 1
+        self.z = np.sqrt(np.clip(1 - r2, 0, None))
+        self.beyond = np.clip(np.sqrt(r2) - 1, 0, None)  # height above the limb in solar radii
+        self.latitude = np.arcsin(np.clip(self.y, -1, 1))
+        self.longitude = np.arctan2(self.x, np.maximum(self.z, 1e-3))
+        self.step = axis[1] - axis[0]
+
+    def tangent(
+        self, longitude: float, latitude: float, tilt: float, reach: float
+    ) -> tuple[tuple, np.ndarray, np.ndarray]:
+        """The box of pixels within `reach` of a point on the sphere, and coordinates along and across the axis."""
+        sin_lon, cos_lon, sin_lat, cos_lat = np.sin(longitude), np.cos(longitude), np.sin(latitude), np.cos(latitude)
+        side = self.x.shape[0]
+        edges = [
+            (
+                int(np.clip((c - reach) / self.step + side / 2, 0, side)),
+                int(np.clip((c + reach) / self.step + side / 2, 0, side)),
+            )
+            for c in (sin_lat, cos_lat * sin_lon)
+        ]
+        box = (slice(*edges[0]), slice(*edges[1]))
+        x, y, z = self.x[box], self.y[box], self.z[box]
+        west = x * cos_lon - z * sin_lon
+        north = -x * sin_lat * sin_lon + y * cos_lat - z * sin_lat * cos_lon
+        u, v = west * np.cos(tilt) + north * np.sin(tilt), north * np.cos(tilt) - west * np.sin(tilt)
+        return box, u, v
+
+
+_DISKS: dict[int, _Disk] = {}
+
+
+def _disk(side: int) -> _Disk:
+    if side not in _DISKS:
+        _DISKS[side] = _Disk(side)
+    return _DISKS[side]
+
+
+def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, cool: dict, hot: dict) -> np.ndarray:
+    corona = np.exp(-disk.beyond / 0.07)  # scale height 0.07 solar radii
+    if response.limb > 0:
+        limb = 1 + response.limb * (1 - disk.z) ** 2
+        surface = response.quiet * quiet * np.where(disk.on, limb, (1 + response.limb) * corona)
+    else:
+        surface = response.quiet * quiet * np.where(disk.on, 1 + response.limb * (1 - disk.z), 0)
+        corona = disk.on
+    active = (hot if response.hot else cool)[response.power]
+    return surface + response.active * active * corona
+
+
+def _quantised(image: np.ndarray) -> np.ndarray:
+    """Round to 1/16 of a unit, as an instrument would: noise beyond that only swells the files."""
+    return np.round(image * 16) / 16
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files in the layout of the public bucket
+# --------------------------------------------------------------------------------------------------------------------
+def ensure_synthetic(cfg: Config) -> Path | None:
+    """Write the synthetic frames, index and labels of this configuration, unless they are there.
+
+    Args:
+        cfg: `cfg.synthetic` says which Sun and where; with `folder: null` (real data) nothing happens.
+
+    Returns:
+        The folder with index.csv, flares.csv and YYYY/MM/YYYYMMDD_HHMM.nc, or None for real data.
+
+    Raises:
+        ValueError: the folder holds another Sun than the configuration asks for.
+    """
+    if cfg.synthetic.folder is None:
+        return None
+    folder = resolve(cfg, cfg.synthetic.folder)
+    made_by = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"}) | {"side": cfg.data.native_size}
+    stamp = folder / "synthetic.json"
+    if stamp.exists() and json.loads(stamp.read_text()) != made_by:
+        raise ValueError(
+            f"{folder} holds another synthetic Sun ({stamp.read_text()}) than the configuration asks for "
+            f"({json.dumps(made_by)}). Choose another synthetic.folder, or delete that one."
+        )
+    if (folder / "index.csv").exists():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_write(stamp) as temporary:
+        temporary.write_text(json.dumps(made_by))
+    start = pd.Timestamp(cfg.synthetic.start)
+    hours = np.add.outer(np.arange(cfg.synthetic.visits) * cfg.synthetic.hours_between_visits, [0, 1, 2]).ravel()
+    sun = SyntheticSun(cfg.synthetic.seed, float(hours[-1]) + 48)
+    lost = np.random.default_rng([sun.seed, 2]).random(len(hours)) < 0.01  # gaps, as in the real index
+    _write_frames(sun, start, hours[~lost], folder, cfg.data.native_size, cfg.synthetic.workers)
+    _write_labels(sun, start, int(hours[-1]) + 24, folder / "flares.csv")
+    times = [start + pd.Timedelta(hours=int(hour)) for hour in hours]
+    index = pd.DataFrame({"path": [_name(time) for time in times], "timestep": times, "present": (~lost).astype(int)})
+    with atomic_write(folder / "index.csv") as temporary:  # last: an index means that everything is there
+        index.to_csv(temporary, index=False, date_format="%Y-%m-%d %H:%M:%S")
+    return folder
+
+
+def _name(time: pd.Timestamp) -> str:
+    return time.strftime("%Y/%m/%Y%m%d_%H%M.nc")
+
+
+def _write_frames(
+    sun: SyntheticSun, start: pd.Timestamp, hours: np.ndarray, folder: Path, side: int, workers: int
+) -> None:
+    jobs = [(sun, int(hour), folder / _name(start + pd.Timedelta(hours=int(hour))), side) for hour in hours]
+    jobs = [job for job in jobs if not job[2].exists()]
+    with ProcessPoolExecutor(workers) as pool:
+        for _ in tqdm(pool.map(_write_frame, jobs, chunksize=4), "synthetic frames", len(jobs), unit="frame"):
+            pass
+
+
+def _write_frame(job: tuple[SyntheticSun, int, Path, int]) -> None:
+    sun, hour, path, side = job
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary, h5netcdf.File(temporary, "w") as file:
+        file.dimensions = {"y": side, "x": side}
+        for name, image in zip(CHANNELS, sun.frame(hour, side), strict=True):
+            variable = file.create_variable(
+                name, ("y", "x"), "f4", compression="gzip", compression_opts=1, shuffle=True
+            )
+            variable.attrs["units"] = UNITS[name]
+            variable[:] = image
+
+
+def _write_labels(sun: SyntheticSun, start: pd.Timestamp, hours: int, path: Path) -> None:
+    rng = np.random.default_rng([sun.seed, 3])
+    flux = np.array([sun.flux(hour, rng) for hour in range(hours)])
+    times = pd.date_range(start, periods=hours, freq="1h")
+    table = pd.DataFrame({"timestamp": times, "goes_class": [goes_class(f) for f in flux], "flux": flux})
+    with atomic_write(path) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.4e")
+
+
+def goes_class(flux: float) -> str:
+    """GOES class of a soft X-ray flux in W/m^2: 2.5e-5 -> "M2.5"."""
+    letter, unit = next(
+        (pair for pair in (("X", 1e-4), ("M", 1e-5), ("C", 1e-6), ("B", 1e-7)) if flux >= pair[1]), ("A", 1e-8)
+    )
+    return f"{letter}{flux / unit:.1f}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The tiny checkpoint
+# --------------------------------------------------------------------------------------------------------------------
+def pretrain(cfg: Config, path: Path) -> dict[str, float]:
+    """Pretrain the configured encoder on synthetic Suns with Surya's own pretext, the forecast of the next frame.
+
+    Args:
+        cfg: `model` (all 13 channels, two frames) and `synthetic.pretraining` are read.
+        path: the checkpoint to write: a flat float32 state_dict with the keys of the released one.
+
+    Returns:
+        Mean squared errors in normalised units on Suns that were not trained on: `before`, `after`, `persistence` (the
+        last frame stays) and `mean_frame` (the average training frame), and the `seconds` of training.
+    """
+    settings = cfg.synthetic.pretraining
+    torch.manual_seed(settings.seed)
+    frames = _forecast_samples(cfg, settings.samples, settings.seed)  # (N, 13, 3, H, W) normalised float16
+    held_out = _forecast_samples(cfg, settings.held_out, settings.seed + settings.suns)
+    mean_frame = frames[:, :, 2].float().mean(0)
+    model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
+    report = {"before": _forecast_error(model, held_out)}
+    started = time.perf_counter()
+    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.01)
+    steps = settings.epochs * (len(frames) // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, steps, pct_start=0.1)
+    model.train()
+    for _ in (bar := tqdm(range(settings.epochs), "pretraining", unit="epoch")):
+        for index in torch.randperm(len(frames))[: steps // settings.epochs * settings.batch_size].split(
+            settings.batch_size
+        ):
+            ts, future = frames[index, :, :2].float(), frames[index, :, 2].float()
+            loss = F.mse_loss(model({"ts": ts}), future)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    report |= {"seconds": time.perf_counter() - started, "after": _forecast_error(model, held_out)}
+    future = held_out[:, :, 2].float()
+    report["persistence"] = F.mse_loss(held_out[:, :, 1].float(), future).item()
+    report["mean_frame"] = F.mse_loss(mean_frame.expand_as(future), future).item()
+    state = {key.removeprefix("encoder."): value.detach().clone() for key, value in model.state_dict().items()}
+    state["embedding.pos_embed"] = (
+        model.encoder.embedding.pos_embed.clone()
+    )  # a function of the grid, but the release has it
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+    return report
+
+
+def _forecast_samples(cfg: Config, count: int, seed: int) -> Tensor:
+    """Frames at -60, 0 and +60 minutes of random hours of `suns` Suns, (count, 13, 3, H, W) normalised float16."""
+    suns = cfg.synthetic.pretraining.suns
+    jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.pooling) for i in range(count)]
+    with ProcessPoolExecutor(cfg.synthetic.workers) as pool:
+        samples = list(tqdm(pool.map(_forecast_sample, jobs, chunksize=8), "pretraining frames", count, unit="sample"))
+    return torch.from_numpy(np.stack(samples))
+
+
+def _forecast_sample(job: tuple[int, int, int, int]) -> np.ndarray:
+    seed, number, side, pooling = job
+    sun = SyntheticSun(10_000 + seed, 60 * 24)  # far from the seeds of the course
+    hour = np.random.default_rng([seed, number]).uniform(1, 59 * 24)
+    frames = torch.from_numpy(np.stack([sun.frame(hour + step, side) for step in (-1, 0, 1)], axis=1))  # (13, 3, N, N)
+    scaler = stack_scalers(load_scalers(), CHANNELS, trailing=3)
+    return normalise(F.avg_pool2d(frames, pooling), scaler).half().numpy()
+
+
+@torch.no_grad()
+def _forecast_error(model: Specformer2D, samples: Tensor) -> float:
+    model.eval()
+    errors = [F.mse_loss(model({"ts": s[:, :, :2].float()}), s[:, :, 2].float()) * len(s) for s in samples.split(16)]
+    return (sum(errors) / len(samples)).item()
+
+
+def main() -> None:
+    """Make the tiny checkpoint again: `python -m helpers.synthetic helpers/data/surya.tiny.pt`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("path", type=Path, help="the checkpoint to write")
+    report = pretrain(load_config(profile="tiny"), parser.parse_args().path)
+    for name, value in report.items():
+        print(f"{name:12s} {value:.4f}")
+
+
+if __name__ == "__main__":
+    main()

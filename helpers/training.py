@@ -1,0 +1,259 @@
+"""The training loop that both notebooks share: precision, accumulation, schedule, best epoch, early stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from helpers.config import Config
+from helpers.dataset import Loaders
+from helpers.metrics import METRICS, compute_metrics
+
+if TYPE_CHECKING:
+    from helpers.tracking import Run
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "mae": F.l1_loss,
+    "huber": F.smooth_l1_loss,
+}
+
+
+@dataclass
+class Predictions:
+    """What a model says of one split: prediction and target (N, K) in target units, and the N image times (ISO)."""
+
+    prediction: Tensor
+    target: Tensor
+    timestamps: list[str]
+
+    def metrics(self, cfg: Config) -> dict[str, float]:
+        """The metrics that the configuration names, plus tss and hss where it says what an event is."""
+        names = list(cfg.target.metrics)
+        if cfg.target.event_threshold is not None:
+            names += [name for name in ("tss", "hss") if name not in names]
+        return compute_metrics(self.prediction, self.target, names, cfg.target.event_threshold)
+
+    def table(self) -> pd.DataFrame:
+        """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
+        columns: dict[str, object] = {"timestamp": self.timestamps}
+        for k in range(self.target.shape[1]):
+            columns |= {f"target_{k}": self.target[:, k].numpy(), f"prediction_{k}": self.prediction[:, k].numpy()}
+        return pd.DataFrame(columns)
+
+    @classmethod
+    def from_table(cls, table: pd.DataFrame) -> Predictions:
+        """The way back from `table()`."""
+        values = {
+            kind: torch.tensor(table.filter(regex=rf"^{kind}_\d+$").to_numpy(), dtype=torch.float32)
+            for kind in ("prediction", "target")
+        }
+        return cls(values["prediction"], values["target"], [str(time) for time in table["timestamp"]])
+
+
+@dataclass
+class History:
+    """One row an epoch (epoch 0 is before training) and which epoch was kept."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped: str = ""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows as a table indexed by epoch."""
+        return pd.DataFrame(self.rows).set_index("epoch")
+
+
+def seed_everything(cfg: Config) -> None:
+    """Seed Python, NumPy and torch, so that new layers start the same in every run of this configuration."""
+    set_seed(cfg.seed)
+
+
+def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None) -> History:
+    """Train what requires a gradient and leave the model with the weights of its best epoch.
+
+    The model learns standardised targets, (target - mean) / std of the training split; losses are in those units,
+    metrics in target units. Epoch 0 is judged before any step, so a broken set-up shows at once.
+
+    Args:
+        model: takes the batch dict, returns (B, K).
+        loaders: of `helpers.dataset.make_loaders`.
+        cfg: `training` and `target` are read.
+        run: gets one row an epoch as it happens; None keeps the history in memory alone.
+
+    Returns:
+        The `History`; `history.table` has the learning rate, losses, validation metrics and seconds of each epoch.
+
+    Raises:
+        ValueError: nothing to train, or the model's output does not have the target's shape.
+        FloatingPointError: the loss is no longer finite; the message says what to change.
+    """
+    settings = cfg.training
+    accelerator = _accelerator(cfg)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=settings.lr)
+    inner = model  # accelerate may wrap it for several processes
+    model, optimizer, train = accelerator.prepare(model, optimizer, loaders.train)
+    steps = math.ceil(len(train) / settings.accumulation) * settings.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, _learning_rate_shape(cfg, steps))
+    key, better = cfg.target.metrics[0], METRICS[cfg.target.metrics[0]].higher_is_better
+    history, best, kept = History(), -math.inf, {}
+    bar = tqdm(range(settings.epochs + 1), "training", unit="epoch", disable=not accelerator.is_main_process)
+    try:
+        for epoch in bar:
+            started = time.perf_counter()
+            loss = _epoch(model, train, optimizer, schedule, loaders, cfg, accelerator) if epoch else math.nan
+            judged = _judge(model, loaders, "val", cfg, accelerator)
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss, **judged}
+            row["seconds"] = time.perf_counter() - started
+            history.rows.append(row)
+            if run is not None and accelerator.is_main_process:
+                run.log(row, step=epoch)
+            bar.set_postfix({"train loss": f"{loss:.3f}", f"val {key}": f"{row[f'val_{key}']:.3f}"})
+            score = row[f"val_{key}"] * (1 if better else -1)
+            if score > best:
+                best, history.best_epoch, kept = score, epoch, _trainable_copy(inner)
+            elif epoch - history.best_epoch >= settings.patience:
+                history.stopped = f"no better validation {key} for {settings.patience} epochs"
+                break
+    finally:
+        bar.close()
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the model its own forward back
+    inner.load_state_dict(kept, strict=False)
+    return history
+
+
+@torch.no_grad()
+def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Predictions:
+    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time."""
+    accelerator = _accelerator(cfg)
+    model = model.to(accelerator.device)
+    return _predictions(model, loaders, split, accelerator)
+
+
+def mean_prediction(loaders: Loaders, split: str) -> Predictions:
+    """The floor: the mean of the training targets for every sample of `split`."""
+    targets = loaders.targets()[split]
+    target = torch.tensor(targets.to_numpy(), dtype=torch.float32)  # (N, K)
+    return Predictions(loaders.target_mean.expand_as(target), target, [str(time) for time in targets.index])
+
+
+def metrics_table(found: Mapping[str, Predictions], cfg: Config) -> pd.DataFrame:
+    """One row for each entry of `found`, one column a metric."""
+    return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
+
+
+def _accelerator(cfg: Config) -> Accelerator:
+    """A fresh Accelerator: another cell of the same notebook may ask for another precision."""
+    AcceleratorState._reset_state()
+    precision = {"fp32": "no", "bf16": "bf16"}[cfg.training.precision]
+    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=cfg.training.accumulation)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay, vectors (biases, norms) do not."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError("No parameter of the model requires a gradient, so there is nothing to train.")
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
+    """Share of the learning rate at each optimiser step: a linear rise, then half a cosine or nothing."""
+    warmup = round(cfg.training.warmup * steps)
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if cfg.training.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+    return share
+
+
+def _epoch(
+    model: nn.Module,
+    train: torch.utils.data.DataLoader,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    loaders: Loaders,
+    cfg: Config,
+    accelerator: Accelerator,
+) -> float:
+    """One pass over the training split; the mean loss."""
+    model.train()
+    total, count = torch.zeros((), device=accelerator.device), 0
+    for batch in tqdm(train, "epoch", leave=False, unit="batch", disable=not accelerator.is_main_process):
+        with accelerator.accumulate(model):
+            loss = _loss(model(batch), batch["target"], loaders, cfg)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), cfg.training.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                schedule.step()
+        total += loss.detach() * len(batch["target"])
+        count += len(batch["target"])
+    mean = (total / count).item()
+    if not math.isfinite(mean):
+        raise FloatingPointError(
+            f"The training loss became {mean}. Lower training.lr (now {cfg.training.lr}) or lengthen training.warmup; "
+            "if it happens in the first epoch already, look for NaN in the inputs with one batch of the loader."
+        )
+    return mean
+
+
+def _loss(output: Tensor, target: Tensor, loaders: Loaders, cfg: Config) -> Tensor:
+    """Loss in standardised units; shapes must be equal, because broadcasting would hide a mistake."""
+    if output.shape != target.shape:
+        raise ValueError(
+            f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}. "
+            "For numbers, num_outputs of the head must be the number of labels.value_columns; check head.pooling too."
+        )
+    mean, std = (value.to(target.device) for value in (loaders.target_mean, loaders.target_std))
+    return LOSSES[cfg.target.loss](output.float(), (target - mean) / std)
+
+
+def _judge(model: nn.Module, loaders: Loaders, split: str, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
+    found = _predictions(model, loaders, split, accelerator)
+    scaled = (found.prediction - loaders.target_mean) / loaders.target_std
+    values = {"loss": float(_loss(scaled, found.target, loaders, cfg)), **found.metrics(cfg)}
+    return {f"{split}_{name}": value for name, value in values.items()}
+
+
+@torch.no_grad()
+def _predictions(model: nn.Module, loaders: Loaders, split: str, accelerator: Accelerator) -> Predictions:
+    model.eval()
+    outputs, targets, times = [], [], []
+    for batch in accelerator.prepare_data_loader(getattr(loaders, split)):
+        with accelerator.autocast():
+            output = model(batch).float()
+        output, target = accelerator.gather_for_metrics((output, batch["target"]))
+        outputs.append(output.cpu())
+        targets.append(target.cpu())
+        times += accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
+    prediction = torch.cat(outputs) * loaders.target_std + loaders.target_mean
+    return Predictions(prediction, torch.cat(targets), times)
+
+
+def _trainable_copy(model: nn.Module) -> dict[str, Tensor]:
+    """The trained weights alone: of a 366M model with LoRA that is a few per cent."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
