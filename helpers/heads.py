@@ -9,6 +9,7 @@ The class token follows arXiv:2010.11929.
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ class FeatureModel(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def fit_features(self, batches: Iterable[Batch], limit: int | None = None) -> "FeatureModel":
+    def fit_features(self, batches: Iterable[Batch], limit: int | None = None) -> Self:
         """Set the standardisation from (at most `limit`) batches of the training loader; returns the model.
 
         Deviations below a thousandth of the largest one count as that thousandth, so that a constant feature is not
