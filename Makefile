@@ -39,7 +39,7 @@ run-notebook: env  ## run NB=finetune from top to bottom [TASK=..] [PROFILE=..] 
 		$(if $(PROFILE),--profile "$(PROFILE)") --parameters "$$P"
 
 lab: env  ## open JupyterLab on the same environment
-	@"$(PY)" -m jupyterlab --notebook-dir=. $(ARGS)
+	@JUPYTER_PREFER_ENV_PATH=1 "$(PY)" -m jupyterlab --ServerApp.root_dir=. $(ARGS)
 
 test: env  ## run the tests [ARGS="tests/test_lora.py -k merge"]
 	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)

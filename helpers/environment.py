@@ -49,7 +49,7 @@ def install() -> int:
         torch, own = "", True
     pins = ["-r", "requirements.lock"] if own else [f"torch=={torch}"]
     print(
-        f"Installing the exact versions of requirements.lock into {sys.prefix}: two minutes and 2 GB, more with CUDA ..."
+        f"Installing the exact versions of requirements.lock into {sys.prefix}: two minutes, 2 GB (CUDA: more) ..."
         if own
         else f"Installing this course into the active environment {sys.prefix}; its torch {torch} stays ...",
         flush=True,
