@@ -15,7 +15,6 @@ import os
 import random
 import tempfile
 import time
-import uuid
 import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,9 +40,9 @@ from zarr.codecs import BloscCodec
 from helpers.channels import CHANNELS, UNITS, Scaler, check_channels, load_scalers, standardise, to_signed_log
 from helpers.config import Config, load_config
 from helpers.shared import (
-    DiskFullError,
     LockedError,
     atomic_write,
+    disk_errors,
     ensure_space,
     group_umask,
     is_writable,
@@ -395,7 +394,7 @@ def open_store(
     for name, scale in zip(attributes["channels"], attributes["scale_factors"], strict=True):
         if scalers and name in scalers and scalers[name].scale != scale:
             problems.append(
-                f"was built with the scale factor {scale} of {name}, but the scalers say {scalers[name].scale}"
+                f"was built with the scale factor {scale} of {name}, but data.scalers has {scalers[name].scale}"
             )
     if problems:
         raise ValueError(
@@ -434,9 +433,19 @@ def _mark(path: Path, row: int) -> Path:
 
 def _create(path: Path, channels: Sequence[str], pooling: int, native_size: int, scalers: dict, source: str) -> None:
     """Make an empty store under another name and move it into place."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    make_folder(path.parent)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        _fill_metadata(zarr.create_group(temporary), channels, pooling, native_size, scalers, source)
+        _consolidate(temporary)
+        os.rename(temporary, path)
+
+
+def _fill_metadata(
+    group: zarr.Group, channels: Sequence[str], pooling: int, native_size: int, scalers: dict, source: str
+) -> None:
+    """The attributes and the empty arrays of a store."""
     side = native_size // pooling
-    group = zarr.create_group(temporary)
     group.attrs.update(
         title="Solar Dynamics Observatory frames, reduced",
         space="signed-log: y = sign(x s) log(1 + |x s|) of the physical value x, s in scale_factors",
@@ -463,8 +472,6 @@ def _create(path: Path, channels: Sequence[str], pooling: int, native_size: int,
     group.create_array("done", chunks=(1,), dtype="u1", compressors=None, **time_axis)
     names = group.create_array("channel", shape=(len(channels),), dtype=str, dimension_names=("channel",))
     names[:] = np.array(channels, dtype=object)
-    _consolidate(temporary)
-    os.rename(temporary, path)
 
 
 def _grow(path: Path, times: np.ndarray) -> dict[datetime, int]:
@@ -595,8 +602,7 @@ def build_store(
     index = read_index(index_csv, source)
     table = _within(index.table, between)
     report = BuildReport(path, missing=index.missing, notes=index.notes)
-    make_folder(_build_folder(path))
-    with item_lock(_build_folder(path) / "store"), group_umask(path.parent):
+    with disk_errors(path), group_umask(path.parent), item_lock(_build_folder(path) / "store"):
         if not (path / "zarr.json").is_file():
             side = native_size or _side_of_first(table["path"], check_channels(channels), source)
             _create(path, check_channels(channels), pooling, side, scalers, str(index_csv))
@@ -613,7 +619,8 @@ def build_store(
     if tasks:
         size = len(tasks) * len(store.stored_channels) * store.side**2 * 2 * COMPRESSED
         ensure_space(path, size, reserve_gb, what=f"{len(tasks)} frames")
-        with group_umask(path.parent), _one_torch_thread():  # once around all threads: both belong to the process
+        # umask and torch threads belong to the process: set once here, around all threads of the build
+        with disk_errors(path), group_umask(path.parent), _one_torch_thread():
             _collect(_results(tasks, workers, dask_address), report, len(tasks), progress)
             _record(report)
     report.seconds = time.perf_counter() - started
@@ -666,17 +673,13 @@ def _build_frame(task: _Task, wait: bool = False) -> _Result:
             with local_copy(task.url, task.source) as path:
                 size = path.stat().st_size if path.exists() else 0
                 frame, error = reduce_frame(path, task.channels, task.pooling, task.scalers, task.native_size)
-            _write(task, frame)
+            with disk_errors(task.store):
+                _write(task, frame)
             return _Result(task, "built", size, error)
     except LockedError:
         return _Result(task, "busy")
     except FrameError as error:
         return _Result(task, str(error))
-    except DiskFullError:
-        raise
-    except OSError as error:
-        raise_if_full(error, task.store)
-        raise
 
 
 def _write(task: _Task, frame: np.ndarray) -> None:
@@ -726,7 +729,8 @@ def _on_cluster(tasks: list[_Task], workers: int, address: str | None) -> Iterat
     step = min(8, 1 + len(tasks) // 500)
     batches = [tasks[i : i + step] for i in range(0, len(tasks), step)]
     # threads: decompressing, averaging and writing leave Python's lock alone, and processes take longer to start
-    local = {"processes": False, "n_workers": 1, "threads_per_worker": workers, "dashboard_address": None}
+    local = {"processes": False, "n_workers": 1, "threads_per_worker": workers}
+    local |= {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}  # for nobody else
     with LocalCluster(**local) if not address else nullcontext(address) as cluster, Client(cluster) as client:
         for _, results in as_completed(client.map(_build_batch, batches, pure=False), with_results=True):
             yield from results

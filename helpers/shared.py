@@ -277,6 +277,18 @@ def raise_if_full(error: BaseException, path: Path) -> None:
         error = error.__cause__ or error.__context__
 
 
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """While inside, "no space left" is told as a DiskFullError about the disk of `path`."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        raise_if_full(error, Path(path))
+        raise
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files that appear whole, with the modes of the folder
 # --------------------------------------------------------------------------------------------------------------------
