@@ -125,11 +125,12 @@ def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
     """Times in any ISO format as datetime64[s] in UTC without a zone; an error names the row of the file."""
+    text = column.astype("string")  # a column of numbers would be taken for nanoseconds since 1970
     try:
-        times = pd.to_datetime(column, utc=True, format="ISO8601")
+        times = pd.to_datetime(text, utc=True, format="ISO8601")
     except (ValueError, TypeError):
-        parsed = pd.to_datetime(column, utc=True, format="ISO8601", errors="coerce")
-        row = int(np.flatnonzero(parsed.isna())[0])
+        parsed = pd.to_datetime(text, utc=True, format="ISO8601", errors="coerce")
+        row = int(np.flatnonzero(parsed.isna() & text.notna())[0])
         raise ValueError(
             f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is not a time. '
             f"Write times like 2014-01-07 18:00:00 (UTC)."

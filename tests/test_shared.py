@@ -1,0 +1,326 @@
+"""The shared folder, the weights in it, free space, and writing side by side."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from helpers import shared
+from helpers.shared import (
+    DiskFullError,
+    LockedError,
+    atomic_write,
+    biggest_folders,
+    ensure_space,
+    find_checkpoint,
+    item_lock,
+    make_folder,
+    resolve,
+    shared_folder,
+)
+
+ROOT = Path(__file__).parents[1]
+HF = "hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt"
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine where nothing is set; returns a function that makes a config for it."""
+    for name in ("SURYA_SHARED", "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shared, "_found", {})
+
+    def config(folder=None, checkpoint=None, reserve_gb=0.0):
+        paths = SimpleNamespace(shared=folder and str(folder), reserve_gb=reserve_gb)
+        return SimpleNamespace(paths=paths, root=tmp_path, model=SimpleNamespace(checkpoint=checkpoint))
+
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+def test_the_order_is_config_then_environment_then_cache(machine, tmp_path, monkeypatch, capsys):
+    assert shared_folder(machine()).path == tmp_path / "cache/surya-course"
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    assert shared_folder(machine()).path == tmp_path / "hf/surya-course"
+    monkeypatch.setenv("SURYA_SHARED", str(tmp_path / "env"))
+    assert shared_folder(machine()).path == tmp_path / "env/surya-course"
+    found = shared_folder(machine(tmp_path / "config"))
+    assert found.path == tmp_path / "config/surya-course" and found.hub == tmp_path / "config/hub"
+    shared_folder(machine(tmp_path / "config"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4  # one a folder, however often it is asked for
+    for line, why in zip(lines, ("your own cache", "HF_HOME", "SURYA_SHARED", "paths.shared"), strict=True):
+        assert why in line and "GB free" in line
+
+
+def test_a_disk_that_is_not_mounted_is_said(machine, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist, nor does .*Is the disk mounted.*Correct paths.shared"):
+        shared_folder(machine(tmp_path / "not/mounted"))
+
+
+def test_paths_are_resolved(machine, tmp_path):
+    cfg = machine(tmp_path / "s")
+    assert resolve(cfg, "{shared}/frames") == tmp_path / "s/surya-course/frames"
+    assert resolve(cfg, "runs") == tmp_path / "runs" and resolve(cfg, "/x/y") == Path("/x/y")
+    assert resolve(cfg, "s3://bucket/index.csv") == "s3://bucket/index.csv"
+    assert resolve(cfg, "~/x") == Path.home() / "x"
+    with pytest.raises(ValueError, match="holds {share}, which stands for nothing"):
+        resolve(cfg, "{share}/frames")
+
+
+READ_ONLY = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from helpers.shared import resolve, shared_folder
+cfg = SimpleNamespace(paths=SimpleNamespace(shared=sys.argv[1], reserve_gb=0), root=Path())
+print(shared_folder(cfg).writable, resolve(cfg, "{shared}/old"), resolve(cfg, "{shared}/old", write=True),
+      resolve(cfg, "{shared}/new"), sep="|")
+"""
+
+
+def test_a_read_only_shared_folder_is_read_and_a_private_one_written(machine, tmp_path):
+    folder = tmp_path / "s/surya-course"
+    (folder / "old").mkdir(parents=True)
+    command = [sys.executable, "-c", READ_ONLY, str(tmp_path / "s")]
+    if os.geteuid() == 0:  # root may write anywhere but on a disk that is mounted read-only
+        mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+        command = ["unshare", "-rm", "sh", "-c", mount, str(tmp_path / "s"), *command]
+        if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip("root, and mounting is not allowed")
+    else:
+        folder.chmod(0o555)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line, answer = done.stdout.splitlines()
+    own = tmp_path / "cache/surya-course"
+    assert "read-only for you: new files go to" in line
+    assert answer == f"False|{folder}/old|{own}/old|{own}/new"
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+def test_a_local_checkpoint_and_a_missing_one(machine, tmp_path):
+    (tmp_path / "tiny.pt").touch()
+    assert find_checkpoint(machine(checkpoint="tiny.pt")) == tmp_path / "tiny.pt"
+    assert find_checkpoint(machine(checkpoint=None)) is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pt .model.checkpoint.*hf://nasa-ibm"):
+        find_checkpoint(machine(checkpoint="none.pt"))
+
+
+def test_weights_that_someone_downloaded_are_found(machine, tmp_path):
+    repository = tmp_path / "s/hub/models--nasa-ibm-ai4science--Surya-1.0"
+    (repository / "snapshots/abc").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    (repository / "snapshots/abc/surya.366m.v1.pt").write_text("weights")
+    found = find_checkpoint(machine(tmp_path / "s", HF))
+    assert found.read_text() == "weights" and found.is_relative_to(tmp_path / "s/hub")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as a download needs; `repository` chooses how it behaves."""
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        if "gated" in self.path:
+            headers = {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to model is restricted"}
+            return self._say(403, headers)
+        if "absent" in self.path:
+            return self._say(404, {"X-Error-Code": "RepoNotFound"})
+        if "nofile" in self.path:
+            return self._say(404, {"X-Error-Code": "EntryNotFound"})
+        size = 10**16 if "huge" in self.path else 7
+        self._say(200, {"ETag": '"e7"', "X-Repo-Commit": "abc", "Content-Length": str(size)})
+
+    def do_GET(self):
+        self._say(200, {"ETag": '"e7"', "X-Repo-Commit": "abc", "Content-Length": "7"})
+        self.wfile.write(b"weights")
+
+    def _say(self, status, headers):
+        self.send_response(status)
+        for key, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(key, value)
+        self.end_headers()
+
+
+ASK = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from helpers.shared import find_checkpoint
+for name in sys.argv[2:]:
+    paths = SimpleNamespace(shared=sys.argv[1], reserve_gb=0.0)
+    try:
+        print(find_checkpoint(SimpleNamespace(paths=paths, root=Path(), model=SimpleNamespace(checkpoint=name))))
+    except OSError as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_downloads_and_what_stands_in_their_way(machine, tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    quiet = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def ask(endpoint, *names):
+        (tmp_path / "s").mkdir(exist_ok=True)
+        command = [sys.executable, "-c", ASK, str(tmp_path / "s"), *(f"hf://someone/{name}/w.pt" for name in names)]
+        environment = os.environ | quiet | {"HF_ENDPOINT": endpoint}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[1:]
+
+    here = f"http://127.0.0.1:{server.server_port}"
+    good, gated, absent, nofile, huge = ask(here, "good", "gated", "absent", "nofile", "huge")
+    server.shutdown()
+    server.server_close()
+    assert Path(good).read_text() == "weights" and Path(good).is_relative_to(tmp_path / "s/hub")
+    assert gated.startswith("PermissionError someone/gated is gated. Accept its terms")
+    assert absent.startswith("FileNotFoundError The Hugging Face hub has no w.pt in someone/absent")
+    assert nofile.startswith("FileNotFoundError The Hugging Face hub has no w.pt in someone/nofile")
+    assert huge.startswith("DiskFullError Writing w.pt takes 10000000.00 GB, but the disk of")
+    again, offline = ask("http://127.0.0.1:9", "good", "other")
+    assert again == good  # the cache answers without network
+    assert "could not be downloaded" in offline and "hf download someone/other w.pt" in offline
+
+
+# ---------------------------------------------------------------------------------------------------- space
+def test_the_biggest_folders_are_named_before_anything_is_written(tmp_path):
+    for name, size in {"frames/a.zarr": 300_000, "frames/b.zarr": 200_000, "synthetic/sun": 100_000}.items():
+        (tmp_path / "surya-course" / name / "c").mkdir(parents=True)
+        (tmp_path / "surya-course" / name / "c/data").write_bytes(os.urandom(size))
+    folders, complete = biggest_folders(tmp_path)
+    names = [str(folder.relative_to(tmp_path)) for folder, _ in folders]
+    assert complete and names[0] == "surya-course"
+    assert names.index("surya-course/frames/a.zarr") < names.index("surya-course/frames/b.zarr")
+    with pytest.raises(
+        DiskFullError, match=r"Writing 9 frames takes 5\.00 GB, .* 1000000\.00 GB are to remain"
+    ) as error:
+        ensure_space(tmp_path / "surya-course/frames/c.zarr", 5e9, 1e6, what="9 frames")
+    assert "frames/a.zarr (0.00 GB)" in str(error.value) and error.value.errno == errno.ENOSPC
+    ensure_space(tmp_path / "surya-course/frames/c.zarr", 1, 0)
+    assert biggest_folders(tmp_path, seconds=-1)[1] is False
+
+
+# ---------------------------------------------------------------------------------------------------- atomic files
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep/er/table.csv"
+    with atomic_write(path) as temporary:
+        temporary.write_text("first")
+        assert not path.exists() and temporary.suffix == ".csv"
+    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "first" and os.listdir(path.parent) == ["table.csv"]
+    with pytest.raises(DiskFullError, match="became full"), atomic_write(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "first"
+
+
+def test_modes_follow_the_folder(tmp_path):
+    for mode, writable in ((0o775, True), (0o755, False)):
+        folder = tmp_path / oct(mode)
+        folder.mkdir()
+        folder.chmod(mode)
+        with atomic_write(make_folder(folder / "a/b") / "file") as temporary:
+            temporary.touch()
+        for path in (folder / "a", folder / "a/b", folder / "a/b/file"):
+            assert bool(path.stat().st_mode & 0o020) == writable, path
+
+
+# ---------------------------------------------------------------------------------------------------- locks
+def test_a_lock_is_exclusive_and_is_given_back(tmp_path):
+    with item_lock(tmp_path / "item") as lock:
+        assert not lock.lost
+        with pytest.raises(LockedError, match=f"item is being worked on by process {os.getpid()} on "):
+            item_lock(tmp_path / "item", timeout_s=0.1).__enter__()
+    with item_lock(tmp_path / "item", timeout_s=0):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+HOLD = """
+import sys, time
+from helpers.shared import item_lock
+with item_lock(sys.argv[1], stale_s=float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def _hold(path, stale_s=120.0, seconds=60.0):
+    command = [sys.executable, "-c", HOLD, str(path), str(stale_s), str(seconds)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path):
+    process = _hold(tmp_path / "item")
+    with pytest.raises(LockedError):
+        item_lock(tmp_path / "item", timeout_s=0).__enter__()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    with item_lock(tmp_path / "item", timeout_s=5):
+        pass
+
+
+def test_on_another_machine_only_the_missing_heartbeat_tells(tmp_path, monkeypatch):
+    process = _hold(tmp_path / "item", stale_s=1.0, seconds=60)
+    monkeypatch.setattr(shared, "_machine", lambda: "elsewhere")
+    with pytest.raises(LockedError):  # it beats every eighth of stale_s
+        item_lock(tmp_path / "item", timeout_s=2.5, stale_s=1.0).__enter__()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    started = time.monotonic()
+    with item_lock(tmp_path / "item", timeout_s=20, stale_s=1.0):
+        assert time.monotonic() - started > 0.5
+
+
+def test_an_owner_that_was_thought_dead_notices(tmp_path, monkeypatch):
+    with item_lock(tmp_path / "item") as sleeping:
+        os.utime(sleeping.owner_file, (0, 0))  # as if it had not run for years
+        with item_lock(tmp_path / "item", timeout_s=0) as successor:
+            assert sleeping.lost and not successor.lost
+            sleeping.release()
+            assert not successor.lost  # giving back what is lost does no harm
+
+
+CONTEND = """
+import json, os, sys
+from helpers.shared import item_lock
+folder, rounds = sys.argv[1], int(sys.argv[2])
+for _ in range(rounds):
+    with item_lock(folder + "/item"):
+        count = json.loads(open(folder + "/count").read())
+        inside = os.open(folder + "/inside", os.O_CREAT | os.O_EXCL)
+        open(folder + "/count", "w").write(json.dumps(count + 1))
+        os.close(inside)
+        os.unlink(folder + "/inside")
+"""
+
+
+def test_many_contenders_for_a_dead_owner_s_lock_never_hold_it_together(tmp_path):
+    process = _hold(tmp_path / "item")
+    (tmp_path / "count").write_text("0")
+    command = [sys.executable, "-c", CONTEND, str(tmp_path), "15"]
+    contenders = [subprocess.Popen(command, cwd=ROOT) for _ in range(3)]
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert [contender.wait() for contender in contenders] == [0, 0, 0]
+    assert json.loads((tmp_path / "count").read_text()) == 45
+    assert sorted(os.listdir(tmp_path)) == ["count"]
