@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-from helpers.channels import UNITS, colormap
+from helpers.channels import UNITS, Scaler, colormap, normalise, standardise, to_signed_log
 from helpers.config import Config
 from helpers.training import History, Predictions
 
@@ -152,6 +153,122 @@ def plot_sensitivity(physical: Tensor | np.ndarray, channels: Sequence[str], sen
     bars.set_yticks(np.arange(len(channels)), channels, fontsize=8)
     bars.invert_yaxis()
     bars.set_title("share of each channel", fontsize=9)
+    return fig
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The data notebook
+# --------------------------------------------------------------------------------------------------------------------
+def plot_index(times: pd.Series, cfg: Config) -> Figure:
+    """How many frames the index has in each month, and which split they fall into.
+
+    Args:
+        times: UTC times of the frames that are present.
+    """
+    fig, axis = plt.subplots(figsize=(11, 2.6), layout="constrained")
+    counts = times.dt.to_period("M").value_counts().sort_index()
+    axis.bar(counts.index.to_timestamp(), counts, width=counts.index.days_in_month, align="edge", fc="0.75", ec="w")
+    for split, color in SPLIT_COLORS.items():
+        start, end = map(pd.Timestamp, getattr(cfg.split, split))
+        count = int(((times >= start) & (times < end)).sum())
+        axis.axvspan(start, end, color=color, alpha=0.25, lw=0, label=f"{split}: {count} frames")
+    axis.set(ylabel="frames a month", title="frames in the index, and the splits")
+    axis.legend(fontsize=8, ncols=3)
+    return fig
+
+
+def plot_three_spaces(physical: Mapping[str, np.ndarray], scalers: Mapping[str, Scaler]) -> Figure:
+    """The same pixels in physical, signed-log and normalised values: a row a channel, a column a space.
+
+    Args:
+        physical: channel name to its image (H, W) in physical units. Colours are linear in the values of each space;
+            for signed channels the middle of the colour map stands for a physical zero.
+        scalers: the normalisation of each channel.
+    """
+    rows = len(physical)
+    fig, axes = plt.subplots(rows, 3, figsize=(10.5, 3.1 * rows), squeeze=False, layout="constrained")
+    for row, (name, image) in zip(axes, physical.items(), strict=True):
+        zeros = _in_three_spaces(np.zeros(1, np.float32), scalers[name])
+        titles = f"{name}: physical [{UNITS[name]}]", "signed-log", "normalised"
+        for axis, values, zero, title in zip(row, _in_three_spaces(image, scalers[name]), zeros, titles, strict=True):
+            low, high = np.percentile(values, [0.1, 99.95])
+            if not name.startswith("aia"):
+                reach = max(high - zero[0], zero[0] - low)
+                low, high = zero[0] - reach, zero[0] + reach
+            shown = axis.imshow(values, origin="lower", cmap=colormap(name), vmin=low, vmax=high)
+            fig.colorbar(shown, ax=axis, shrink=0.85)
+            axis.set_title(title, fontsize=9)
+            axis.axis("off")
+    return fig
+
+
+def plot_distributions(physical: Mapping[str, np.ndarray], scalers: Mapping[str, Scaler]) -> Figure:
+    """How the pixels of every channel are distributed in each of the three spaces (at most 256 x 256 of them are used).
+
+    Args:
+        physical: channel name to its image (H, W) in physical units.
+        scalers: the normalisation of each channel.
+    """
+    fig, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    fields = {"hmi_m": "k", "hmi_bx": "tab:purple", "hmi_by": "tab:pink", "hmi_bz": "0.5", "hmi_v": "tab:red"}
+    for name, image in physical.items():
+        step = -(-image.shape[-1] // 256)
+        color = fields.get(name) or colormap(name)(0.65)
+        for axis, values in zip(axes, _in_three_spaces(image[::step, ::step], scalers[name]), strict=True):
+            ends = np.arcsinh(np.percentile(values, [0.05, 99.95]))
+            edges = np.sinh(np.linspace(*ends, 50))  # narrow bins near zero, wide ones far from it
+            shares = np.histogram(values, edges)[0] / values.size
+            axis.stairs(shares, edges, color=color, lw=1.2, ls="--" if name in fields else "-", label=name)
+    for axis, title in zip(axes, ("physical [DN, G, m/s]", "signed-log", "normalised"), strict=True):
+        axis.set(title=title, yscale="log")
+    axes[0].set_ylabel("share of the pixels")
+    axes[0].set_xscale("symlog", linthresh=10)
+    axes[2].set_xscale("symlog", linthresh=3)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return fig
+
+
+def _in_three_spaces(physical: np.ndarray, scaler: Scaler) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return physical, to_signed_log(physical, scaler), normalise(physical, scaler)
+
+
+def brightest_box(image: Tensor, side: int) -> tuple[slice, slice]:
+    """Rows and columns of a square of `side` pixels around the place where |image| (H, W) is largest on average."""
+    step = side // 8
+    blocks = avg_pool2d(image.abs()[None, None], step)[0, 0]  # (H / step, W / step)
+    row, column = divmod(int(blocks.argmax()), blocks.shape[1])
+    starts = [min(max(n - 4, 0), count - 8) * step for n, count in zip((row, column), blocks.shape, strict=True)]
+    return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
+
+
+def plot_pooling_effect(region: Tensor, name: str, factors: Sequence[int], scaler: Scaler) -> Figure:
+    """A region averaged over more and more pixels, and what goes wrong when the logarithm is taken before the average.
+
+    Args:
+        region: (H, W) physical values of the channel `name`; each of `factors` divides H and W.
+        factors: sides of the squares that are averaged, in pixels.
+        scaler: the normalisation of the channel; the lower row is in normalised units.
+    """
+
+    def pooled(values: Tensor, factor: int) -> Tensor:
+        return avg_pool2d(values[None, None], factor)[0, 0]  # (H / factor, W / factor)
+
+    fig, axes = plt.subplots(2, len(factors), figsize=(2.7 * len(factors), 5.8), layout="constrained", squeeze=False)
+    images = [pooled(region, factor) for factor in factors]
+    wrong = [standardise(pooled(to_signed_log(region, scaler), factor), scaler) for factor in factors]
+    errors = [other - normalise(image, scaler) for other, image in zip(wrong, images, strict=True)]
+    worst = max(error.abs().max().item() for error in errors) or 1.0
+    top = region.abs().max().item()
+    for (upper, lower), factor, image, error in zip(axes.T, factors, images, errors, strict=True):
+        low = 0 if name.startswith("aia") else -top
+        upper.imshow(image, origin="lower", cmap=colormap(name), vmin=low, vmax=top)
+        upper.set_title(f"pooling {factor}: {image.min():.0f} to {image.max():.0f} {UNITS[name]}", fontsize=9)
+        shown = lower.imshow(error, origin="lower", cmap="RdBu_r", vmin=-worst, vmax=worst)
+        lower.set_title(f"log first: off by up to {error.abs().max():.2f}", fontsize=9)
+        upper.axis("off")
+        lower.axis("off")
+    fig.colorbar(shown, ax=axes[1], shrink=0.8, label="normalised units")
+    fig.suptitle(f"{name}, one active region", fontsize=10)
     return fig
 
 
