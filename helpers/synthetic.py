@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
 from helpers.config import Config, load_config
@@ -32,7 +32,10 @@ from helpers.shared import atomic_write, resolve
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
 FLARE_DELAY_HOURS = 2.0  # the flux follows the field this much later
 FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
-QUIET_FLUX = 4e-7  # W/m^2, the background between flares (class B4)
+QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
+VERSION = (
+    1  # of the Sun drawn here; raise it when frames or labels change, so that old files are not taken for new ones
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class SyntheticSun:
         self.separation = self.size * 2.6 / np.sqrt(self.compactness)
         self.period = rng.uniform(15, 70, (count, 3))  # hours; of the fluctuations
         self.phase = rng.uniform(0, 2 * np.pi, (count, 3))
-        self.drift = rng.uniform(0, 2 * np.pi, 2)  # of the instrument's sensitivity
+        self.quiet_period = rng.uniform(20, 80, len(_RESPONSES)) * 24  # hours; of the quiet corona's brightness
+        self.quiet_phase = rng.uniform(0, 2 * np.pi, len(_RESPONSES))
         texture = rng.normal(size=(180, 360))
         self.texture = sum(np.roll(texture, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 3
 
@@ -113,7 +117,7 @@ class SyntheticSun:
         """Soft X-ray flux in W/m^2 at `hour`: from the regions on the visible side, FLARE_DELAY_HOURS earlier."""
         now = self.regions(hour - FLARE_DELAY_HOURS)
         visible = np.cos(now["latitude"]) * np.cos(now["longitude"]) > 0
-        flares = 1.5e-6 * (now["heating"][visible] ** 2).sum()
+        flares = 3.5e-6 * (now["heating"][visible] ** 2).sum()
         return float((QUIET_FLUX + flares) * 10 ** rng.normal(0, FLARE_NOISE_DEX))
 
     def frame(self, hour: float, side: int) -> np.ndarray:
@@ -125,12 +129,12 @@ class SyntheticSun:
         rows = ((disk.latitude / np.pi + 0.5) * 179).astype(int)
         columns = ((disk.longitude - shift) / (2 * np.pi) * 360).astype(int) % 360
         quiet = 1 + 0.25 * self.texture[rows, columns]  # (side, side), network that turns with the surface
-        sensitivity = 1 + 0.15 * np.sin(2 * np.pi * hour / np.array([900, 2300]) + self.drift)
+        level = 1 + 0.2 * np.sin(2 * np.pi * hour / self.quiet_period + self.quiet_phase)  # (8,), one a channel
         out = np.empty((len(CHANNELS), side, side), np.float32)
         for c, name in enumerate(CHANNELS):
             noise = rng.standard_normal((side, side), np.float32)
             if name in _RESPONSES:
-                image = _euv(_RESPONSES[name], disk, quiet, cool, hot) * sensitivity[c % 2]
+                image = _euv(_RESPONSES[name], disk, quiet * level[c], cool, hot)
                 out[c] = np.maximum(image * (1 + 0.06 * noise), 0)
             elif name == "hmi_v":
                 out[c] = np.where(disk.on, 1900 * disk.x + 180 * noise, 0)
@@ -252,7 +256,10 @@ def ensure_synthetic(cfg: Config) -> Path | None:
     if cfg.synthetic.folder is None:
         return None
     folder = resolve(cfg, cfg.synthetic.folder)
-    made_by = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"}) | {"side": cfg.data.native_size}
+    made_by = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"}) | {
+        "side": cfg.data.native_size,
+        "version": VERSION,
+    }
     stamp = folder / "synthetic.json"
     if stamp.exists() and json.loads(stamp.read_text()) != made_by:
         raise ValueError(

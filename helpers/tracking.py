@@ -23,6 +23,7 @@ import yaml
 
 from helpers.config import Config
 from helpers.shared import atomic_write, resolve
+from helpers.training import Predictions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -204,6 +205,33 @@ def latest_run(runs: str | Path, **wanted: str | None) -> dict[str, Any] | None:
     """The last finished run that `list_runs` would show for the same arguments, as a dict; None if there is none."""
     table = list_runs(runs, **wanted)
     return None if table.empty else table.iloc[-1].dropna().to_dict()
+
+
+def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions]]:
+    """The latest finished run of each experiment on the very data of `cfg`, for a fair comparison.
+
+    Two runs are comparable when task, profile, labels, target, split and input channels are equal; how the model is
+    built and trained may differ.
+
+    Returns:
+        One row an experiment with its name and metrics, and its predictions of the test split.
+    """
+    table = list_runs(runs_folder(cfg), task=cfg.task, profile=cfg.profile)
+    same = [yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) for folder in table["folder"]]
+    mine = yaml.safe_load(yaml.safe_dump(cfg.to_dict()))
+    table = table[[all(_data(other)[key] == value for key, value in _data(mine).items()) for other in same]]
+    latest = table.groupby("experiment").tail(1).set_index("experiment")
+    files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
+    found = {name: Predictions.from_table(pd.read_csv(file)) for name, file in files.items() if file.exists()}
+    metrics = [name for name in latest if name not in (*_OWN, "folder")]
+    return latest[["name", *metrics]], found
+
+
+def _data(config: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for two runs to be comparable."""
+    data, training = config["data"], config["training"]
+    frames = {key: data[key] for key in ("index", "channels", "native_size", "pooling", "offsets_minutes")}
+    return {**frames, **{key: config[key] for key in ("labels", "target", "split")}, "n": training["max_train_samples"]}
 
 
 def _now() -> str:
