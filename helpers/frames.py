@@ -1,22 +1,19 @@
 """From NASA's files to the pooled store: index CSV -> NetCDF (local or S3) -> one Zarr store that everyone reads.
 
-Each frame is read channel by channel, averaged over `pooling` x `pooling` pixels of physical values, transformed to
-signed-log values and kept as float16, one chunk a frame. A frame counts only when its own element of `done` is set,
-which happens after it was written and read back equal. Rows are never moved: times that join the index later are
-appended, so the time axis is in the order of arrival (`.sortby("time")`). `python -m helpers.frames` builds it.
+Frames are reduced by helpers/netcdf.py and kept as float16 signed-log values, one chunk a frame. A frame counts only
+when its own element of `done` is set, which happens after it was written and read back equal. Rows are never moved:
+times that join the index later are appended, so the time axis is in the order of arrival (`.sortby("time")`).
+`python -m helpers.frames` builds it.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import os
-import random
 import tempfile
 import time
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -25,20 +22,17 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import fsspec
-import h5py
 import numpy as np
 import pandas as pd
 import torch
 import zarr
-from numcodecs import Shuffle
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 
-from helpers.channels import CHANNELS, UNITS, Scaler, check_channels, load_scalers, standardise, to_signed_log
+from helpers.channels import CHANNELS, UNITS, Scaler, check_channels, load_scalers
 from helpers.config import Config, load_config
+from helpers.netcdf import FrameError, Source, local_copy, open_netcdf, read_index, reduce_frame
 from helpers.shared import (
     LockedError,
     atomic_write,
@@ -48,241 +42,11 @@ from helpers.shared import (
     is_writable,
     item_lock,
     make_folder,
-    raise_if_full,
     resolve,
 )
 
 COMPRESSED = 0.75  # size of a compressed frame over that of its float16 values, measured
 ROUNDING = "values are float16: relative error at most 2^-11 of the signed-log value"
-
-
-class FrameError(ValueError):
-    """One frame cannot be used; the message says why."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The index
-# --------------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Source:
-    """How files are fetched: `retries` times again after a failure, waiting pause_s, then twice as long, and so on."""
-
-    anonymous: bool = True
-    endpoint_url: str | None = None
-    retries: int = 4
-    pause_s: float = 0.5
-
-    def options(self, url: str) -> dict:
-        """What fsspec needs to know for this address. Retrying is left to us, so that it happens once."""
-        if not url.startswith("s3://"):
-            return {}
-        once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
-        return {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": once}
-
-
-@dataclass(frozen=True)
-class Index:
-    """A checked index: `table` with the columns path (full) and time (UTC), sorted; counts and notes on the rest."""
-
-    table: pd.DataFrame
-    missing: int  # rows with present = 0
-    notes: list[str]
-
-
-def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
-    """Read an index CSV (columns path, timestep, present), local or s3://. Relative paths start at its folder.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a column is missing, a time cannot be read, or two rows name different files for one time.
-    """
-    text = str(index_csv)
-    with _described(f"the index {text}"), fsspec.open(text, **(source or Source()).options(text)) as file:
-        table = pd.read_csv(file)
-    if absent := {"path", "timestep", "present"} - set(table):
-        raise ValueError(
-            f"The index {text} has no column {', '.join(sorted(absent))}; it has {', '.join(map(str, table))}. "
-            f"An index is a CSV with the columns path, timestep, present."
-        )
-    table["time"] = parse_times(table["timestep"], f"the index {text}")
-    notes = []
-    if not table["time"].is_monotonic_increasing:
-        notes.append("the rows of the index were not in the order of time and have been sorted")
-    unique = table.drop_duplicates(["path", "time", "present"])
-    if len(unique) < len(table):
-        notes.append(f"{len(table) - len(unique)} row(s) of the index stand there twice and were dropped")
-    present = unique[unique["present"] == 1].sort_values("time")
-    if (twice := present["time"].duplicated(keep=False)).any():
-        first = present[twice].iloc[:2]
-        raise ValueError(
-            f"The index {text} names different files for {first['time'].iloc[0]}: {' and '.join(first['path'])} (rows "
-            f"{' and '.join(str(row + 2) for row in first.index)}). Keep one row a time."
-        )
-    folder = text.rsplit("/", 1)[0] if "/" in text else "."
-    full = [path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in present["path"]]
-    return Index(present[["time"]].assign(path=full).reset_index(drop=True), len(unique) - len(present), notes)
-
-
-def parse_times(column: pd.Series, where: str) -> pd.Series:
-    """Times in any ISO format as datetime64[s] in UTC without a zone; an error names the row of the file."""
-    text = column.astype("string")  # a column of numbers would be taken for nanoseconds since 1970
-    try:
-        times = pd.to_datetime(text, utc=True, format="ISO8601")
-    except (ValueError, TypeError):
-        parsed = pd.to_datetime(text, utc=True, format="ISO8601", errors="coerce")
-        row = int(np.flatnonzero(parsed.isna() & text.notna())[0])
-        raise ValueError(
-            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is not a time. '
-            f"Write times like 2014-01-07 18:00:00 (UTC)."
-        ) from None
-    if times.isna().any():
-        row = int(np.flatnonzero(times.isna())[0])
-        raise ValueError(f"Row {row + 2} of {where} has an empty {column.name}. Fill it, or remove the row.")
-    return times.dt.tz_localize(None).astype("datetime64[s]")
-
-
-@contextmanager
-def _described(what: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no {what.removeprefix('the ')}. Check data.index in the config.") from error
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# One frame
-# --------------------------------------------------------------------------------------------------------------------
-def reduce_frame(
-    path: str | Path, channels: Sequence[str], pooling: int, scalers: dict[str, Scaler], native_size: int | None = None
-) -> tuple[np.ndarray, float]:
-    """Read one NetCDF file and reduce it, one channel in memory at a time.
-
-    Args:
-        path: a local file with one (y, x) float variable a channel, in physical units.
-        native_size: the side that the images must have, in pixels; None accepts any that `pooling` divides.
-
-    Returns:
-        (C, H / pooling, W / pooling) float16 signed-log values, and the largest rounding error in normalised units.
-
-    Raises:
-        FrameError: not NetCDF4, cut short, a channel missing, a wrong shape, or pixels that are not numbers.
-    """
-    planes, error = [], 0.0
-    with open_netcdf(path) as file:
-        if absent := [name for name in channels if name not in file]:
-            raise FrameError(f"it has no variable {', '.join(absent)} (it has {', '.join(file) or 'none'})")
-        for name in channels:
-            pooled = _pooled(file[name], pooling, native_size)
-            exact = to_signed_log(pooled, scalers[name])
-            planes.append(exact.half())
-            difference = standardise(planes[-1].float(), scalers[name]) - standardise(exact, scalers[name])
-            error = max(error, difference.abs().max().item())
-    return torch.stack(planes).numpy(), error
-
-
-@contextmanager
-def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except FileNotFoundError:
-        raise FrameError("the file does not exist") from None
-    except OSError as error:
-        text = str(error)
-        if "truncated file" in text or "filter returned failure" in text or "Can't synchronously read" in text:
-            raise FrameError(f"the file is cut short or damaged ({text})") from None
-        if "signature not found" in text:
-            raise FrameError("the file is not NetCDF4 (HDF5)") from None
-        raise FrameError(f"the file cannot be read ({text})") from None
-
-
-def _pooled(variable: h5py.Dataset, pooling: int, native_size: int | None) -> Tensor:
-    """Average of the physical values over pooling x pixels, (H / pooling, W / pooling) float32."""
-    name, shape = variable.name.lstrip("/"), variable.shape
-    fits = len(shape) == 2 and shape[0] == shape[1] and (native_size or shape[0]) == shape[0] and not shape[0] % pooling
-    if not fits:
-        wanted = f"{native_size} x {native_size}" if native_size else f"a square with a side divisible by {pooling}"
-        raise FrameError(f"{name} has the shape {' x '.join(map(str, shape))}, expected {wanted}")
-    if packed := {"scale_factor", "add_offset"} & set(variable.attrs):
-        raise FrameError(f"{name} is packed ({', '.join(packed)}), expected plain physical values")
-    image = torch.from_numpy(_values(variable))  # (H, W) physical
-    pooled = avg_pool2d(image[None, None], pooling)[0, 0]  # (H / pooling, W / pooling)
-    if wrong := int((~pooled.isfinite()).sum()):
-        raise FrameError(f"{name} has pixels that are not numbers (NaN), in {wrong / pooled.numel():.1%} of the image")
-    return pooled
-
-
-def _values(variable: h5py.Dataset) -> np.ndarray:
-    """All values as float32. Large zlib chunks are decompressed here: HDF5 would do it for one thread at a time."""
-    chunks, shape = variable.chunks, variable.shape
-    usual = chunks and variable.compression == "gzip" and not variable.fletcher32 and variable.scaleoffset is None
-    size = math.prod(chunks or ()) * variable.dtype.itemsize
-    if (
-        not usual
-        or size < 2**16
-        or variable.id.get_num_chunks() < math.prod(-(-n // m) for n, m in zip(shape, chunks, strict=True))
-    ):
-        return variable[()].astype(np.float32, copy=False)
-    values = np.empty(shape, np.float32)
-    for place in variable.iter_chunks():
-        skipped_filters, packed = variable.id.read_direct_chunk([axis.start for axis in place])
-        if skipped_filters:
-            return variable[()].astype(np.float32, copy=False)
-        try:
-            block = zlib.decompress(packed, bufsize=size)
-        except zlib.error as error:
-            raise FrameError(f"the file is cut short or damaged ({variable.name}: {error})") from None
-        block = Shuffle(variable.dtype.itemsize).decode(block) if variable.shuffle else block
-        block = np.frombuffer(block, variable.dtype).reshape(chunks)
-        values[place] = block[tuple(slice(axis.stop - axis.start) for axis in place)]
-    return values
-
-
-@contextmanager
-def local_copy(url: str, source: Source) -> Iterator[Path]:
-    """The file at `url` on this disk: itself, or for a remote address a whole download that is deleted afterwards.
-
-    Raises:
-        FrameError: the file does not exist, may not be read, or could not be fetched in `source.retries` + 1 tries.
-        ConnectionError: the server cannot be reached at all, or there are no credentials: no frame can be read.
-    """
-    if "://" not in url:
-        yield Path(url)
-        return
-    with tempfile.TemporaryDirectory(prefix="surya-course-") as folder:
-        path = Path(folder) / "frame.nc"
-        for attempt in range(source.retries + 1):
-            try:
-                _download(url, path, source)
-                break
-            except (FileNotFoundError, PermissionError) as error:
-                missing = isinstance(error, FileNotFoundError)
-                raise FrameError(f"{'there is no such file' if missing else 'access denied'} ({error})") from None
-            except Exception as error:  # each protocol has its own kinds
-                raise_if_full(error, path)
-                if attempt == source.retries:
-                    _give_up(error, attempt + 1, url)
-                time.sleep(source.pause_s * 2**attempt * random.uniform(0.75, 1.25))
-        yield path
-
-
-def _download(url: str, path: Path, source: Source) -> None:
-    filesystem, key = fsspec.core.url_to_fs(url, **source.options(url))
-    filesystem.retries = 1
-    size = filesystem.info(key, refresh=True)["size"]
-    filesystem.get_file(key, str(path))
-    if path.stat().st_size != size:
-        raise OSError(f"{path.stat().st_size} of {size} bytes arrived")
-
-
-def _give_up(error: Exception, tries: int, url: str) -> None:
-    text = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
-    if type(error).__name__ in ("EndpointConnectionError", "NoCredentialsError", "ClientConnectorError"):
-        raise ConnectionError(
-            f"Frames cannot be fetched from {url.split('://')[0]}:// here ({text}). Check the network, and "
-            f"data.endpoint_url and data.anonymous in the config; frames that are built can be read without it."
-        ) from error
-    raise FrameError(f"could not be fetched in {tries} tries, the last one with {text}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -609,13 +373,7 @@ def build_store(
             _create(path, check_channels(channels), pooling, side, scalers, str(index_csv))
         store = open_store(path, channels, pooling, native_size, scalers)
         rows = _grow(path, table["time"].to_numpy())
-    done = _done_rows(path)
-    common = (store.stored_channels, pooling, store.native_size, scalers, source)
-    tasks = [
-        _Task(path, rows[_second(when)], str(when), url, *common)
-        for when, url in zip(table["time"], table["path"], strict=True)
-        if rows[_second(when)] not in done
-    ]
+    tasks = _tasks(table, rows, store, scalers, source)
     report.already = len(table) - len(tasks)
     if tasks:
         size = len(tasks) * len(store.stored_channels) * store.side**2 * 2 * COMPRESSED
@@ -626,6 +384,19 @@ def build_store(
             _record(report)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _tasks(
+    table: pd.DataFrame, rows: dict[datetime, int], store: FrameStore, scalers: dict[str, Scaler], source: Source
+) -> list[_Task]:
+    """One for every frame of the table that is not complete."""
+    done = _done_rows(store.path)
+    common = (store.stored_channels, store.pooling, store.native_size, scalers, source)
+    return [
+        _Task(store.path, rows[when], str(when), url, *common)
+        for when, url in zip(_seconds(table["time"]), table["path"], strict=True)
+        if rows[when] not in done
+    ]
 
 
 @contextmanager
@@ -857,6 +628,9 @@ def main() -> None:
     )
     asked = parser.parse_args()
     cfg = load_config(asked.config, profile=asked.profile, task=asked.task)
+    from helpers.synthetic import ensure_synthetic  # a command may reach up, the library above does not
+
+    ensure_synthetic(cfg)
     if asked.verify and store_path(cfg).exists():
         print("damaged:", ", ".join(verify_store(store_path(cfg))) or "none")
     given = asked.start or asked.end

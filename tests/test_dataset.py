@@ -21,7 +21,8 @@ from helpers.dataset import (
     make_loaders,
     read_mask,
 )
-from helpers.frames import FrameError, build_store, open_store, prepare_store, read_index
+from helpers.frames import build_store, open_store, prepare_store
+from helpers.netcdf import FrameError, read_index
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -73,7 +74,7 @@ def test_log10_leaves_out_and_counts_what_has_no_logarithm(tmp_path):
         transform="log10",
     )
     np.testing.assert_allclose(labels.values[:, 0], [-6, 2])
-    assert labels.dropped == {"label empty or not positive, so without a logarithm": 3}
+    assert labels.dropped == {"label empty, quiet or not positive, so without a logarithm": 3}
 
 
 def test_empty_values_are_counted_and_text_is_refused_with_its_row(tmp_path):
