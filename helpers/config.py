@@ -68,7 +68,7 @@ class Synthetic(_Section):
     folder: str | None
     seed: int
     start: str
-    visits: NotNegative
+    visits: Count
     hours_between_visits: Count
     workers: Count
     pretraining: Pretraining
@@ -260,14 +260,16 @@ def load_config(
     asked = {"profile": profile, "task": task, "experiment": experiment}
     chosen = {key: _last(key, asked, [tree for tree, _ in files + given]) for key in asked}
 
-    problems = _bad_choices(chosen, [tree for tree, _ in files])
+    wrong_choices = _bad_choices(chosen, [tree for tree, _ in files])
+    problems = [*wrong_choices.values()]
     problems += [problem for tree, origin in files + given for problem in _unknown_keys(tree, origin)]
     values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
     for tree, origin in files + given:
         for layer, where in _layers(tree, chosen, origin):
             values.update({key: (value, where) for key, value in _leaves(layer) if key in _SCHEMA})
     values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
-    return _validated(values, problems, path)
+    values = {key: value for key, value in values.items() if key not in wrong_choices}
+    return _validated(values, problems, path, complete=not wrong_choices)
 
 
 def _find(path: Path) -> Path:
@@ -289,7 +291,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
-        for key_node, _ in node.value:
+        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key_node.value}' stands twice in one section", key_node.start_mark
@@ -357,12 +359,16 @@ def _layers(tree: dict, chosen: Mapping[str, str | None], origin: str) -> Iterat
     sources = [(tree, "")]
     for block, key in _OVERLAYS.items():
         for source, prefix in list(sources):
-            name = chosen[key]
-            layer = (source.get(block) or {}).get(name)
+            layer = _block(source, block).get(str(chosen[key]))
             if isinstance(layer, dict):
-                where = f"{prefix}{block}.{name}"
+                where = f"{prefix}{block}.{chosen[key]}"
                 yield layer, f"{where} in {origin}"
                 sources.append((layer, f"{where}."))
+
+
+def _block(tree: dict, block: str) -> dict[str, Any]:
+    """The profiles, tasks or experiments of a file; {} where they are no mapping, as `_unknown_keys` tells."""
+    return tree[block] if isinstance(tree.get(block), dict) else {}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False) -> Iterator[tuple[str, Any]]:
@@ -390,14 +396,13 @@ _SCHEMA = tuple(_schema_keys(Config))
 # --------------------------------------------------------------------------------------------------------------------
 # Saying every mistake at once
 # --------------------------------------------------------------------------------------------------------------------
-def _bad_choices(chosen: Mapping[str, str | None], trees: list[dict]) -> list[str]:
-    problems = []
+def _bad_choices(chosen: Mapping[str, str | None], trees: list[dict]) -> dict[str, str]:
+    problems = {}
     for block, key in _OVERLAYS.items():
-        names = sorted({str(name) for tree in trees for name in (tree.get(block) or {})})
+        names = sorted({str(name) for tree in trees for name in _block(tree, block)})
         if chosen[key] not in names:
-            problems.append(
-                f"{key}: there is no {chosen[key]!r} under `{block}`; there is {', '.join(names) or 'nothing'}"
-            )
+            there = ", ".join(names) or "nothing"
+            problems[key] = f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}"
     return problems
 
 
@@ -407,7 +412,10 @@ def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
         if key not in _SCHEMA:
             yield f"{prefix}{key} ({origin}): {_nearest(key)}"
     for block in _OVERLAYS:
-        for name, layer in (tree.get(block) or {}).items():
+        if not isinstance(tree.get(block) or {}, dict):
+            chooser = _OVERLAYS[block]
+            yield f"{prefix}{block} ({origin}): must hold named sections, got {tree[block]!r}; {chooser}: chooses one"
+        for name, layer in _block(tree, block).items():
             if isinstance(layer, dict):
                 yield from _unknown_keys(layer, origin, f"{prefix}{block}.{name}.")
             else:
@@ -419,11 +427,13 @@ def _nearest(key: str) -> str:
     if inside:
         return f"is a section with the keys {', '.join(name.split('.', 1)[1] for name in inside)}, not a value"
     same_leaf = [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
-    near = same_leaf or difflib.get_close_matches(key, _SCHEMA, n=1, cutoff=0.5)
+    cutoff = 0.0 if same_leaf else 0.5
+    near = difflib.get_close_matches(key, same_leaf or _SCHEMA, n=1, cutoff=cutoff)
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"
 
 
-def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Path) -> Config:
+def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Path, complete: bool) -> Config:
+    """The checked configuration; contradictions are only looked for in values that are `complete`."""
     expanded = _expand({key: value for key, (value, _) in values.items()})
     tree = {**_nested(expanded), "root": path.parent}
     config, faulty = None, set()
@@ -439,7 +449,8 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Pa
             got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
             faulty.add(key)
             problems.append(f"{key}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
-    problems += _contradictions({key: value for key, value in expanded.items() if key not in faulty})
+    if complete:
+        problems += _contradictions({key: value for key, value in expanded.items() if key not in faulty})
     if problems or config is None:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise ConfigError("\n  - ".join([f"The configuration ({path.name}) has {count}:", *problems]))
@@ -448,9 +459,10 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Pa
 
 def _expand(values: dict[str, Any]) -> dict[str, Any]:
     """Fill {seed}, {synthetic} and {labels} in paths; {shared} is left to shared.py, which knows the machine."""
-    folder = str(values.get("synthetic.folder")).replace("{seed}", str(values.get("synthetic.seed")))
-    labels = str(values.get("paths.labels")).replace("{synthetic}", folder)
-    names = {"{seed}": str(values.get("synthetic.seed")), "{synthetic}": folder, "{labels}": labels}
+    seed, folder = str(values.get("synthetic.seed")), values.get("synthetic.folder")
+    names = {"{labels}": str(values.get("paths.labels")), "{seed}": seed}
+    if folder is not None:  # else {synthetic} stays, and _contradictions says where
+        names["{synthetic}"] = str(folder).replace("{seed}", seed)
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):
@@ -467,6 +479,11 @@ def _contradictions(values: dict[str, Any]) -> list[str]:
     for keys, check in _CHECKS:
         if all(key in values for key in keys) and (problem := check(*(values[key] for key in keys))):
             problems.append(f"{', '.join(keys)}: {problem}")
+    lost = [key for key, value in values.items() if key != "paths.labels" and "{synthetic}" in str(value)]
+    if lost:
+        problems.append(
+            f"synthetic.folder: is null (all data is real), so {{synthetic}} stands for nothing in {', '.join(lost)}"
+        )
     return problems
 
 
@@ -513,6 +530,8 @@ def _split_order(train: list[str], val: list[str], test: list[str]) -> str | Non
         spans = [[datetime.fromisoformat(time) for time in span] for span in (train, val, test)]
     except ValueError as error:
         return f"splits are pairs of ISO dates such as 2014-02-12: {error}"
+    if any(time.tzinfo for span in spans for time in span):
+        return "splits are in UTC, like the frames; write them without a time zone"
     for name, (first, end) in zip(("train", "val", "test"), spans, strict=True):
         if first >= end:
             return f"split.{name} ends at {end} before it begins at {first}"
@@ -522,6 +541,8 @@ def _split_order(train: list[str], val: list[str], test: list[str]) -> str | Non
 def _labels(kind: str, path: str | None, columns: list[str], variable: str | None, channels: list[str]) -> str | None:
     if kind == "scalar" and (not path or not columns):
         return "scalar labels need a CSV (labels.path) and at least one of its columns (labels.value_columns)"
+    if kind == "image" and variable and not path:
+        return "mask files (labels.variable) need a CSV that names them (labels.path)"
     if kind == "image" and bool(channels) == bool(variable):
         return "image labels come either from mask files (labels.variable) or from the frames (labels.target_channels)"
     return None
