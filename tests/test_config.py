@@ -1,0 +1,389 @@
+"""One strict configuration: layers in their order, and every mistake at once with its key path."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from helpers.config import Config, ConfigError, load_config, parse_value
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = yaml.safe_load((ROOT / "config.yaml").read_text())
+TASKS = list(SHIPPED["tasks"])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the shipped config.yaml, without the config.local.yaml that a person may have beside it."""
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    return tmp_path
+
+
+@pytest.fixture
+def path(folder):
+    return folder / "config.yaml"
+
+
+def local(folder: Path, text: str) -> Path:
+    """Write config.local.yaml; returns the config.yaml beside it."""
+    (folder / "config.local.yaml").write_text(text)
+    return folder / "config.yaml"
+
+
+def mistakes(path: Path, overrides=None, **choices) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, **choices)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------- what is shipped
+@pytest.mark.parametrize("experiment", list(SHIPPED["experiments"]))
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("profile", list(SHIPPED["profiles"]))
+def test_every_combination_that_is_shipped_loads(path, profile, task, experiment):
+    cfg = load_config(path, profile=profile, task=task, experiment=experiment)
+    assert (cfg.profile, cfg.task, cfg.experiment) == (profile, task, experiment)
+    assert not any(name in str(cfg.to_dict()) for name in ("{seed}", "{synthetic}", "{labels}"))
+
+
+def test_it_is_found_from_a_folder_below(folder, monkeypatch):
+    (folder / "notebooks").mkdir()
+    local(folder, "seed: 11")
+    monkeypatch.chdir(folder / "notebooks")
+    cfg = load_config()
+    assert cfg.root == folder and cfg.seed == 11
+
+
+def test_a_missing_file_says_what_to_do(tmp_path):
+    assert "no configuration file" in mistakes(tmp_path / "config.yaml")
+    assert "Start the notebook inside the repository" in mistakes(tmp_path / "config.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+LAYERS = [
+    "training: {lr: 1.0}",
+    "profiles: {tiny: {training: {lr: 2.0}}}",
+    "profiles: {tiny: {tasks: {flare: {training: {lr: 3.0}}}}}",
+    "tasks: {flare: {training: {lr: 4.0}}}",
+    "experiments: {finetune: {training: {lr: 5.0}}}",
+]
+
+
+@pytest.mark.parametrize("upto", range(1, len(LAYERS) + 1))
+def test_layers_of_a_file_lie_over_each_other_in_their_order(folder, upto):
+    """The order in the text must not matter: the layers are written upside down."""
+    tree = {"profile": "tiny", "task": "flare", "experiment": "finetune"}
+    for layer in reversed(LAYERS[:upto]):
+        _merge(tree, yaml.safe_load(layer))
+    cfg = load_config(local(folder, yaml.safe_dump(tree, sort_keys=False)))
+    # a task inside a profile is more special than the same task for all profiles
+    assert cfg.training.lr == {1: 1.0, 2: 2.0, 3: 3.0, 4: 3.0, 5: 5.0}[upto]
+
+
+def _merge(tree: dict, other: dict) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict):
+            _merge(tree.setdefault(key, {}), value)
+        else:
+            tree[key] = value
+
+
+def test_later_layers_win_and_leave_the_rest(folder):
+    shipped = load_config(folder / "config.yaml")
+    path = local(folder, "training: {lr: 0.5}\nexperiments: {finetune: {training: {epochs: 77}}}")
+    assert load_config(path).training.lr == 0.5  # the person's own file, over the experiments of config.yaml
+    assert load_config(path).training.epochs == 77
+    assert load_config(path).training.weight_decay == shipped.training.weight_decay
+    baseline = load_config(path, experiment="baseline").training.epochs
+    assert baseline == SHIPPED["experiments"]["baseline"]["training"]["epochs"]
+    both = {"parameters": {"training.lr": 0.25, "training.epochs": 3}, "overrides": {"training.lr": 0.125}}
+    assert load_config(path, **both).training.lr == 0.125
+    assert load_config(path, **both).training.epochs == 3
+
+
+def test_blocks_apply_only_when_they_are_chosen(folder):
+    path = local(folder, "profiles: {surya: {seed: 5}}\ntasks: {mine: {labels: {path: mine.csv}, seed: 6}}")
+    assert load_config(path).seed == 0
+    assert load_config(path, profile="surya").seed == 5
+    assert load_config(path, task="mine").labels.path == "mine.csv"
+    assert load_config(path, profile="surya", task="mine").seed == 6
+
+
+def test_the_last_choice_counts(folder):
+    path = local(folder, "profile: surya")
+    assert load_config(path).profile == "surya" and load_config(path).model.embed_dim == 1280
+    assert load_config(path, parameters={"profile": "tiny"}).model.embed_dim == 64
+    assert load_config(path, profile="tiny").model.embed_dim == 64
+
+
+def test_nested_and_dotted_overrides_mean_the_same(path):
+    dotted = load_config(path, {"training.lr": 0.5, "training.epochs": 2})
+    assert dotted == load_config(path, {"training": {"lr": 0.5, "epochs": 2}})
+
+
+def test_names_in_paths_are_filled_in(path):
+    cfg = load_config(path, {"synthetic.seed": 4})
+    assert cfg.synthetic.folder == "{shared}/synthetic/sun-4"
+    assert cfg.data.index == "{shared}/synthetic/sun-4/index.csv"
+    assert cfg.labels.path == "{shared}/synthetic/sun-4/flares.csv"
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+@pytest.mark.parametrize(
+    ("text", "key", "near"),
+    [
+        ("training: {learning_rate: 1.0e-3}", "training.learning_rate", "training.lr"),
+        ("training: {epoch: 3}", "training.epoch", "training.epochs"),
+        ("lr: 1.0e-3", "lr", "training.lr"),
+        ("profiles: {surya: {trainning: {lr: 0.1}}}", "profiles.surya.trainning.lr", "training.lr"),
+        ("tasks: {other: {labels: {pth: a.csv}}}", "tasks.other.labels.pth", "labels.path"),
+        (
+            "profiles: {surya: {experiments: {baseline: {training: {epocs: 3}}}}}",
+            "profiles.surya.experiments.baseline.training.epocs",
+            "training.epochs",
+        ),
+    ],
+)
+def test_unknown_keys_are_named_with_the_nearest_known(folder, text, key, near):
+    message = mistakes(local(folder, text))
+    assert f"{key} (config.local.yaml): unknown key; did you mean {near}?" in message
+    (folder / "config.local.yaml").unlink()
+    (folder / "config.yaml").write_text(yaml.safe_dump(_with(SHIPPED, yaml.safe_load(text))))
+    assert f"{key} (config.yaml): unknown key; did you mean {near}?" in mistakes(folder / "config.yaml")
+
+
+def _with(tree: dict, other: dict) -> dict:
+    tree = yaml.safe_load(yaml.safe_dump(tree))
+    _merge(tree, other)
+    return tree
+
+
+def test_unknown_keys_of_parameters_and_overrides_are_named(path):
+    message = mistakes(path, overrides={"training.lrr": 1.0}, parameters={"lora.rnk": 4, "colour": "red"})
+    assert "training.lrr (overrides=): unknown key; did you mean training.lr?" in message
+    assert "lora.rnk (notebook parameters): unknown key; did you mean lora.rank?" in message
+    assert "colour (notebook parameters): unknown key" in message
+
+
+def test_a_value_in_the_place_of_a_section_is_said(folder):
+    assert "training (overrides=): is a section with the keys lr, epochs," in mistakes(
+        folder / "config.yaml", {"training": 3}
+    )
+    message = mistakes(local(folder, "profiles: {surya: 3}"))
+    assert "profiles.surya (config.local.yaml): must hold sections such as 'training:', got 3" in message
+    message = mistakes(local(folder, "profiles: surya\ntraining: {lrr: 3}"))
+    assert (
+        "profiles (config.local.yaml): must hold named sections, got 'surya'; profile: chooses one" in message
+        and "training.lrr" in message
+    )
+
+
+WRONG_TYPES = {
+    "training.epochs": ("three", 3.0, 0, True),
+    "training.lr": ("1e-3", 0.0, -1.0, float("nan")),
+    "training.precision": ("fp16",),
+    "training.augment[1]": (["flip_ud", "flip"],),
+    "data.channels[2]": (["aia94", "aia131", "aia17"],),
+    "data.offsets_minutes[0]": (["-60", 0],),
+    "data.anonymous": ("yes",),
+    "lora.targets[0]": (["q_proj", "proj"],),
+    "lora.targets": ([],),
+    "target.metrics[1]": (["rmse", "accuracy"],),
+    "model.window_size": (4,),
+    "model.nglo": (2,),
+    "head.dropout": (1.0,),
+    "split.train": (["2014-01-01"],),
+    "split.train[0]": ([2014, "2015-01-01"],),
+    "labels.lead_minutes": (-60,),
+    "synthetic.pretraining.epochs": (0,),
+}
+
+
+@pytest.mark.parametrize(("where", "value"), [(key, value) for key, values in WRONG_TYPES.items() for value in values])
+def test_wrong_types_are_named_with_the_item_and_the_value(path, where, value):
+    key, _, index = where.partition("[")
+    message = mistakes(path, {key: value})
+    bad = value[int(index[0])] if index else value
+    line = next(line for line in message.splitlines() if line.startswith(f"  - {where} (overrides=): "))
+    assert line.endswith(f", got {bad!r}")
+
+
+CONTRADICTIONS = [
+    (
+        {"data.pooling": 3},
+        "data.native_size, data.pooling, model.patch_size",
+        "pooling 3 does not divide",
+    ),
+    (
+        {"model.patch_size": 48},
+        "data.native_size, data.pooling, model.patch_size",
+        "not a multiple of the 48-pixel",
+    ),
+    ({"data.native_size": 48}, "data.native_size, data.pooling, model.patch_size", "3 x 3, but .* need an even side"),
+    ({"data.offsets_minutes": [-60, -30, 0]}, "data.offsets_minutes, model.time_dim", r"takes 2 .* 3 offset\(s\)"),
+    ({"model.time_dim": 3}, "data.offsets_minutes, model.time_dim", r"takes 3 .* 2 offset\(s\)"),
+    ({"data.offsets_minutes": [0, -60]}, "data.offsets_minutes, model.time_dim", "offsets must rise"),
+    ({"data.offsets_minutes": [0, 0]}, "data.offsets_minutes, model.time_dim", "without repeats"),
+    ({"data.offsets_minutes": [0, 60]}, "data.offsets_minutes, model.time_dim", "to at most 0"),
+    ({"model.checkpoint_layers": [0, 5]}, "model.checkpoint_layers, model.depth", r"numbered 0 to 4, got \[5\]"),
+    ({"model.checkpoint_layers": [-1]}, "model.checkpoint_layers, model.depth", r"numbered 0 to 4, got \[-1\]"),
+    ({"head.pooling": "class_token"}, "head.pooling, model.nglo", "model.nglo must be 1"),
+    ({"model.nglo": 1}, "head.pooling, model.nglo", "set model.nglo: 0 for"),
+    ({"model.embed_dim": 66}, "model.embed_dim, model.num_heads", "66 must be a multiple of 4"),
+    ({"model.num_heads": 5}, "model.embed_dim, model.num_heads", "64 does not divide into 5 heads"),
+    ({"model.n_spectral_blocks": 6}, "model.n_spectral_blocks, model.depth", "6 spectral blocks .* into 5 blocks"),
+    (
+        {"model.rpe": True, "model.nglo": 1, "head.pooling": "class_token"},
+        "model.rpe, model.nglo",
+        "no bias table for a global token",
+    ),
+    ({"data.channels": ["aia94", "aia94"]}, "data.channels", "each channel once"),
+    (
+        {"model.checkpoint_channels": ["aia94"], "data.channels": ["aia94", "hmi_m"]},
+        "data.channels, model.checkpoint_channels, model.checkpoint",
+        r"not trained with \['hmi_m'\]",
+    ),
+    ({"lora.qkv": []}, "lora.targets, lora.qkv", "chooses none of q, k, v"),
+    ({"labels.direction": "nearest"}, "labels.direction, labels.lead_minutes", "set labels.direction: forward"),
+    ({"labels.path": None}, "labels.kind, labels.path", "scalar labels need a CSV"),
+    ({"labels.value_columns": []}, "labels.kind, labels.path", "at least one of its columns"),
+    ({"labels.kind": "image"}, "labels.kind, labels.path", "either from mask files .* or from the frames"),
+    (
+        {"labels.kind": "image", "labels.variable": "mask", "labels.target_channels": ["hmi_m"]},
+        "labels.kind, labels.path",
+        "either from mask files .* or from the frames",
+    ),
+    (
+        {"labels.kind": "image", "labels.variable": "mask", "labels.path": None},
+        "labels.kind, labels.path",
+        "labels.path",
+    ),
+    (
+        {"target.metrics": ["tss"], "target.event_threshold": None},
+        "target.metrics, target.event_threshold",
+        "say from which value on",
+    ),
+    ({"split.train": ["2014-02-01", "2014-01-01"]}, "split.train, split.val, split.test", "split.train ends .* before"),
+    ({"split.val": ["2014-02-30", "2014-03-01"]}, "split.train, split.val, split.test", "ISO dates"),
+    ({"split.test": ["2015-01-01", "2015-02-01T00:00Z"]}, "split.train, split.val, split.test", "without a time zone"),
+    ({"split.test": ["2015-01-01Z", "2015-02-01Z"]}, "split.train, split.val, split.test", "ISO dates"),
+    ({"synthetic.folder": None}, "synthetic.folder", "stands for nothing in labels.path, data.index, data.store$"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "keys", "pattern"), CONTRADICTIONS)
+def test_contradictions_name_their_keys(path, overrides, keys, pattern):
+    message = mistakes(path, overrides)
+    lines = [line for line in message.splitlines() if line.startswith(f"  - {keys}")]
+    assert len(lines) == 1, message
+    assert re.search(pattern, lines[0]), lines[0]
+    assert "has a mistake" in message  # and nothing else is blamed
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"model.nglo": 1, "head.pooling": "class_token"},
+        {"data.offsets_minutes": [0], "model.time_dim": 1},
+        {"labels.kind": "image", "labels.target_channels": ["hmi_m"], "labels.path": None},
+        {"lora.qkv": [], "lora.targets": ["fc1"]},
+        {"model.checkpoint": None, "model.checkpoint_channels": []},
+        {"target.event_threshold": None},
+        {"training.lr": 1},  # a whole number is a number
+    ],
+)
+def test_what_only_looks_contradictory_loads(path, overrides):
+    load_config(path, overrides)
+
+
+def test_all_mistakes_come_in_one_error(folder):
+    path = local(folder, "training: {lrr: 1.0, epochs: many}\nlora: {rank: 0}")
+    message = mistakes(path, {"model.num_heads": 5, "data.channels": ["aia171", "aia99"], "labels.colour": 1})
+    for part in (
+        "has 6 mistakes:",
+        "training.lrr (config.local.yaml): unknown key; did you mean training.lr?",
+        "labels.colour (overrides=): unknown key",
+        "training.epochs (config.local.yaml): input should be a valid integer, got 'many'",
+        "lora.rank (config.local.yaml): input should be greater than or equal to 1, got 0",
+        "data.channels[1] (overrides=): ",
+        "model.embed_dim, model.num_heads: embed_dim 64 does not divide into 5 heads",
+    ):
+        assert part in message, message
+    assert len(message.splitlines()) == 7
+
+
+def test_unknown_choices_list_those_there_are(folder):
+    message = mistakes(folder / "config.yaml", profile="hub", task="nothing", experiment="other")
+    assert "profile: there is no 'hub' under `profiles`; there is surya, tiny" in message
+    assert f"task: there is no 'nothing' under `tasks`; there is {', '.join(sorted(TASKS))}" in message
+    assert "experiment: there is no 'other' under `experiments`; there is baseline, finetune" in message
+    assert len(message.splitlines()) == 4  # the values that the profile would have set are not listed as well
+    path = local(folder, "profiles: {hub: {seed: 1}}\nprofile: [hub]")
+    assert "there is no ['hub'] under `profiles`; there is hub, surya, tiny" in mistakes(path)
+
+
+# ---------------------------------------------------------------------------------------------------- YAML
+def test_a_key_may_stand_only_once(folder):
+    message = mistakes(local(folder, "training:\n  lr: 0.1\n  epochs: 2\n  lr: 0.2\n"))
+    assert "config.local.yaml is not valid YAML: the key 'lr' stands twice in one section" in message
+    assert "line 4" in message
+
+
+@pytest.mark.parametrize("text", ["training: {lr: 0.1", "training:\n\tlr: 1", "a: b: c", "? [a, b]\n: 1"])
+def test_broken_yaml_is_one_sentence_with_the_file(folder, text):
+    assert "config.local.yaml is not valid YAML" in mistakes(local(folder, text))
+
+
+def test_a_file_that_is_no_sections_is_refused(folder):
+    assert "config.local.yaml must hold sections such as 'training:'" in mistakes(local(folder, "- a\n- b\n"))
+
+
+def test_an_empty_local_file_changes_nothing(folder):
+    before = load_config(folder / "config.yaml")
+    assert load_config(local(folder, "# nothing yet\n")) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E5", 1e5),
+        ("-2.5e+3", -2500.0),
+        (".5", 0.5),
+        ("3", 3),
+        ("2014-02-12", "2014-02-12"),
+        ("2014-02-12 06:00", "2014-02-12 06:00"),
+        ("[aia171, hmi_m]", ["aia171", "hmi_m"]),
+        ("null", None),
+        ("1.0.0", "1.0.0"),
+        ("e5", "e5"),
+    ],
+)
+def test_values_mean_what_a_person_expects(folder, text, value):
+    parsed = parse_value(text)
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_numbers_and_dates_of_a_file(folder):
+    cfg = load_config(local(folder, "training: {lr: 1e-3}\nsplit: {test: [2014-12-05, 2015-02-20 12:00]}"))
+    assert cfg.training.lr == 0.001 and cfg.split.test == ["2014-12-05", "2015-02-20 12:00"]
+
+
+# ---------------------------------------------------------------------------------------------------- the result
+def test_a_configuration_does_not_change(path):
+    cfg = load_config(path)
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.training.lr = 1.0
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.seed = 1
+
+
+@pytest.mark.parametrize("profile", list(SHIPPED["profiles"]))
+def test_the_copy_beside_a_run_says_it_all(path, profile):
+    cfg = load_config(path, profile=profile)
+    copy = yaml.safe_load(yaml.safe_dump(cfg.to_dict()))
+    assert copy == cfg.to_dict()
+    assert str(path.parent) not in str(copy)  # no folder of one machine
+    assert Config.model_validate({**copy, "root": cfg.root}) == cfg
