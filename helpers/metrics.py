@@ -34,17 +34,21 @@ def mae(prediction: Tensor, target: Tensor, threshold: float | None = None) -> T
 
 
 def r2(prediction: Tensor, target: Tensor, threshold: float | None = None) -> Tensor:
-    """Share of the target's variance explained; 0 is as good as the mean of these targets; NaN for one sample."""
-    return r2_score(prediction, target) if len(target) > 1 else torch.tensor(torch.nan)
+    """Share of the target's variance explained; 0 is as good as the mean of these targets; NaN if they are equal."""
+    return r2_score(prediction, target) if _varies(target) else torch.tensor(torch.nan)
 
 
 def rrse(prediction: Tensor, target: Tensor, threshold: float | None = None) -> Tensor:
-    """Root relative square error: RMSE over the RMSE of always predicting the mean of these targets."""
-    return relative_squared_error(prediction, target, squared=False)
+    """Root relative square error: RMSE over that of predicting the mean of these targets; NaN if they are equal."""
+    return relative_squared_error(prediction, target, squared=False) if _varies(target) else torch.tensor(torch.nan)
+
+
+def _varies(target: Tensor) -> bool:
+    return bool((target != target[0]).any())
 
 
 def tss(prediction: Tensor, target: Tensor, threshold: float | None = None) -> Tensor:
-    """True skill statistic, hit rate minus false-alarm rate (Hanssen & Kuipers 1965); NaN without events or non-events."""
+    """True skill statistic, hit rate minus false-alarm rate (Hanssen & Kuipers 1965); NaN without both kinds."""
     tp, fp, tn, fn = _contingency(prediction, target, threshold)
     return tp / (tp + fn) - fp / (fp + tn)
 
@@ -58,6 +62,8 @@ def hss(prediction: Tensor, target: Tensor, threshold: float | None = None) -> T
 def _contingency(prediction: Tensor, target: Tensor, threshold: float | None) -> Tensor:
     if threshold is None:
         raise ValueError("tss and hss count events: set target.event_threshold in config.yaml, in target units.")
+    if prediction.isnan().any():  # neither an alarm nor none
+        return torch.full((4,), torch.nan)
     tp, fp, tn, fn, _ = binary_stat_scores((prediction >= threshold).int(), (target >= threshold).int()).double()
     return torch.stack([tp, fp, tn, fn])
 
