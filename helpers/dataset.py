@@ -119,8 +119,8 @@ def _in_order(labels: Labels, rows: np.ndarray, where: str) -> Labels:
         other_path = labels.paths is not None and labels.paths[i] != labels.paths[j]
         if other_path or not np.array_equal(labels.values[i], labels.values[j]):
             raise ValueError(
-                f"{where[0].upper() + where[1:]} has two different labels for {pd.Timestamp(labels.times[i])}. Keep one "
-                f"row a time (for example the largest flare)."
+                f"{where[0].upper() + where[1:]} has two different labels for {pd.Timestamp(labels.times[i])}. Keep "
+                f"one row a time (for example the largest flare)."
             )
     dropped = labels.dropped | ({"label row repeated": len(same)} if len(same) else {})
     rows = np.delete(rows, same + 1)
