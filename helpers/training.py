@@ -98,7 +98,7 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
         The `History`; `history.table` has the learning rate, losses, validation metrics and seconds of each epoch.
 
     Raises:
-        ValueError: nothing to train, or the model's output does not have the target's shape.
+        ValueError: nothing to train, an output that does not have the target's shape, or a metric that cannot choose.
         FloatingPointError: the loss is no longer finite; the message says what to change.
     """
     settings = cfg.training
@@ -122,6 +122,8 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
             if run is not None and accelerator.is_main_process:
                 run.log(row, step=epoch)
             bar.set_postfix({"train loss": f"{loss:.3f}", f"val {key}": f"{row[f'val_{key}']:.3f}"})
+            if epoch == 0:
+                _check_judged(row, key)
             score = row[f"val_{key}"] * (1 if better else -1)
             if score > best:
                 best, history.best_epoch, kept = score, epoch, _trainable_copy(inner)
@@ -223,13 +225,32 @@ def _epoch(
 
 def _loss(output: Tensor, target: Tensor, loaders: Loaders, cfg: Config) -> Tensor:
     """Loss in standardised units; shapes must be equal, because broadcasting would hide a mistake."""
+    _check_shapes(output, target)
+    mean, std = (value.to(target.device) for value in (loaders.target_mean, loaders.target_std))
+    return LOSSES[cfg.target.loss](output.float(), (target - mean) / std)
+
+
+def _check_shapes(output: Tensor, target: Tensor) -> None:
     if output.shape != target.shape:
         raise ValueError(
             f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}. "
             "For numbers, num_outputs of the head must be the number of labels.value_columns; check head.pooling too."
         )
-    mean, std = (value.to(target.device) for value in (loaders.target_mean, loaders.target_std))
-    return LOSSES[cfg.target.loss](output.float(), (target - mean) / std)
+
+
+def _check_judged(row: Mapping[str, float], key: str) -> None:
+    """Raise where the validation before training says already that no epoch could be chosen."""
+    if not math.isfinite(row["val_loss"]):
+        raise FloatingPointError(
+            f"The validation loss is {row['val_loss']} before any training. Look for NaN in the inputs and targets "
+            "with one batch of loaders.val, and in the weights that were loaded."
+        )
+    if math.isnan(row[f"val_{key}"]):
+        raise ValueError(
+            f"The validation {key} is not a number, so it cannot choose the best epoch: tss and hss need events and "
+            "quiet times, r2 and rrse targets that differ. Put another metric first in target.metrics, or lengthen "
+            "split.val."
+        )
 
 
 def _judge(model: nn.Module, loaders: Loaders, split: str, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
@@ -246,12 +267,14 @@ def _predictions(model: nn.Module, loaders: Loaders, split: str, accelerator: Ac
     for batch in accelerator.prepare_data_loader(getattr(loaders, split)):
         with accelerator.autocast():
             output = model(batch).float()
+        _check_shapes(output, batch["target"])
         output, target = accelerator.gather_for_metrics((output, batch["target"]))
         outputs.append(output.cpu())
         targets.append(target.cpu())
         times += accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
     prediction = torch.cat(outputs) * loaders.target_std + loaders.target_mean
-    return Predictions(prediction, torch.cat(targets), times)
+    order = sorted(range(len(times)), key=times.__getitem__)  # training batches come shuffled
+    return Predictions(prediction[order], torch.cat(targets)[order], [times[i] for i in order])
 
 
 def _trainable_copy(model: nn.Module) -> dict[str, Tensor]:

@@ -1,0 +1,414 @@
+"""The training loop on a problem of a few numbers, where every promise can be checked exactly."""
+
+import copy
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.data import DataLoader, Dataset
+
+from helpers.config import load_config
+from helpers.dataset import Loaders
+from helpers.encoder import SuryaEncoder
+from helpers.heads import Specformer1D
+from helpers.lora import apply_lora
+from helpers.metrics import compute_metrics
+from helpers.tracking import start_run
+from helpers.training import Predictions, fit, mean_prediction, metrics_table, predict, seed_everything
+
+ROOT = Path(__file__).parents[1]
+SHAPE = (2, 1, 8, 8)  # C, T, H, W
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums of the same numbers in the same order, whatever else runs here."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    small = {
+        "training.lr": 0.05,
+        "training.epochs": 6,
+        "training.batch_size": 8,
+        "training.warmup": 0.0,
+        "training.schedule": "constant",
+        "training.weight_decay": 0.0,
+        "target.metrics": ["rmse"],
+        "target.event_threshold": None,
+        "tracking.wandb": "disabled",
+        "paths.runs": str(tmp_path / "runs"),
+    }
+    return lambda **overrides: load_config(tmp_path / "config.yaml", small | overrides)
+
+
+class Numbers(Dataset):
+    """Images whose two channel means give the target, linearly; targets like solar-wind speeds."""
+
+    def __init__(self, times, outputs: int = 1, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        self.samples = pd.DataFrame({"time": times})
+        self.ts = torch.randn(len(times), *SHAPE, generator=generator)
+        self.ts += 2 * torch.randn(len(times), 2, 1, 1, 1, generator=generator)
+        a, b = self.ts.mean((2, 3, 4)).T
+        self.targets = torch.stack([400 + 50 * a - 30 * b, 20 * b], 1)[:, :outputs]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        time = self.samples["time"].iloc[i].isoformat()
+        return {"ts": self.ts[i], "target": self.targets[i], "timestamp": time}
+
+
+def numbers(batch_size: int = 8, shuffle: bool = True, outputs: int = 1, train_samples: int = 32) -> Loaders:
+    times = {"train": "2014-01-01", "val": "2014-03-01", "test": "2014-05-01"}
+    counts = {"train": train_samples, "val": 12, "test": 11}
+    sets = {
+        name: Numbers(pd.date_range(start, periods=counts[name], freq="6h"), outputs, seed)
+        for seed, (name, start) in enumerate(times.items())
+    }
+    loaders = {
+        name: DataLoader(
+            data, batch_size, shuffle=shuffle and name == "train", generator=torch.Generator().manual_seed(0)
+        )
+        for name, data in sets.items()
+    }
+    targets = sets["train"].targets
+    return Loaders(**loaders, target_mean=targets.mean(0), target_std=targets.std(0, correction=0), report="")
+
+
+class Linear(nn.Module):
+    """The channel means, then a line: it can learn `Numbers` exactly."""
+
+    def __init__(self, outputs: int = 1):
+        super().__init__()
+        self.head = nn.Linear(2, outputs)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch):
+        return self.head(batch["ts"].mean((2, 3, 4)))
+
+
+# ---------------------------------------------------------------------------------------------------- learning
+def test_it_learns_and_judges_in_target_units(config):
+    model, loaders, cfg = Linear(), numbers(), config(**{"training.epochs": 30, "target.metrics": ["rmse", "r2"]})
+    history = fit(model, loaders, cfg)
+    table = history.table
+    assert table["train_loss"].iloc[-1] < 0.01 * table["train_loss"].iloc[1]
+    assert table["val_r2"].iloc[-1] > 0.98 and table["val_rmse"].iloc[0] > 30  # km/s
+    assert list(table.index) == list(range(31)) and math.isnan(table["train_loss"][0])
+    found = predict(model, loaders, "val", cfg)
+    assert found.metrics(cfg)["rmse"] == pytest.approx(table["val_rmse"][history.best_epoch], rel=1e-5)
+    assert table["val_rmse"].min() == table["val_rmse"][history.best_epoch]
+
+
+@pytest.mark.parametrize(("loss", "function"), [("mse", "mse_loss"), ("mae", "l1_loss"), ("huber", "smooth_l1_loss")])
+def test_the_loss_is_the_configured_one_in_standardised_units(config, loss, function):
+    loaders = numbers()
+    row = fit(Linear(), loaders, config(**{"target.loss": loss, "training.epochs": 1})).rows[0]
+    target = (loaders.val.dataset.targets - loaders.target_mean) / loaders.target_std
+    expected = getattr(nn.functional, function)(torch.zeros_like(target), target)
+    assert row["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_best_epoch_is_kept_when_later_ones_are_worse(config):
+    """A learning rate that is far too high overshoots: the fourth epoch is worse than the third."""
+    model, loaders = Linear(), numbers()
+    cfg = config(**{"training.lr": 0.6, "training.epochs": 4, "training.patience": 9})
+    history = fit(model, loaders, cfg)
+    values = history.table["val_rmse"]
+    assert 0 < history.best_epoch < 4 and values.iloc[-1] > 1.2 * values.min()
+    assert predict(model, loaders, "val", cfg).metrics(cfg)["rmse"] == pytest.approx(values.min(), rel=1e-5)
+
+
+def test_an_untrained_model_that_is_best_is_given_back(config):
+    model, loaders = Linear(), numbers()
+    fit(model, loaders, config(**{"training.epochs": 25}))
+    before = copy.deepcopy(model.state_dict())
+    history = fit(model, loaders, config(**{"training.lr": 5.0, "training.epochs": 2}))
+    assert history.best_epoch == 0
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_patience_ends_the_training_and_says_why(config):
+    loaders, history = numbers(), None
+    model = Linear()
+    fit(model, loaders, config(**{"training.epochs": 25}))
+    history = fit(model, loaders, config(**{"training.lr": 5.0, "training.epochs": 20, "training.patience": 3}))
+    assert len(history.rows) == 1 + history.best_epoch + 3
+    assert history.stopped == "no better validation rmse for 3 epochs"
+    assert fit(Linear(), loaders, config()).stopped == ""
+
+
+def test_a_metric_where_larger_is_better_is_maximised(config):
+    cfg = config(**{"target.metrics": ["r2"], "training.lr": 0.6, "training.patience": 9})
+    history = fit(Linear(), numbers(), cfg)
+    assert history.table["val_r2"].idxmax() == history.best_epoch != 0
+
+
+def test_two_half_batches_make_the_step_of_one_whole(config):
+    """16 samples, two steps: batches of 8, and of 4 accumulated twice, in the same order."""
+    weights, rows = [], []
+    for batch, accumulation in ((8, 1), (4, 2)):
+        model = Linear()
+        model.head.weight.data = torch.tensor([[0.3, -0.2]])
+        cfg = config(**{"training.batch_size": batch, "training.accumulation": accumulation, "training.epochs": 1})
+        rows.append(fit(model, numbers(batch, shuffle=False, train_samples=16), cfg).rows[1])
+        weights.append(model.head.weight.detach().clone())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    # AdamW hides a wrong factor of the gradient, the clipping does not: the whole second step agrees as well
+    assert rows[0]["val_rmse"] == pytest.approx(rows[1]["val_rmse"], rel=1e-4)
+    half = fit(Linear(), numbers(4, shuffle=False, train_samples=16), config(**{"training.epochs": 1})).rows[1]
+    assert half["val_rmse"] != pytest.approx(rows[0]["val_rmse"], rel=1e-2)  # four steps are not two
+
+
+def test_accumulated_gradients_are_means_not_sums(config):
+    seen = []
+
+    class Watched(Linear):
+        def forward(self, batch):
+            if self.head.weight.grad is not None and self.training:
+                seen.append(self.head.weight.grad.norm().item())
+            return super().forward(batch)
+
+    cfg = config(**{"training.accumulation": 4, "training.batch_size": 4, "training.epochs": 1})
+    loaders = numbers(4, shuffle=False, train_samples=16)
+    fit(Watched(), loaders, cfg)
+    data = loaders.train.dataset
+    model, three_of_four = Linear(), torch.arange(12)
+    target = (data.targets - loaders.target_mean) / loaders.target_std
+    nn.functional.mse_loss(model({"ts": data.ts[three_of_four]}), target[three_of_four]).backward()
+    assert len(seen) == 3 and seen[-1] == pytest.approx(0.75 * model.head.weight.grad.norm().item(), rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- schedule
+def rates(config, **overrides) -> list[float]:
+    """The learning rate of every optimiser step, as the optimiser saw it."""
+    seen = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
+    try:
+        fit(Linear(), numbers(), config(**overrides))
+    finally:
+        hook.remove()
+    return seen
+
+
+def test_warm_up_and_cosine(config):
+    seen = rates(config, **{"training.warmup": 0.25, "training.schedule": "cosine"})
+    assert len(seen) == 6 * 4
+    assert 0 < seen[0] < 0.2 * 0.05  # a step is taken from the start, but a small one
+    rising, falling = seen[:7], seen[6:]
+    assert rising == sorted(set(rising)) and max(seen) == pytest.approx(0.05) == seen[6]
+    assert falling == sorted(set(falling), reverse=True) and 0 < seen[-1] < 0.02 * 0.05
+    assert seen[6 + 9] == pytest.approx(0.025, rel=1e-6)  # half way down
+
+
+def test_the_steps_are_counted_with_accumulation(config):
+    overrides = {"training.schedule": "cosine", "training.accumulation": 3, "training.epochs": 3}
+    seen = rates(config, **overrides)
+    assert len(seen) == 2 * 3  # four batches make a step of three and a step of one
+    assert seen[0] == pytest.approx(0.05) and 0 < seen[-1] < 0.15 * 0.05
+
+
+def test_constant_stays(config):
+    assert set(rates(config)) == {0.05}
+
+
+def test_decay_is_for_matrices_alone(config):
+    model = Linear()
+    model.head.weight.data.fill_(1e3), model.head.bias.data.fill_(1e3)
+    loaders = numbers()
+    for name in ("train", "val"):
+        getattr(loaders, name).dataset.ts.zero_()  # no gradient for the weight, and no other change than its decay
+    overrides = {"training.weight_decay": 0.5, "training.lr": 0.01, "training.epochs": 1, "training.gradient_clip": 1e9}
+    fit(model, loaders, config(**overrides))
+    assert model.head.weight.tolist() == [[pytest.approx(1e3 * (1 - 0.005) ** 4)] * 2]
+    assert model.head.bias.item() == pytest.approx(1e3 - 4 * 0.01, rel=1e-6)  # four steps of Adam, each of lr
+
+
+# ---------------------------------------------------------------------------------------------------- repeating
+def test_the_same_seed_gives_the_same_history(config):
+    def train(seed: int):
+        cfg = config(seed=seed, **{"head.dropout": 0.2})
+        seed_everything(cfg)
+        model = nn.Sequential(Linear(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        nn.init.normal_(model[0].head.weight)
+        return fit(model, numbers(), cfg).table.drop(columns="seconds")
+
+    first = train(3)
+    pd.testing.assert_frame_equal(first, train(3), check_exact=True)
+    assert not first["train_loss"][1:].equals(train(4)["train_loss"][1:])
+
+
+# ---------------------------------------------------------------------------------------------------- precision
+class Precise(Linear):
+    """Remembers in which precision it was run."""
+
+    dtypes: set
+
+    def forward(self, batch):
+        output = super().forward(batch)
+        self.dtypes.add(output.dtype)
+        return output
+
+
+def test_bf16_runs_stays_close_and_leaves_the_model_as_it_was(config):
+    histories = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = Precise()
+        model.dtypes = set()
+        loaders, cfg = numbers(), config(**{"training.precision": precision, "training.epochs": 20})
+        histories[precision] = fit(model, loaders, cfg).table
+        assert model.dtypes == {dtype}
+        batch = next(iter(loaders.val))
+        plain = nn.functional.linear(batch["ts"].mean((2, 3, 4)), model.head.weight, model.head.bias)
+        assert torch.equal(model(batch), plain) and plain.dtype == torch.float32
+        assert model.forward.__func__ is Precise.forward and model.head.weight.dtype == torch.float32
+        assert predict(model, loaders, "test", cfg).prediction.dtype == torch.float32
+    start = histories["fp32"]["val_rmse"][0]
+    assert (histories["fp32"]["val_rmse"] - histories["bf16"]["val_rmse"]).abs().max() < 0.02 * start
+    assert not histories["fp32"]["val_rmse"].equals(histories["bf16"]["val_rmse"])
+
+
+def test_the_forward_comes_back_after_a_failure_too(config):
+    model, loaders = Linear(), numbers()
+    loaders.train.dataset.ts[3] = torch.nan
+    with pytest.raises(FloatingPointError):
+        fit(model, loaders, config(**{"training.precision": "bf16"}))
+    assert model.forward.__func__ is Linear.forward
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+def test_nan_in_the_training_inputs(config):
+    loaders = numbers()
+    loaders.train.dataset.ts[3] = torch.nan
+    pattern = r"training loss became nan. Lower training.lr \(now 0.05\) .* look for NaN in the inputs"
+    with pytest.raises(FloatingPointError, match=pattern):
+        fit(Linear(), loaders, config())
+
+
+def test_nan_in_the_validation_inputs(config):
+    loaders = numbers()
+    loaders.val.dataset.ts[3] = torch.nan
+    with pytest.raises(
+        FloatingPointError, match=r"validation loss is nan before any training. .* batch of loaders.val"
+    ):
+        fit(Linear(), loaders, config())
+
+
+def test_a_metric_that_cannot_choose_is_refused_before_training(config):
+    cfg = config(**{"target.metrics": ["tss", "rmse"], "target.event_threshold": 1e6})
+    with pytest.raises(ValueError, match=r"validation tss is not a number, .* Put another metric first"):
+        fit(Linear(), numbers(), cfg)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "targets", "said"),
+    [
+        (2, 1, r"\(8, 2\) but the targets of the batch are \(8, 1\)"),
+        (1, 2, r"\(8, 1\) but .* \(8, 2\)"),
+        (3, 2, "8, 3"),
+    ],
+)
+def test_an_output_of_another_shape_is_refused_everywhere(config, outputs, targets, said):
+    loaders = numbers(outputs=targets)
+    with pytest.raises(ValueError, match=rf"The model returns .*{said}.* num_outputs"):
+        fit(Linear(outputs), loaders, config())
+    with pytest.raises(ValueError, match=rf"The model returns .*{said}"):
+        predict(Linear(outputs), loaders, "val", config())
+
+
+def test_a_model_that_loses_its_last_axis_is_refused(config):
+    class Squeezed(Linear):
+        def forward(self, batch):
+            return super().forward(batch)[:, 0]
+
+    with pytest.raises(ValueError, match=r"returns \(8,\) but the targets of the batch are \(8, 1\)"):
+        fit(Squeezed(), numbers(), config())
+
+
+def test_nothing_to_train(config):
+    with pytest.raises(ValueError, match="No parameter of the model requires a gradient"):
+        fit(Linear().requires_grad_(False), numbers(), config())
+
+
+# ---------------------------------------------------------------------------------------------------- with the rest
+def test_rows_reach_the_run_as_they_happen(config):
+    cfg, loaders = config(**{"training.epochs": 2}), numbers()
+    with start_run(cfg) as run:
+        history = fit(Linear(), loaders, cfg, run=run)
+        run.summary(predict(Linear(), loaders, "test", cfg).metrics(cfg))
+    written = pd.read_csv(run.folder / "history.csv", index_col="epoch").drop(columns="step")
+    pd.testing.assert_frame_equal(written, history.table, check_exact=False, rtol=1e-9)
+    assert yaml.safe_load((run.folder / "config.yaml").read_text())["training"]["epochs"] == 2
+    loaders.train.dataset.ts[0] = torch.nan
+    with pytest.raises(FloatingPointError), start_run(cfg) as broken:
+        fit(Linear(), loaders, cfg, run=broken)
+    assert len(pd.read_csv(broken.folder / "history.csv")) == 1  # what was measured before stays
+
+
+def test_lora_leaves_the_frozen_weights_equal_to_the_bit(config):
+    encoder = SuryaEncoder(
+        img_size=8, patch_size=2, in_chans=2, time_dim=1, embed_dim=16, depth=3, n_spectral_blocks=1, num_heads=2
+    )
+    torch.manual_seed(0)
+    model = apply_lora(Specformer1D(encoder), rank=2, alpha=4, dropout=0.1)
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    overrides = {"training.precision": "bf16", "training.weight_decay": 0.1, "training.epochs": 8, "training.lr": 0.01}
+    history = fit(model, numbers(), config(**overrides))
+    after = model.state_dict()
+    assert history.best_epoch > 0
+    assert all(torch.equal(before[name], after[name]) for name in before if name not in trainable)
+    assert all(not torch.equal(before[name], after[name]) for name in trainable if "lora_B" in name)
+    assert any("lora_B" in name for name in trainable) and "head.1.weight" in trainable
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_predictions_are_in_target_units_and_in_the_order_of_time(config, split):
+    loaders, model = numbers(outputs=2), Linear(2)
+    data = getattr(loaders, split).dataset
+    found = predict(model, loaders, split, config())
+    assert found.timestamps == [time.isoformat() for time in data.samples["time"]]
+    torch.testing.assert_close(found.target, data.targets)
+    torch.testing.assert_close(found.prediction, loaders.target_mean.expand(len(data), 2))  # a head of zeros
+    model.head.weight.data = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    expected = data.ts.mean((2, 3, 4)) * loaders.target_std + loaders.target_mean
+    torch.testing.assert_close(predict(model, loaders, split, config()).prediction, expected)
+
+
+def test_the_floor_and_the_table_of_metrics(config):
+    loaders, cfg = numbers(), config(**{"target.event_threshold": 400.0, "target.metrics": ["rmse", "mae"]})
+    floor = mean_prediction(loaders, "test")
+    assert floor.timestamps == [str(time) for time in loaders.test.dataset.samples["time"]]
+    model = Linear()
+    fit(model, loaders, config(**{"training.epochs": 20}))
+    table = metrics_table({"mean": floor, "line": predict(model, loaders, "test", cfg)}, cfg)
+    assert list(table.index) == ["mean", "line"] and list(table.columns) == ["rmse", "mae", "tss", "hss"]
+    expected = compute_metrics(floor.prediction, floor.target, ["rmse"])["rmse"]
+    assert table.loc["mean", "rmse"] == pytest.approx(expected)
+    assert table.loc["line", "rmse"] < 0.2 * expected and table.loc["line", "tss"] > 0.5 > abs(table.loc["mean", "tss"])
+
+
+def test_predictions_survive_a_csv(config, tmp_path):
+    found = predict(Linear(2), numbers(outputs=2), "test", config())
+    found.table().to_csv(tmp_path / "predictions.csv", index=False)
+    again = Predictions.from_table(pd.read_csv(tmp_path / "predictions.csv"))
+    (
+        torch.testing.assert_close(again.target, found.target),
+        torch.testing.assert_close(again.prediction, found.prediction),
+    )
+    assert again.timestamps == found.timestamps
