@@ -1,0 +1,198 @@
+"""Figures with what a reader needs on them, and where a model looks."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from helpers import plots
+from helpers.channels import CHANNELS
+from helpers.config import load_config
+from helpers.diagnostics import input_sensitivity
+from helpers.encoder import SuryaEncoder
+from helpers.heads import LinearBaseline1D, Specformer1D
+from helpers.training import History, Predictions
+
+ROOT = Path(__file__).parents[1]
+TIMES = pd.date_range("2014-01-01", periods=20, freq="6h")
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    wind = {"target.name": "solar-wind speed", "target.unit": "km/s", "target.event_threshold": 500.0}
+    return load_config(tmp_path / "config.yaml", wind | {"target.metrics": ["mae", "rmse"]})
+
+
+@pytest.fixture
+def found():
+    """Predictions of two models of the same 20 times, in km/s."""
+    generator = torch.Generator().manual_seed(0)
+    truth = 400 + 90 * torch.randn(20, 2, generator=generator)
+    times = [time.isoformat() for time in TIMES]
+    return {
+        name: Predictions(truth + error * torch.randn(20, 2, generator=generator), truth, times)
+        for name, error in (("baseline", 60), ("finetune", 20))
+    }
+
+
+def drawn(figure) -> None:
+    """Draw it: warnings are errors, so labels that do not fit or glyphs that are missing fail here."""
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize("channels", [["aia171"], ["hmi_v", "aia94", "hmi_m"], CHANNELS])
+def test_channels_are_labelled_with_their_unit_and_drawn_with_the_north_up(channels):
+    image = np.random.default_rng(0).normal(100, 30, (len(channels), 8, 8)).astype(np.float32)
+    image[0, :4] += 1000  # the south, row 0, is bright
+    figure = plots.plot_channels(torch.from_numpy(image), channels, "one frame")
+    drawn(figure)
+    panels = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title().split(" [")[0] for axis in panels] == list(channels)
+    units = {"aia171": "DN", "hmi_v": "m/s", "aia94": "DN"}
+    assert panels[0].get_title().endswith(f"[{units[channels[0]]}]") and figure.get_suptitle() == "one frame"
+    shown = panels[0].images[0]
+    assert shown.origin == "lower" and shown.get_array()[0].mean() > shown.get_array()[-1].mean()
+
+
+def test_signed_channels_are_symmetric_and_intensities_are_stretched():
+    figure, (signed, bright, empty) = plt.subplots(1, 3)
+    values = np.linspace(-50, 400, 64).reshape(8, 8)
+    plots.show_channel(signed, values, "hmi_m")
+    low, high = signed.images[0].get_clim()
+    assert low == -high and high > 300
+    plots.show_channel(bright, values, "aia171")
+    assert bright.images[0].get_clim()[0] == 0 and bright.images[0].get_array().max() == pytest.approx(20, rel=0.02)
+    plots.show_channel(empty, np.zeros((8, 8)), "hmi_bx")  # a dark frame has no range
+    drawn(figure)
+
+
+def test_labels_are_shown_by_split_with_the_threshold(cfg, found):
+    values = found["baseline"].target
+    targets = {
+        name: pd.DataFrame(values[part].numpy(), TIMES[part])
+        for name, part in {"train": slice(0, 12), "val": slice(12, 16), "test": slice(16, 20)}.items()
+    }
+    figure = plots.plot_labels(targets, cfg)
+    drawn(figure)
+    line, histogram = figure.axes
+    assert line.get_ylabel() == "solar-wind speed [km/s]" and histogram.get_xlabel() == "density"
+    legend = [text.get_text() for text in line.get_legend().get_texts()]
+    assert legend == ["train (12)", "val (4)", "test (4)", "event threshold"]
+    assert [len(points.get_xdata()) for points in line.lines] == [12, 4, 4, 2]
+    np.testing.assert_allclose(line.lines[1].get_ydata(), values[12:16, 0])
+    assert list(line.lines[3].get_ydata()) == [500, 500]
+
+
+def test_labels_without_unit_or_threshold(cfg, found):
+    plain = load_config(
+        cfg.root / "config.yaml", {"target.unit": "", "target.name": "x", "target.event_threshold": None}
+    )
+    figure = plots.plot_labels({"train": pd.DataFrame(found["baseline"].target.numpy(), TIMES)}, plain)
+    drawn(figure)
+    assert figure.axes[0].get_ylabel() == "x" and len(figure.axes[0].lines) == 1
+
+
+def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
+    rows = [
+        {"epoch": i, "lr": 0.1 / (i + 1), "train_loss": 1 / i if i else float("nan"), "val_loss": 1 / (i + 1)}
+        | {"val_mae": 50.0 - i, "val_rmse": 60.0 - i, "seconds": 1.0}
+        for i in range(6)
+    ]
+    figure = plots.plot_history(History(rows, best_epoch=4), cfg)
+    drawn(figure)
+    loss, metric, rate = figure.axes
+    assert loss.get_yscale() == "log" and "mse, standardised" in loss.get_ylabel()
+    assert metric.get_ylabel() == "validation mae [km/s]" and rate.get_ylabel() == "learning rate"
+    assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 3
+    np.testing.assert_allclose(metric.lines[0].get_ydata(), [50, 49, 48, 47, 46, 45])
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train", "validation", "kept: epoch 4"]
+    assert list(metric.lines[1].get_xdata()) == [4, 4]
+    np.testing.assert_allclose(rate.lines[0].get_xdata(), [1, 2, 3, 4, 5])  # epoch 0 took no step
+
+
+@pytest.mark.parametrize("output", [0, 1])
+def test_predicted_against_true_has_one_panel_each_and_the_perfect_line(cfg, found, output):
+    figure = plots.plot_predictions(found, cfg, output)
+    drawn(figure)
+    assert len(figure.axes) == 2
+    for axis, (name, p) in zip(figure.axes, found.items(), strict=True):
+        points = axis.collections[0].get_offsets()
+        np.testing.assert_allclose(points, torch.stack([p.target[:, output], p.prediction[:, output]], 1))
+        np.testing.assert_allclose(axis.lines[0].get_xdata(), axis.lines[0].get_ydata())
+        assert axis.get_xlabel() == "true solar-wind speed [km/s]" and axis.get_aspect() == 1
+        assert axis.get_title().startswith(f"{name}: mae {p.metrics(cfg)['mae']:.2f}, rmse ")
+    assert figure.axes[0].get_ylabel() == "predicted solar-wind speed [km/s]"
+
+
+def test_series_have_the_truth_and_one_line_a_model(cfg, found):
+    figure = plots.plot_prediction_series(found, cfg)
+    drawn(figure)
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["truth", "baseline", "finetune"]
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), found["baseline"].target[:, 0])
+    np.testing.assert_allclose(axis.lines[2].get_ydata(), found["finetune"].prediction[:, 0])
+    assert axis.get_ylabel() == "solar-wind speed [km/s]"
+
+
+def test_the_sensitivity_map_shows_the_channel_that_counts_most():
+    channels = ["aia94", "hmi_m", "aia171"]
+    sensitivity = (
+        torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 3, 2])[:, None, None]
+    )
+    figure = plots.plot_sensitivity(np.ones((3, 16, 16)), channels, sensitivity)
+    drawn(figure)
+    left, right, bars, _ = figure.axes
+    assert left.get_title().startswith("hmi_m")
+    overlay = right.images[1]
+    assert overlay.get_array().shape == (4, 4) and overlay.get_array().mean() == pytest.approx(1)
+    assert tuple(overlay.get_extent()) == tuple(right.images[0].get_extent())  # laid over the very image
+    widths = [bar.get_width() for bar in bars.patches]
+    assert sum(widths) == pytest.approx(1) and np.argmax(widths) == 1
+    assert [text.get_text() for text in bars.get_yticklabels()] == channels
+
+
+# ---------------------------------------------------------------------------------------------------- diagnostics
+def batch(samples: int = 3) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    return {"ts": torch.randn(samples, 2, 2, 16, 16, generator=generator), "timestamp": ["t"] * samples}
+
+
+def test_a_line_on_the_means_looks_everywhere_alike():
+    model, inputs = LinearBaseline1D(2, 2, 2), batch()
+    model.head.weight.data = torch.tensor([[1.0, 2.0, 0.5, 0.0], [0, 0, 0, 4.0]])
+    found = input_sensitivity(model, inputs, patch_size=4)
+    assert found.shape == (3, 2, 4, 4)
+    expected = torch.tensor([1.5, 0.25]) / 256  # mean over the two frames of |weight|, spread over 16 x 16 pixels
+    torch.testing.assert_close(found, expected[:, None, None].expand(3, 2, 4, 4))
+    second = input_sensitivity(model, inputs, patch_size=8, output=1)
+    torch.testing.assert_close(second, (torch.tensor([0, 2.0]) / 256)[:, None, None].expand(3, 2, 2, 2))
+
+
+def test_a_transformer_looks_at_places_and_samples_do_not_mix():
+    torch.manual_seed(0)
+    encoder = SuryaEncoder(
+        img_size=16, patch_size=4, in_chans=2, time_dim=2, embed_dim=16, depth=2, n_spectral_blocks=1, num_heads=2
+    )
+    model, inputs = Specformer1D(encoder, pooling="max").train(), batch()
+    found = input_sensitivity(model, inputs, patch_size=4)
+    spread = found.std((2, 3)) / found.mean((2, 3))
+    assert found.shape == (3, 2, 4, 4) and (spread > 0.05).all() and (found >= 0).all()
+    torch.testing.assert_close(found[1:2], input_sensitivity(model, {"ts": inputs["ts"][1:2]}, patch_size=4))
+    assert inputs["ts"].grad is None and not inputs["ts"].requires_grad
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_frozen_models_can_be_looked_into():
+    model = LinearBaseline1D(2, 1, 2).requires_grad_(False)
+    model.head.weight.fill_(1.0)
+    assert input_sensitivity(model, batch(), patch_size=16).sum() > 0
