@@ -108,6 +108,7 @@ def run(notebook: Path, folder: Path, parameters: dict[str, Any]) -> int:
             papermill.execute_notebook(
                 notebook, executed, parameters, engine_name="progress", kernel_name="python3", cwd=notebook.parent,
                 progress_bar=False, stdout_file=sys.stdout,
+                coalesce_streams=True,  # a progress bar leaves its last line alone, as on a screen
             )  # fmt: skip
     except PapermillExecutionError as error:
         code, message = 1, _plain(f"{error.ename}: {error.evalue}")
@@ -154,7 +155,8 @@ def _kernel_of_this_python() -> Iterator[None]:
     figures = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # an inherited Agg would show none
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-        write_kernel_spec(Path(folder, "kernels", "python3"), overrides={"env": figures})
+        quiet = ["--log-level=ERROR"]  # the kernel talks to this machine only; its advice to encrypt would worry people
+        write_kernel_spec(Path(folder, "kernels", "python3"), {"env": figures}, quiet)
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, before] if before else [folder])
         try:
             yield

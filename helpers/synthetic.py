@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5netcdf
+import h5py
 import numpy as np
 import pandas as pd
 import torch
@@ -30,6 +30,7 @@ from helpers.heads import Specformer2D
 from helpers.shared import atomic_write, resolve
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
+_NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # how NetCDF-4 marks one in HDF5
 FLARE_DELAY_HOURS = 2.0  # the flux follows the field this much later
 FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
@@ -59,6 +60,10 @@ _RESPONSES = {
     "aia335": _Response(2.4, 40, 1.0, True, 0.6),
     "aia1600": _Response(55, 160, 0.6, False, -0.6),
 }
+
+
+# Smallest step of each channel, in its unit: powers of two near the noise.
+_STEPS = np.array([1 / 16, 1 / 8, 1, 1, 1 / 2, 1 / 2, 1 / 16, 1, 1, 1, 1, 1, 32], np.float32)[:, None, None]
 
 
 class SyntheticSun:
@@ -234,8 +239,8 @@ def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, cool: dict, hot: d
 
 
 def _quantised(image: np.ndarray) -> np.ndarray:
-    """Round to 1/16 of a unit, as an instrument would: noise beyond that only swells the files."""
-    return np.round(image * 16) / 16
+    """Round each channel to about its noise, as an instrument would: what is finer only swells the files."""
+    return np.round(image / _STEPS) * _STEPS
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -301,14 +306,14 @@ def _write_frames(
 def _write_frame(job: tuple[SyntheticSun, int, Path, int]) -> None:
     sun, hour, path, side = job
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, h5netcdf.File(temporary, "w") as file:
-        file.dimensions = {"y": side, "x": side}
+    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:  # h5py: a third of h5netcdf's time
+        for axis in "yx":
+            file.create_dataset(axis, (side,), "f4").make_scale(f"{_NETCDF_DIMENSION}{side:10d}")
         for name, image in zip(CHANNELS, sun.frame(hour, side), strict=True):
-            variable = file.create_variable(
-                name, ("y", "x"), "f4", compression="gzip", compression_opts=1, shuffle=True
-            )
-            variable.attrs["units"] = UNITS[name]
-            variable[:] = image
+            data = file.create_dataset(name, data=image, chunks=(side, side), compression=1, shuffle=True)
+            data.attrs["units"] = UNITS[name]
+            for number, axis in enumerate("yx"):
+                data.dims[number].attach_scale(file[axis])
 
 
 def _write_labels(sun: SyntheticSun, start: pd.Timestamp, hours: int, path: Path) -> None:
