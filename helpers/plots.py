@@ -167,12 +167,12 @@ def plot_index(times: pd.Series, cfg: Config) -> Figure:
     """
     fig, axis = plt.subplots(figsize=(11, 2.6), layout="constrained")
     counts = times.dt.to_period("M").value_counts().sort_index()
-    axis.bar(counts.index.to_timestamp(), counts, width=counts.index.days_in_month, align="edge", fc="0.75", ec="w")
+    axis.bar(counts.index.to_timestamp(), counts, width=counts.index.days_in_month, align="edge", fc="0.45", ec="w")
     for split, color in SPLIT_COLORS.items():
         start, end = map(pd.Timestamp, getattr(cfg.split, split))
         count = int(((times >= start) & (times < end)).sum())
-        axis.axvspan(start, end, color=color, alpha=0.25, lw=0, label=f"{split}: {count} frames")
-    axis.set(ylabel="frames a month", title="frames in the index, and the splits")
+        axis.axvspan(start, end, color=color, alpha=0.35, lw=0, zorder=0, label=f"{split}: {count} frames")
+    axis.set(ylabel="frames a month", ylim=(0, 1.35 * counts.max()), title="frames in the index, and the splits")
     axis.legend(fontsize=8, ncols=3)
     return fig
 
@@ -218,7 +218,9 @@ def plot_distributions(physical: Mapping[str, np.ndarray], scalers: Mapping[str,
             ends = np.arcsinh(np.percentile(values, [0.05, 99.95]))
             edges = np.sinh(np.linspace(*ends, 50))  # narrow bins near zero, wide ones far from it
             shares = np.histogram(values, edges)[0] / values.size
-            axis.stairs(shares, edges, color=color, lw=1.2, ls="--" if name in fields else "-", label=name)
+            filled = shares > 0  # narrow bins may lie between two of the steps in which an instrument counts
+            centres = (edges[1:] + edges[:-1])[filled] / 2
+            axis.plot(centres, shares[filled], "--" if name in fields else "-", color=color, lw=1.2, label=name)
     for axis, title in zip(axes, ("physical [DN, G, m/s]", "signed-log", "normalised"), strict=True):
         axis.set(title=title, yscale="log")
     axes[0].set_ylabel("share of the pixels")
