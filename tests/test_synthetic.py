@@ -1,0 +1,316 @@
+"""The synthetic Sun: repeatable, shaped like the real data, with flares that an image can foretell."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+from torch.nn import functional as F
+
+from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
+from helpers.checkpoint import load_filtered
+from helpers.config import load_config
+from helpers.dataset import load_labels, make_loaders
+from helpers.encoder import SuryaEncoder
+from helpers.frames import prepare_store
+from helpers.heads import Specformer2D
+from helpers.synthetic import DISK_RADIUS, SyntheticSun, ensure_synthetic, goes_class, pretrain
+
+ROOT = Path(__file__).parents[1]
+CHANNEL = {name: c for c, name in enumerate(CHANNELS)}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A small Sun in a temporary folder: 60 visits, 32 pixels."""
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    (tmp_path / "helpers").symlink_to(ROOT / "helpers")
+    small = {
+        "synthetic.folder": str(tmp_path / "sun"),
+        "synthetic.visits": 60,
+        "synthetic.workers": 1,
+        "data.native_size": 32,
+        "data.pooling": 1,
+        "data.build_workers": 1,
+        "paths.reserve_gb": 0.0,
+        "training.batch_size": 4,
+    }
+    return lambda **overrides: load_config(tmp_path / "config.yaml", small | overrides)
+
+
+def radius(side: int) -> np.ndarray:
+    """Distance of every pixel's centre from the middle, in solar radii."""
+    axis = ((np.arange(side) + 0.5) / side - 0.5) / DISK_RADIUS
+    return np.hypot(*np.meshgrid(axis, axis))
+
+
+# ---------------------------------------------------------------------------------------------------- the Sun
+def test_a_seed_is_one_sun_whatever_is_asked_in_whatever_order():
+    first, second, other = SyntheticSun(7, 500), SyntheticSun(7, 500), SyntheticSun(8, 500)
+    hours = [3, 250, 40]
+    forwards = {hour: first.frame(hour, 32) for hour in hours}
+    first.mask(100, 64)
+    backwards = {hour: second.frame(hour, 32) for hour in reversed(hours)}
+    assert all(np.array_equal(forwards[hour], backwards[hour]) for hour in hours)
+    assert not np.array_equal(forwards[3], other.frame(3, 32)) and not np.array_equal(forwards[3], forwards[40])
+    flux = [sun.flux(100, np.random.default_rng(0)) for sun in (first, second, other)]
+    assert flux[0] == flux[1] != flux[2]
+
+
+def test_frames_have_the_channels_units_and_darkness_of_sdo():
+    frame = SyntheticSun(1, 500).frame(200, 64)
+    assert frame.shape == (13, 64, 64) and frame.dtype == np.float32 and np.isfinite(frame).all()
+    image = dict(zip(CHANNELS, frame, strict=True))
+    r = radius(64)
+    for name in (name for name in CHANNELS if name.startswith("hmi")):
+        assert not image[name][r > 1].any() and image[name][r < 0.9].std() > 3, name  # no field beyond the limb
+        assert image[name].min() < 0 < image[name].max()
+    for name in (name for name in CHANNELS if name.startswith("aia")):
+        assert image[name].min() >= 0 and image[name][r < 0.9].mean() > 3 * image[name][r > 1.18].mean(), name
+    assert image["aia171"][(r > 1) & (r < 1.05)].mean() > 10  # but a corona
+    assert image["hmi_v"][:, :32][r[:, :32] < 1].mean() < -300  # the east limb comes towards us
+
+
+def test_the_same_sun_at_two_sizes_is_the_same_sun():
+    sun = SyntheticSun(2, 500)
+    fine, coarse = (sun.frame(200, side)[CHANNEL["hmi_bz"]] for side in (128, 32))
+    pooled = fine.reshape(32, 4, 32, 4).mean((1, 3))
+    assert np.corrcoef(pooled.ravel(), coarse.ravel())[0, 1] > 0.8
+
+
+def test_values_suit_the_scalers_of_the_release():
+    """The real normalisation must make numbers of order one of them, as it does of real frames."""
+    frames = np.stack([SyntheticSun(seed, 500).frame(200, 64) for seed in range(4)])  # (4, 13, 64, 64)
+    z = normalise(frames, stack_scalers(load_scalers(), CHANNELS))
+    assert np.abs(z.mean((0, 2, 3))).max() < 2 and z.std((0, 2, 3)).max() < 3 and z.std((0, 2, 3)).min() > 0.05
+
+
+def isolated(sun: SyntheticSun, hours: int) -> tuple[int, dict[str, float]]:
+    """An hour at which a strong region near the middle of the disk has no neighbour, and that region."""
+    for hour in range(60, hours, 6):
+        now = pd.DataFrame(sun.regions(hour))
+        x, y = np.cos(now.latitude) * np.sin(now.longitude), np.sin(now.latitude)
+        near = now[(now.longitude.abs() < 0.4) & (now.field > 400)]
+        for i, region in near.iterrows():
+            others = now[(np.cos(now.longitude) > -0.1) & (now.field > 20)].index.drop(i, errors="ignore")
+            if (np.hypot(x[others] - x[i], y[others] - y[i]) > 0.45).all():
+                return hour, region.to_dict()
+    raise AssertionError("no isolated region")
+
+
+def test_regions_turn_from_east_to_west_as_fast_as_the_sun():
+    sun = SyntheticSun(3, 3000)
+    hour, region = isolated(sun, 2900)
+    side, longitudes = 256, []
+    axis = ((np.arange(side) + 0.5) / side - 0.5) / DISK_RADIUS
+    x, y = np.meshgrid(axis, axis)
+    start = np.cos(region["latitude"]) * np.sin(region["longitude"])
+    box = np.hypot(x - start - 0.03, y - np.sin(region["latitude"])) < 0.25
+    for step in (0, 3, 6):
+        strength = np.abs(sun.frame(hour + step, side)[CHANNEL["hmi_m"]]) * box
+        strength = np.where(strength > 40, strength, 0)
+        centre = (strength * x).sum() / strength.sum()
+        longitudes.append(np.rad2deg(np.arcsin(centre / np.cos(region["latitude"]))))
+    assert longitudes == sorted(longitudes)
+    assert (longitudes[2] - longitudes[0]) * 4 == pytest.approx(13, abs=1.5)  # degrees a day, as seen from the Earth
+
+
+def test_what_lies_behind_the_limb_is_not_seen():
+    sun = SyntheticSun(5, 500)
+    now = sun.regions(200)
+    expected = np.cos(now["latitude"]) * np.cos(now["longitude"]) > 0
+    assert 0 < expected.sum() < len(expected)
+    mask = sun.mask(200, 128)
+    rows = ((np.sin(now["latitude"]) * DISK_RADIUS + 0.5) * 128).astype(int)
+    for row, seen, longitude, field in zip(rows, expected, now["longitude"], now["field"], strict=True):
+        if seen and field > 300 and abs(longitude) < 1:
+            assert mask[row - 4 : row + 5].any()
+    assert mask.dtype == bool and not mask[radius(128) > 1].any() and 0 < mask.mean() < 0.1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_flux_follows_the_heating_by_two_hours(seed):
+    """Log flux of an hour agrees best with the heating, seen now, of two hours before; and no image tells it all."""
+    sun, rng, hours = SyntheticSun(seed, 1500), np.random.default_rng(0), np.arange(1440)
+    flux = np.log10([sun.flux(hour, rng) for hour in hours])
+    heating = []
+    for hour in hours:
+        now = sun.regions(hour)
+        heating.append((now["heating"][np.cos(now["longitude"]) > 0] ** 2).sum())
+    heating = np.log(np.array(heating) + 0.1)
+    agreement = {lag: np.corrcoef(heating[10:-10], flux[10 + lag : len(flux) - 10 + lag])[0, 1] for lag in range(-3, 8)}
+    assert max(agreement, key=agreement.get) == 2
+    assert 0.9 < agreement[2] < 0.995 and np.ptp(flux) > 1  # more than a factor of ten between quiet and active
+
+
+def test_hot_channels_tell_more_of_the_flux_than_cool_ones():
+    sun, rng = SyntheticSun(4, 3000), np.random.default_rng(0)
+    hours = range(0, 2900, 29)
+    flux = np.log10([sun.flux(hour + 2, rng) for hour in hours])
+    means = np.log(np.stack([sun.frame(hour, 32) for hour in hours]).mean((2, 3))[:, :8])
+    agreement = {name: np.corrcoef(means[:, CHANNEL[name]], flux)[0, 1] for name in ("aia94", "aia131", "aia171")}
+    assert min(agreement["aia94"], agreement["aia131"]) > agreement["aia171"], agreement
+
+
+def test_goes_classes_are_read_back_as_the_flux(tmp_path):
+    flux = np.logspace(-7.9, -2.6, 60)
+    classes = [goes_class(f) for f in flux]
+    assert classes[0].startswith("A") and {c[0] for c in classes} == set("ABCMX")
+    times = pd.date_range("2014-01-01", periods=60, freq="1h")
+    pd.DataFrame({"time": times, "goes_class": classes}).to_csv(tmp_path / "flares.csv", index=False)
+    read = load_labels(tmp_path / "flares.csv", "time", ["goes_class"], "goes")
+    np.testing.assert_allclose(10 ** read.values[:, 0], flux, rtol=0.06)  # classes have two digits
+    assert (goes_class(2.5e-5), goes_class(1e-4), goes_class(1e-6)) == ("M2.5", "X1.0", "C1.0")
+
+
+# ---------------------------------------------------------------------------------------------------- files
+def test_files_have_the_layout_of_the_bucket(config, tmp_path):
+    cfg = config()
+    folder = ensure_synthetic(cfg)
+    assert folder == tmp_path / "sun"
+    index = pd.read_csv(folder / "index.csv")
+    assert list(index.columns) == ["path", "timestep", "present"] and len(index) == 180
+    assert 1 <= (index.present == 0).sum() < 12 and set(index.present) == {0, 1}
+    assert index.timestep[0] == "2014-01-01 00:00:00" and index.path[0] == "2014/01/20140101_0000.nc"
+    assert [(folder / path).exists() for path in index.path] == (index.present == 1).tolist()
+    assert len(list(folder.rglob("*.nc"))) == (index.present == 1).sum()
+    with xr.open_dataset(folder / index.path[3], engine="h5netcdf") as file:
+        assert list(file.data_vars) and set(file.variables) == set(CHANNELS)
+        for name in CHANNELS:
+            assert file[name].dims == ("y", "x") and file[name].shape == (32, 32) and file[name].dtype == np.float32
+            assert file[name].attrs["units"] == UNITS[name]
+        hour = (pd.Timestamp(index.timestep[3]) - pd.Timestamp("2014-01-01")).total_seconds() / 3600
+        expected = SyntheticSun(0, 59 * 48 + 2 + 48).frame(hour, 32)
+        np.testing.assert_array_equal(file["aia193"].values, expected[CHANNEL["aia193"]])
+    labels = pd.read_csv(folder / "flares.csv")
+    assert {"timestamp", "goes_class"} <= set(labels.columns)
+    assert (pd.to_datetime(labels.timestamp).diff()[1:] == pd.Timedelta("1h")).all()
+    assert labels.timestamp.iloc[-1] > index.timestep.iloc[-1]
+
+
+def test_a_second_call_writes_nothing_and_a_broken_one_goes_on(config):
+    cfg = config(**{"synthetic.visits": 6})
+    folder = ensure_synthetic(cfg)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.*") if path.is_file()}
+    assert ensure_synthetic(cfg) == folder
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
+    frames = sorted(folder.rglob("*.nc"))
+    for lost in (*frames[2:5], folder / "flares.csv", folder / "index.csv"):  # as if killed on the way
+        lost.unlink()
+    ensure_synthetic(cfg)
+    assert sorted(path for path in folder.rglob("*.*") if path.is_file()) == sorted(before)
+    assert all(path.read_bytes() == before[path][1] for path in before if path.suffix == ".csv")
+    kept = [path for path in frames if path not in frames[2:5]]
+    assert all(path.stat().st_mtime_ns == before[path][0] for path in kept)
+    with xr.open_dataset(frames[3], engine="h5netcdf") as again:
+        assert np.isfinite(again["hmi_v"].values).all()
+
+
+@pytest.mark.parametrize("change", [{"synthetic.seed": 1}, {"synthetic.visits": 7}, {"data.native_size": 64}])
+def test_a_folder_with_another_sun_is_refused(config, tmp_path, change):
+    folder = ensure_synthetic(config(**{"synthetic.visits": 6}))
+    index = (folder / "index.csv").read_bytes()
+    with pytest.raises(ValueError, match=r"holds another synthetic Sun .* Choose another synthetic.folder"):
+        ensure_synthetic(config(**({"synthetic.visits": 6} | change)))
+    assert (folder / "index.csv").read_bytes() == index
+    ensure_synthetic(config(**{"synthetic.visits": 6, "synthetic.workers": 2}))  # how it is made does not matter
+
+
+def test_real_data_is_left_alone(config, tmp_path):
+    own = {"data.index": "index.csv", "data.store": "frames", "labels.path": "labels.csv"}
+    assert ensure_synthetic(config(**{"synthetic.folder": None}, **own)) is None
+    assert not list(tmp_path.rglob("*.nc"))
+
+
+def test_the_whole_way_to_batches(config):
+    cfg = config(
+        **{
+            "split.train": ["2014-01-01", "2014-02-20"],
+            "split.val": ["2014-02-22", "2014-03-20"],
+            "split.test": ["2014-03-22", "2014-05-01"],
+        }
+    )
+    ensure_synthetic(cfg)
+    report = prepare_store(cfg, progress=False)
+    assert report.built > 150 and not report.unreadable
+    loaders = make_loaders(cfg)
+    assert min(loaders.sizes.values()) > 20 and -8 < loaders.target_mean.item() < -3
+    assert "without: frame at -60 min missing" in loaders.report
+    batch = next(iter(loaders.train))
+    assert batch["ts"].shape == (4, 13, 2, 32, 32) and batch["ts"].std() > 0.3 and batch["ts"].isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------- the checkpoint
+def forecast_samples(seeds, side: int, pooling: int) -> torch.Tensor:
+    """Three hourly frames of each Sun, (N, 13, 3, H, W) normalised."""
+    samples = []
+    for seed in seeds:
+        sun, hour = SyntheticSun(seed, 500), 20 + seed % 400
+        frames = np.stack([sun.frame(hour + step, side) for step in (-1, 0, 1)], axis=1)
+        samples.append(F.avg_pool2d(torch.from_numpy(frames), pooling))
+    return normalise(torch.stack(samples), stack_scalers(load_scalers(), CHANNELS, trailing=3)).float()
+
+
+def forecast_error(model: Specformer2D, samples: torch.Tensor) -> float:
+    with torch.no_grad():
+        return F.mse_loss(model.eval()({"ts": samples[:, :, :2]}), samples[:, :, 2]).item()
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    return load_config(tmp_path / "config.yaml", profile="tiny")
+
+
+def test_the_tiny_checkpoint_looks_like_the_released_one(tiny):
+    path = ROOT / tiny.model.checkpoint
+    assert path.stat().st_size <= 2_000_000
+    state = torch.load(path, weights_only=True)
+    released = json.loads((ROOT / "tests/data/surya_366m_state_dict.json").read_text())["state_dict"]
+    attention = tiny.model.depth - tiny.model.n_spectral_blocks
+
+    def is_there(key: str) -> bool:
+        block = re.match(r"backbone\.blocks_attention\.(\d+)\.", key)
+        return block is None or int(block[1]) < attention
+
+    assert attention < 8 and set(state) == {key for key in released if is_there(key)}
+    for key, value in state.items():
+        assert str(value.dtype) == f"torch.{released[key][1]}" and value.ndim == len(released[key][0]), key
+        assert value.isfinite().all(), key
+
+
+def test_the_tiny_checkpoint_forecasts_suns_it_has_never_seen(tiny):
+    """The pretext of Surya, an hour ahead: far better than the mean frame, and than itself before training."""
+    torch.manual_seed(0)
+    model = Specformer2D(SuryaEncoder(**tiny.encoder_arguments()), out_chans=len(CHANNELS))
+    samples = forecast_samples(range(500_000, 500_008), tiny.data.native_size, tiny.data.pooling)
+    others = forecast_samples(range(600_000, 600_008), tiny.data.native_size, tiny.data.pooling)
+    mean_frame = others[:, :, 2].mean(0).expand(len(samples), -1, -1, -1)
+    from_mean = F.mse_loss(mean_frame, samples[:, :, 2]).item()
+    before = forecast_error(model, samples)
+    report = load_filtered(model, ROOT / tiny.model.checkpoint)
+    after = forecast_error(model, samples)
+    assert report.parameters_loaded == report.parameters_total and not report.missing
+    assert after < from_mean / 3 and after < before / 3, (after, from_mean, before)
+
+
+def test_pretraining_lowers_the_error_and_writes_a_checkpoint(config, tmp_path):
+    small = {"patch_size": 8, "embed_dim": 32, "depth": 3, "n_spectral_blocks": 1, "num_heads": 2}
+    settings = {"suns": 8, "samples": 64, "held_out": 16, "epochs": 3, "batch_size": 8, "lr": 5e-3}
+    overrides = {f"model.{key}": value for key, value in small.items()}
+    overrides |= {f"synthetic.pretraining.{key}": value for key, value in settings.items()}
+    cfg = config(**overrides)
+    report = pretrain(cfg, tmp_path / "small.pt")
+    assert report["after"] < 0.7 * report["before"] and report["seconds"] > 0
+    assert report["persistence"] > 0 and report["mean_frame"] > 0
+    model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
+    loaded = load_filtered(model, tmp_path / "small.pt")
+    assert loaded.parameters_loaded == loaded.parameters_total and not loaded.missing
+    samples = forecast_samples(range(700_000, 700_008), 32, 1)
+    assert forecast_error(model, samples) < 0.8 * report["before"]
+    second = pretrain(cfg, tmp_path / "again.pt")
+    assert second["after"] == pytest.approx(report["after"], rel=1e-3)  # seeded
