@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 import zarr
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from zarr.codecs import BloscCodec
 
 from helpers.channels import CHANNELS, UNITS, Scaler, check_channels, load_scalers

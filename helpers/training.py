@@ -110,11 +110,12 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, _learning_rate_shape(cfg, steps))
     key, better = cfg.target.metrics[0], METRICS[cfg.target.metrics[0]].higher_is_better
     history, best, kept = History(), -math.inf, {}
-    bar = tqdm(range(settings.epochs + 1), "training", unit="epoch", disable=not accelerator.is_main_process)
+    bar = tqdm(total=settings.epochs * len(train), unit="batch", disable=not accelerator.is_main_process)
     try:
-        for epoch in bar:
+        for epoch in range(settings.epochs + 1):
+            bar.set_description(f"epoch {epoch}/{settings.epochs}")
             started = time.perf_counter()
-            loss = _epoch(model, train, optimizer, schedule, loaders, cfg, accelerator) if epoch else math.nan
+            loss = _epoch(model, train, optimizer, schedule, loaders, cfg, accelerator, bar) if epoch else math.nan
             judged = _judge(model, loaders, "val", cfg, accelerator)
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss, **judged}
             row["seconds"] = time.perf_counter() - started
@@ -198,11 +199,12 @@ def _epoch(
     loaders: Loaders,
     cfg: Config,
     accelerator: Accelerator,
+    bar: tqdm,
 ) -> float:
     """One pass over the training split; the mean loss."""
     model.train()
     total, count = torch.zeros((), device=accelerator.device), 0
-    for batch in tqdm(train, "epoch", leave=False, unit="batch", disable=not accelerator.is_main_process):
+    for batch in train:
         with accelerator.accumulate(model):
             loss = _loss(model(batch), batch["target"], loaders, cfg)
             accelerator.backward(loss)
@@ -214,6 +216,7 @@ def _epoch(
                 schedule.step()
         total += loss.detach() * len(batch["target"])
         count += len(batch["target"])
+        bar.update()
     mean = (total / count).item()
     if not math.isfinite(mean):
         raise FloatingPointError(
