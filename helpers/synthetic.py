@@ -327,6 +327,7 @@ def _write_labels(sun: SyntheticSun, start: pd.Timestamp, hours: int, path: Path
 
 def goes_class(flux: float) -> str:
     """GOES class of a soft X-ray flux in W/m^2: 2.5e-5 -> "M2.5"."""
+    flux = float(f"{flux:.1e}")  # rounded first, so that 9.99e-7 is C1.0 and not B10.0
     letter, unit = next(
         (pair for pair in (("X", 1e-4), ("M", 1e-5), ("C", 1e-6), ("B", 1e-7)) if flux >= pair[1]), ("A", 1e-8)
     )

@@ -165,6 +165,7 @@ def test_goes_classes_are_read_back_as_the_flux(tmp_path):
     read = load_labels(tmp_path / "flares.csv", "time", ["goes_class"], "goes")
     np.testing.assert_allclose(10 ** read.values[:, 0], flux, rtol=0.06)  # classes have two digits
     assert (goes_class(2.5e-5), goes_class(1e-4), goes_class(1e-6)) == ("M2.5", "X1.0", "C1.0")
+    assert (goes_class(9.99e-7), goes_class(9.94e-6), goes_class(1.23e-3)) == ("C1.0", "C9.9", "X12.0")
 
 
 # ---------------------------------------------------------------------------------------------------- files
