@@ -43,7 +43,7 @@ def show_channel(axis: plt.Axes, physical: np.ndarray, name: str) -> None:
         top = max(np.nanpercentile(physical, 99.7), 1e-6)
         image, low, high = np.sqrt(np.clip(physical, 0, top)), 0.0, np.sqrt(top)
     else:
-        high = max(np.nanpercentile(np.abs(physical), 99.7), 1e-6)
+        high = max(np.nanmax(np.abs(physical)), 1e-6)  # hmimag is grey up to about 2% of this, which hides the noise
         image, low = physical, -high
     axis.imshow(image, origin="lower", cmap=colormap(name), vmin=low, vmax=high, interpolation="nearest")
     axis.axis("off")

@@ -130,7 +130,9 @@ class SyntheticSun:
         rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
         disk = _disk(side)
         field, cool, hot, radial = self._active(hour, disk)
-        shift = self.rotation(disk.latitude) * hour
+        shift = (
+            self.rotation(np.float64(0)) * hour
+        )  # as a solid body: sheared for months, the texture would become stripes
         rows = ((disk.latitude / np.pi + 0.5) * 179).astype(int)
         columns = ((disk.longitude - shift) / (2 * np.pi) * 360).astype(int) % 360
         quiet = 1 + 0.25 * self.texture[rows, columns]  # (side, side), network that turns with the surface
