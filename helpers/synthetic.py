@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -300,9 +301,14 @@ def _write_frames(
 ) -> None:
     jobs = [(sun, int(hour), folder / _name(start + pd.Timedelta(hours=int(hour))), side) for hour in hours]
     jobs = [job for job in jobs if not job[2].exists()]
-    with ProcessPoolExecutor(workers) as pool:
+    with _processes(workers) as pool:
         for _ in tqdm(pool.map(_write_frame, jobs, chunksize=4), "synthetic frames", len(jobs), unit="frame"):
             pass
+
+
+def _processes(workers: int) -> ProcessPoolExecutor:
+    """Processes that do not inherit the threads of torch and Jupyter, as forked ones would."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
 
 
 def _write_frame(job: tuple[SyntheticSun, int, Path, int]) -> None:
@@ -391,7 +397,7 @@ def _forecast_samples(cfg: Config, count: int, seed: int) -> Tensor:
     """Frames at -60, 0 and +60 minutes of random hours of `suns` Suns, (count, 13, 3, H, W) normalised float16."""
     suns = cfg.synthetic.pretraining.suns
     jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.pooling) for i in range(count)]
-    with ProcessPoolExecutor(cfg.synthetic.workers) as pool:
+    with _processes(cfg.synthetic.workers) as pool:
         samples = list(tqdm(pool.map(_forecast_sample, jobs, chunksize=8), "pretraining frames", count, unit="sample"))
     return torch.from_numpy(np.stack(samples))
 

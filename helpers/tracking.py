@@ -214,7 +214,7 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions]]:
     built and trained may differ.
 
     Returns:
-        One row an experiment with its name and metrics, and its predictions of the test split.
+        The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
     """
     table = list_runs(runs_folder(cfg), task=cfg.task, profile=cfg.profile)
     same = [yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) for folder in table["folder"]]
@@ -223,15 +223,16 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions]]:
     latest = table.groupby("experiment").tail(1).set_index("experiment")
     files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
     found = {name: Predictions.from_table(pd.read_csv(file)) for name, file in files.items() if file.exists()}
-    metrics = [name for name in latest if name not in (*_OWN, "folder")]
-    return latest[["name", *metrics]], found
+    metrics = latest.filter(like="test_").astype(float).round(3)
+    metrics.index = [f"{name} ({latest['name'][name]})" for name in metrics.index]
+    return metrics.T, found
 
 
 def _data(config: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for two runs to be comparable."""
-    data, training = config["data"], config["training"]
-    frames = {key: data[key] for key in ("index", "channels", "native_size", "pooling", "offsets_minutes")}
-    return {**frames, **{key: config[key] for key in ("labels", "target", "split")}, "n": training["max_train_samples"]}
+    data = config.get("data", {})
+    frames = {key: data.get(key) for key in ("index", "channels", "native_size", "pooling", "offsets_minutes")}
+    return {**frames, **{key: config.get(key) for key in ("labels", "target", "split")}}
 
 
 def _now() -> str:
