@@ -158,6 +158,7 @@ class Head(_Section):
     pooling: Literal["mean", "max", "attention", "transformer", "class_token"]
     penultimate: Count | None
     dropout: Share
+    feature_batches: Count
 
 
 class Lora(_Section):

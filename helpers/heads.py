@@ -22,6 +22,11 @@ Batch = Mapping[str, Tensor]
 POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
 
 
+def _images(batch: Batch, model: nn.Module) -> Tensor:
+    """batch["ts"] (B, C, T, H, W) moved to where the model is: a batch of a loader is on the CPU."""
+    return batch["ts"].to(next(model.parameters()).device)
+
+
 class MeanPooling(nn.Module):
     """Every patch counts the same: right for sums over the disc."""
 
@@ -106,9 +111,9 @@ class FeatureModel(nn.Module):
         Deviations below a thousandth of the largest one count as that thousandth, so that a constant feature is not
         blown up. Raises ValueError when there are fewer than two samples.
         """
-        training, device = self.training, self.feature_mean.device
+        training = self.training
         self.eval()
-        rows = [self.features({"ts": batch["ts"].to(device)}).double() for batch in islice(batches, limit)]
+        rows = [self.features(batch).double() for batch in islice(batches, limit)]
         self.train(training)
         rows = torch.cat(rows) if rows else torch.empty(0, 1)  # (N, num_features)
         if len(rows) < 2:
@@ -169,7 +174,7 @@ class Specformer1D(FeatureModel):
         self.head = nn.Sequential(*hidden, nn.Dropout(dropout), last)
 
     def features(self, batch: Batch) -> Tensor:
-        tokens = self.encoder(batch["ts"], self.class_token)  # (B, nglo + L, D)
+        tokens = self.encoder(_images(batch, self), self.class_token)  # (B, nglo + L, D)
         return self.norm(self.pool(tokens).float()).float()  # (B, D)
 
 
@@ -236,7 +241,7 @@ class Specformer2D(nn.Module):
         nn.init.zeros_(self.unembed.unembed[0].bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.unembed.unembed[0](self.encoder(batch["ts"])).float()  # (B, out_chans, H, W)
+        return self.unembed.unembed[0](self.encoder(_images(batch, self))).float()  # (B, out_chans, H, W)
 
 
 class LinearBaseline1D(FeatureModel):
@@ -277,7 +282,7 @@ class LinearBaseline1D(FeatureModel):
         nn.init.zeros_(self.head.bias)
 
     def features(self, batch: Batch) -> Tensor:
-        ts = batch["ts"]
+        ts = _images(batch, self)
         _check_channels_and_frames(ts, self.shape)
         normalised = reduce(ts.float(), "b c t h w -> b c t", "mean")
         signed_log = normalised * self.signed_log_std[:, None] + self.signed_log_mean[:, None]
@@ -302,7 +307,7 @@ class LinearBaseline2D(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        ts = batch["ts"]
+        ts = _images(batch, self)
         _check_channels_and_frames(ts, self.shape)
         if ts.shape[3] % self.factor or ts.shape[4] % self.factor:
             raise ValueError(f"factor={self.factor} does not divide the image of {ts.shape[3]} x {ts.shape[4]} pixels.")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from helpers.config import Config
 from helpers.dataset import Loaders
+from helpers.heads import FeatureModel
 from helpers.metrics import METRICS, compute_metrics
 
 if TYPE_CHECKING:
@@ -80,6 +81,17 @@ class History:
 def seed_everything(cfg: Config) -> None:
     """Seed Python, NumPy and torch, so that new layers start the same in every run of this configuration."""
     set_seed(cfg.seed)
+
+
+def standardise_features(model: FeatureModel, loaders: Loaders, cfg: Config) -> None:
+    """Give a 1D model the mean and deviation of its features over `head.feature_batches` batches of the training split.
+
+    The model is moved to the device that will train it, and runs in the precision of the training.
+    """
+    accelerator = _accelerator(cfg)
+    model.to(accelerator.device)
+    with accelerator.autocast():
+        model.fit_features(loaders.train, limit=cfg.head.feature_batches)
 
 
 def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None) -> History:
