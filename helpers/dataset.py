@@ -487,6 +487,10 @@ class Loaders:
     def targets(self) -> dict[str, pd.DataFrame]:
         """The targets of each split in label units, one row a sample (indexed by its time), one column an output."""
         sets = {name: getattr(self, name).dataset for name in self.sizes}
+        if any(data.targets is None for data in sets.values()):
+            raise ValueError(
+                "labels.kind: image has images as targets and no table of numbers; set labels.kind: scalar."
+            )
         return {name: pd.DataFrame(data.targets.numpy(), data.samples["time"]) for name, data in sets.items()}
 
 
@@ -573,6 +577,6 @@ def _loader(data: SolarDataset, cfg: Config, workers: int, shuffle: bool) -> Dat
         num_workers=workers,
         # not fork: a forked process inherits CUDA and the threads of zarr in a state that it cannot use
         multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
-        persistent_workers=workers > 0,
+        persistent_workers=False,  # Accelerate wraps the loaders anew at each pass: workers that stay would pile up
         pin_memory=torch.cuda.is_available(),
     )

@@ -26,4 +26,4 @@ def input_sensitivity(model: nn.Module, batch: Mapping[str, Any], patch_size: in
     model.eval()
     prediction = model({**batch, "ts": ts})[:, output].sum()  # samples do not mix, so the sum keeps them apart
     (gradient,) = torch.autograd.grad(prediction, ts)
-    return reduce(gradient.abs(), "b c t (gy y) (gx x) -> b c gy gx", "mean", y=patch_size, x=patch_size)
+    return reduce(gradient.abs(), "b c t (gy y) (gx x) -> b c gy gx", "mean", y=patch_size, x=patch_size).cpu()

@@ -113,7 +113,7 @@ class FeatureModel(nn.Module):
         """
         training = self.training
         self.eval()
-        rows = [self.features(batch).double() for batch in islice(batches, limit)]
+        rows = [self.features(batch).cpu().double() for batch in islice(batches, limit)]
         self.train(training)
         rows = torch.cat(rows) if rows else torch.empty(0, 1)  # (N, num_features)
         if len(rows) < 2:

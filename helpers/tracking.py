@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlparse
 
 import pandas as pd
+import torch
 import yaml
 
 from helpers.config import Config
@@ -223,9 +224,18 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions]]:
     latest = table.groupby("experiment").tail(1).set_index("experiment")
     files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
     found = {name: Predictions.from_table(pd.read_csv(file)) for name, file in files.items() if file.exists()}
+    newest = found.get(latest["finished"].astype(str).idxmax()) if len(latest) else None
+    other = [name for name, p in found.items() if newest is not None and not _same_samples(p, newest)]
+    if other:
+        print(f"Not compared: {', '.join(other)}, tested on other frames or labels than the latest run. Run it again.")
+    latest, found = latest.drop(other), {name: p for name, p in found.items() if name not in other}
     metrics = latest.filter(like="test_").astype(float).round(3)
     metrics.index = [f"{name} ({latest['name'][name]})" for name in metrics.index]
     return metrics.T, found
+
+
+def _same_samples(one: Predictions, other: Predictions) -> bool:
+    return one.timestamps == other.timestamps and torch.allclose(one.target, other.target)
 
 
 def _data(config: dict[str, Any]) -> dict[str, Any]:

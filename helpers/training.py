@@ -293,5 +293,5 @@ def _predictions(model: nn.Module, loaders: Loaders, split: str, accelerator: Ac
 
 
 def _trainable_copy(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights alone: of a 366M model with LoRA that is a few per cent."""
+    """The trained weights alone: of a 366M model with LoRA that is about one per cent."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

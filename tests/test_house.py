@@ -66,7 +66,7 @@ def test_conda_environment_installs_the_project_and_its_python():
     (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
     assert conda["channels"] == ["conda-forge"]
     assert f"python{PROJECT['requires-python']}" in plain and {"pip", "git", "make"} <= set(plain)
-    assert pip == ["-e ."]
+    assert pip == ["-e .[dev]"]
 
 
 def test_help_is_the_default_and_explains_every_target(make):
