@@ -216,7 +216,20 @@ def test_runs_on_the_same_data_are_compared(course):
             found.table().to_csv(run.folder / "predictions_test.csv", index=False)
             run.summary({f"test_{key}": value for key, value in found.metrics(cfg).items()})
     table, predictions = compare_runs(cfg)
-    assert list(table.index) == ["baseline", "finetune"] == sorted(predictions)
-    assert table["test_rmse"].nunique() == 1 and "test_mae" in table
+    assert [name.split(" (")[0] for name in table] == ["baseline", "finetune"] == sorted(predictions)
+    assert table.loc["test_rmse"].nunique() == 1 and "test_mae" in table.index
     other = load_config(course / "config.yaml", {"paths.runs": "compared", "labels.value_columns": ["N"]})
     assert compare_runs(other)[0].empty  # another label is another task
+
+
+def test_runs_on_other_samples_are_not_compared(course, capsys):
+    """The configuration is the same, but frames or labels have changed between the two runs."""
+    for experiment, samples in (("baseline", 9), ("finetune", 10)):
+        cfg = load_config(course / "config.yaml", {"paths.runs": "changed"}, experiment=experiment)
+        with start_run(cfg) as run:
+            found = mean_prediction(make_loaders(cfg), "test")
+            found.table()[:samples].to_csv(run.folder / "predictions_test.csv", index=False)
+            run.summary({f"test_{key}": value for key, value in found.metrics(cfg).items()})
+    table, predictions = compare_runs(cfg)
+    assert [name.split(" (")[0] for name in table] == ["finetune"] == list(predictions)
+    assert "Not compared: baseline" in capsys.readouterr().out
