@@ -1,4 +1,4 @@
-"""The synthetic Sun: frames, flare labels, and the tiny Surya checkpoint pretrained on them.
+"""The synthetic Sun: frames, flare labels, masks, and the tiny Surya checkpoint pretrained on them.
 
 A rotating disk carries bipolar active regions that emerge, fluctuate and decay. The field strength of a region drives
 its brightness in the EUV channels; its heating, which also depends on how compact the bipole is, drives the hot
@@ -35,9 +35,9 @@ _NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # h
 FLARE_DELAY_HOURS = 2.0  # the flux follows the field this much later
 FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
-VERSION = (
-    1  # of the Sun drawn here; raise it when frames or labels change, so that old files are not taken for new ones
-)
+MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
+MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
+VERSION = 2  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class SyntheticSun:
         self.quiet_period = rng.uniform(20, 80, len(_RESPONSES)) * 24  # hours; of the quiet corona's brightness
         self.quiet_phase = rng.uniform(0, 2 * np.pi, len(_RESPONSES))
         texture = rng.normal(size=(180, 360))
-        self.texture = sum(np.roll(texture, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 3
+        shifts = range(-2, 3)  # network cells of 5 degrees
+        self.texture = sum(np.roll(texture, (i, j), (0, 1)) for i in shifts for j in shifts) / len(shifts)
 
     @staticmethod
     def rotation(latitude: np.ndarray) -> np.ndarray:
@@ -160,14 +161,9 @@ class SyntheticSun:
         for i, longitude, latitude, gauss, heating in zip(*now.values(), strict=True):
             if np.cos(latitude) * np.cos(longitude) < -0.05:
                 continue
-            box, u, v = disk.tangent(longitude, latitude, self.tilt[i], 5 * (self.size[i] + self.separation[i]))
-            width, half = self.size[i], self.separation[i] / 2
-            lead, follow = (
-                np.exp(-((u + s * half) ** 2 + v**2) / (2 * (width * k) ** 2)) for s, k in ((-1, 0.8), (1, 1))
-            )
+            box, loops, lead, follow = self._bipole(i, longitude, latitude, disk)
             polarity = 1.0 if latitude > 0 else -1.0  # Hale's law
             vertical = polarity * gauss * (lead - follow)
-            loops = np.exp(-(u**2) / (2 * (half + width) ** 2) - v**2 / (2 * (1.2 * width) ** 2))
             sheared = 0.5 * polarity * gauss * loops
             field["hmi_bz"][box] += vertical
             field["hmi_m"][box] += vertical
@@ -180,9 +176,26 @@ class SyntheticSun:
         return field, cool, hot, disk.z
 
     def mask(self, hour: float, side: int) -> np.ndarray:
-        """True where |radial field| exceeds 100 gauss: the active regions, (side, side) bool."""
-        disk = _disk(side)
-        return disk.on & (np.abs(self._active(hour, disk)[0]["hmi_bz"]) > 100)
+        """The active regions as an observer would outline them, (side, side) bool.
+
+        Inside are the closed loops over the polarity inversion line of every region whose field exceeds MASK_FIELD. How
+        bright or strong a pixel is does not decide: a weak region is left out whole, a strong one has no wider outline.
+        """
+        disk, now = _disk(side), self.regions(hour)
+        inside = np.zeros((side, side), bool)
+        for i, longitude, latitude, gauss, _ in zip(*now.values(), strict=True):
+            if gauss > MASK_FIELD and np.cos(latitude) * np.cos(longitude) > 0:
+                box, loops, _, _ = self._bipole(i, longitude, latitude, disk)
+                inside[box] |= loops > MASK_EDGE
+        return inside & disk.on
+
+    def _bipole(self, i: int, longitude: float, latitude: float, disk: _Disk) -> tuple[tuple, np.ndarray, ...]:
+        """Box of pixels around region i, and there its loops, leading and following polarity, each at most 1."""
+        width, half = self.size[i], self.separation[i] / 2
+        box, u, v = disk.tangent(longitude, latitude, self.tilt[i], 5 * (width + 2 * half))
+        lead, follow = (np.exp(-((u + s * half) ** 2 + v**2) / (2 * (width * k) ** 2)) for s, k in ((-1, 0.8), (1, 1)))
+        loops = np.exp(-(u**2) / (2 * (half + width) ** 2) - v**2 / (2 * (1.2 * width) ** 2))
+        return box, loops, lead, follow
 
 
 class _Disk:
@@ -256,7 +269,8 @@ def ensure_synthetic(cfg: Config) -> Path | None:
         cfg: `cfg.synthetic` says which Sun and where; with `folder: null` (real data) nothing happens.
 
     Returns:
-        The folder with index.csv, flares.csv and YYYY/MM/YYYYMMDD_HHMM.nc, or None for real data.
+        The folder with index.csv, flares.csv, masks.csv, YYYY/MM/YYYYMMDD_HHMM.nc and, under masks/, a file of the same
+        name with the active regions of that frame; or None for real data.
 
     Raises:
         ValueError: the folder holds another Sun than the configuration asks for.
@@ -286,6 +300,9 @@ def ensure_synthetic(cfg: Config) -> Path | None:
     _write_frames(sun, start, hours[~lost], folder, cfg.data.native_size, cfg.synthetic.workers)
     _write_labels(sun, start, int(hours[-1]) + 24, folder / "flares.csv")
     times = [start + pd.Timedelta(hours=int(hour)) for hour in hours]
+    masks = pd.DataFrame({"timestamp": times, "path": [f"masks/{_name(time)}" for time in times]})[~lost]
+    with atomic_write(folder / "masks.csv") as temporary:
+        masks.to_csv(temporary, index=False)
     index = pd.DataFrame({"path": [_name(time) for time in times], "timestep": times, "present": (~lost).astype(int)})
     with atomic_write(folder / "index.csv") as temporary:  # last: an index means that everything is there
         index.to_csv(temporary, index=False, date_format="%Y-%m-%d %H:%M:%S")
@@ -299,8 +316,8 @@ def _name(time: pd.Timestamp) -> str:
 def _write_frames(
     sun: SyntheticSun, start: pd.Timestamp, hours: np.ndarray, folder: Path, side: int, workers: int
 ) -> None:
-    jobs = [(sun, int(hour), folder / _name(start + pd.Timedelta(hours=int(hour))), side) for hour in hours]
-    jobs = [job for job in jobs if not job[2].exists()]
+    jobs = [(sun, int(hour), folder, _name(start + pd.Timedelta(hours=int(hour))), side) for hour in hours]
+    jobs = [job for job in jobs if not (folder / job[3]).exists()]  # written last of a job
     with _processes(workers) as pool:
         for _ in tqdm(pool.map(_write_frame, jobs, chunksize=4), "synthetic frames", len(jobs), unit="frame"):
             pass
@@ -311,15 +328,22 @@ def _processes(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
 
 
-def _write_frame(job: tuple[SyntheticSun, int, Path, int]) -> None:
-    sun, hour, path, side = job
+def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
+    sun, hour, folder, name, side = job
+    _write_netcdf(folder / "masks" / name, {"active_region": sun.mask(hour, side).astype(np.uint8)})
+    _write_netcdf(folder / name, dict(zip(CHANNELS, sun.frame(hour, side), strict=True)))
+
+
+def _write_netcdf(path: Path, images: dict[str, np.ndarray]) -> None:
+    """NetCDF-4 by way of h5py, in a third of the time of h5netcdf."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:  # h5py: a third of h5netcdf's time
+    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+        side = next(iter(images.values())).shape[0]
         for axis in "yx":
             file.create_dataset(axis, (side,), "f4").make_scale(f"{_NETCDF_DIMENSION}{side:10d}")
-        for name, image in zip(CHANNELS, sun.frame(hour, side), strict=True):
+        for name, image in images.items():
             data = file.create_dataset(name, data=image, chunks=(side, side), compression=1, shuffle=True)
-            data.attrs["units"] = UNITS[name]
+            data.attrs["units"] = UNITS.get(name, "1")
             for number, axis in enumerate("yx"):
                 data.dims[number].attach_scale(file[axis])
 
