@@ -75,14 +75,14 @@ class LoadReport:
             rows.append(f"  {name}  {len(entries):4} tensors" + ":" * bool(entries))
             rows += [f"      {key}: {why}" for key, why in entries.items()]
         for name, keys in (("missing", self.missing), ("fresh", self.fresh)):
-            note = " (head and adapters, trained from here)" if name == "fresh" and keys else ""
+            note = " (random or zero, trained from here)" if name == "fresh" and keys else ""
             rows.append(f"  {name:7}  {len(keys):4} tensors{note}" + (f": {_some(keys)}" if keys else ""))
         return "\n".join(rows)
 
 
 def load_filtered(
     model: nn.Module,
-    source: str | Path | State,
+    source: str | Path | State | None,
     channels: Sequence[str] | None = None,
     source_channels: Sequence[str] | None = None,
     strict: bool = True,
@@ -92,18 +92,21 @@ def load_filtered(
 
     Args:
         model: a Specformer1D, a Specformer2D or a SuryaEncoder, with adapters or without.
-        source: a checkpoint file, or a state dict.
+        source: a checkpoint file, or a state dict; None leaves the random weights, and the report says so.
         channels: names of the model's input channels in their order; None for the checkpoint's own.
         source_channels: names of the checkpoint's channels in their order; None for Surya's 13.
         strict: raise when an encoder tensor of either side finds no partner; False leaves the model's as it is.
         decoder_channels: checkpoint channels from whose decoder rows a Specformer2D starts, one for each of its
-            outputs. None loads the decoder whole where it fits (the checkpoint's channels in its order), else leaves
-            it fresh.
+            outputs. None or [] loads the decoder whole where it fits (the checkpoint's channels in its order), else
+            leaves it fresh.
 
     Raises:
         CheckpointError: when the file is no checkpoint, its architecture is another, it has less frames or a smaller
             grid than the model, a channel is unknown, or (strict) a tensor finds no partner.
     """
+    total = sum(p.numel() for p in model.parameters())
+    if source is None:
+        return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
     encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, SuryaEncoder):
@@ -114,7 +117,7 @@ def load_filtered(
         targets, copies = _plan(model, encoder, state, names, decoder_channels)
     except CheckpointError as error:
         raise CheckpointError(f"{name} does not suit the model. {error}") from None
-    report = LoadReport(name, parameters_total=sum(p.numel() for p in model.parameters()))
+    report = LoadReport(name, parameters_total=total)
     report.missing = [key for key in targets if key not in copies and not key.startswith(DECODER)]
     report.skipped = {key: _why_skipped(key, encoder) for key in state if key not in copies}
     lost = [key for key in report.skipped if key.startswith(("embedding.", "backbone.")) and key != POSITIONS]
@@ -171,7 +174,7 @@ def _plan(
     if isinstance(model, Specformer2D):
         copies |= _fit_decoder(state, model, names, decoder_channels)
         targets |= {f"{DECODER}{kind}": getattr(model.unembed.unembed[0], kind) for kind in ("weight", "bias")}
-    elif decoder_channels is not None:
+    elif decoder_channels:
         raise CheckpointError(f"decoder_channels is for a Specformer2D; {type(model).__name__} has no decoder.")
     return targets, copies
 
@@ -229,7 +232,7 @@ def _fit_decoder(state: State, model: Specformer2D, names: _Channels, wanted: Se
     outputs = decoder.out_channels // decoder.upscale**2
     keys = [f"{DECODER}weight", f"{DECODER}bias"]
     there = all(key in state and len(state[key]) == count * patch**2 for key in keys)
-    if wanted is None:
+    if not wanted:
         whole = there and outputs == count and decoder.upscale == patch
         return dict.fromkeys(keys, ((lambda tensor: tensor), "")) if whole else {}
     if not there:
@@ -362,12 +365,14 @@ def _read(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged and cannot be read: delete it and download it again.") from error
 
 
-def fingerprint(source: str | Path | State, samples: int = 64) -> str:
-    """Sixteen hexadecimal digits that tell one checkpoint from another.
+def fingerprint(source: str | Path | State | None, samples: int = 64) -> str:
+    """Sixteen hexadecimal digits that tell one checkpoint from another; "none" for None.
 
     From names, shapes and up to `samples` evenly spaced values of each tensor, so that it takes a moment for 1.8 GB
     too. The same for a file and for its state dict.
     """
+    if source is None:
+        return "none"
     state, _ = open_checkpoint(source)
     digest = hashlib.sha256()
     for key in sorted(state):

@@ -7,6 +7,7 @@ mistakes are reported in one error: unknown keys, wrong types, and values that c
 from __future__ import annotations
 
 import difflib
+import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
@@ -24,7 +25,21 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-Metric = Literal["rmse", "mae", "r2", "rrse", "tss", "hss"]
+# names of the registries in metrics.py, tasks.py and plots.py, or `module:name` of your own
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of target; the first figure is the default
+    "scalar": {
+        "loss": ("mse", "mae", "huber"),
+        "metric": ("rmse", "mae", "r2", "rrse", "tss", "hss"),
+        "figure": ("scatter",),
+    },
+    "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("mask", "image")},
+    "image": {
+        "loss": ("mse", "mae", "huber"),
+        "metric": ("rmse", "mae", "correlation", "ssim"),
+        "figure": ("image",),
+    },
+}
 
 _OVERLAYS = {
     "profiles": "profile",
@@ -100,7 +115,7 @@ class Data(_Section):
 class Labels(_Section):
     """Which label belongs to which image."""
 
-    kind: Literal["scalar", "image"]
+    kind: Literal["scalar", "mask", "image"]
     path: str | None
     time_column: str
     value_columns: list[str]
@@ -111,16 +126,19 @@ class Labels(_Section):
     variable: str | None
     target_channels: list[Channel]
     target_offset_minutes: int
+    pooling: Count
 
 
 class Target(_Section):
-    """How the target is called, learned and judged."""
+    """How the target is called, learned, judged and drawn."""
 
     name: str
     unit: str
-    loss: Literal["mse", "mae", "huber"]
-    metrics: Annotated[list[Metric], Field(min_length=1)]
+    loss: str
+    metrics: Annotated[list[str], Field(min_length=1)]
+    plot: str | None
     event_threshold: float | None
+    mask_threshold: Share
 
 
 class Split(_Section):
@@ -153,9 +171,10 @@ class Model(_Section):
 
 
 class Head(_Section):
-    """From tokens to numbers."""
+    """From tokens to numbers or images."""
 
     pooling: Literal["mean", "max", "attention", "transformer", "class_token"]
+    decoder_channels: list[Channel]
     penultimate: Count | None
     dropout: Share
     feature_batches: Count
@@ -226,6 +245,16 @@ class Config(_Section):
         """Keyword arguments of `SuryaEncoder` for this configuration."""
         own = self.model.model_dump(exclude={"checkpoint", "checkpoint_channels"})
         return {"img_size": self.data.image_size, "in_chans": len(self.data.channels), **own}
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers, or channels of the image, that the model predicts."""
+        return len(self.labels.value_columns) if self.labels.kind == "scalar" else len(self.labels.target_channels) or 1
+
+    @property
+    def target_axes(self) -> tuple[str, ...]:
+        """Names of the axes of a batch of targets."""
+        return ("B", "outputs") if self.labels.kind == "scalar" else ("B", "C", "H", "W")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -542,10 +571,56 @@ def _split_order(train: list[str], val: list[str], test: list[str]) -> str | Non
 def _labels(kind: str, path: str | None, columns: list[str], variable: str | None, channels: list[str]) -> str | None:
     if kind == "scalar" and (not path or not columns):
         return "scalar labels need a CSV (labels.path) and at least one of its columns (labels.value_columns)"
-    if kind == "image" and variable and not path:
-        return "mask files (labels.variable) need a CSV that names them (labels.path)"
+    if kind != "scalar" and variable and not path:
+        return "mask and image files (labels.variable) need a CSV that names them (labels.path)"
+    if kind == "mask" and not variable:
+        return "masks are read from files: name their variable (labels.variable)"
     if kind == "image" and bool(channels) == bool(variable):
-        return "image labels come either from mask files (labels.variable) or from the frames (labels.target_channels)"
+        return "image labels come either from files (labels.variable) or from the frames (labels.target_channels)"
+    return None
+
+
+def _leak(kind: str, channels: list[str], targets: list[str], offset: int, offsets: list[int]) -> str | None:
+    if kind == "image" and offset in offsets and (both := sorted(set(channels) & set(targets))):
+        return f"{', '.join(both)} would be input and target at the same time: take it out of data.channels"
+    return None
+
+
+def _suits_kind(kind: str, loss: str, metrics: list[str], plot: str | None) -> str | None:
+    asked = [("loss", loss), *(("metric", name) for name in metrics), *([("figure", plot)] if plot else [])]
+    wrong = [
+        f"there is no {what} {name!r} for {kind} labels (there is {', '.join(suiting)}; your own is module:name)"
+        for what, name in asked
+        if name not in (suiting := KINDS[kind][what]) and not OWN.fullmatch(name)
+    ]
+    return "; ".join(wrong) or None
+
+
+def _own_objects(loss: str, metrics: list[str], plot: str | None) -> str | None:
+    wrong = []
+    for name in filter(None, (loss, *metrics, plot)):
+        try:
+            find_named(name, {name: None})
+        except (ImportError, AttributeError) as error:
+            wrong.append(f"{name} cannot be imported: {error}")
+    return "; ".join(wrong) or None
+
+
+def find_named(name: str, registry: Mapping[str, Any]) -> Any:
+    """The entry `name` of a registry, or for `module:name` that object of a module of your own."""
+    if OWN.fullmatch(name):
+        module, _, attribute = name.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    return registry[name]
+
+
+def _decoder(kind: str, targets: list[str], wanted: list[str], known: list[str]) -> str | None:
+    if wanted and len(wanted) != (len(targets) or 1):
+        return f"names {len(wanted)} channels for {len(targets) or 1} output(s)"
+    if wanted and kind == "scalar":
+        return "numbers have no decoder; this is for labels.kind: mask or image"
+    if unknown := sorted(set(wanted) - set(known)):
+        return f"the checkpoint has no decoder rows of {unknown}"
     return None
 
 
@@ -592,6 +667,26 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
         ),
     ),
     (("labels.kind", "labels.path", "labels.value_columns", "labels.variable", "labels.target_channels"), _labels),
+    (
+        (
+            *("labels.kind", "data.channels", "labels.target_channels", "labels.target_offset_minutes"),
+            "data.offsets_minutes",
+        ),
+        _leak,
+    ),
+    (("labels.kind", "target.loss", "target.metrics", "target.plot"), _suits_kind),
+    (("target.loss", "target.metrics", "target.plot"), _own_objects),
+    (("labels.kind", "labels.target_channels", "head.decoder_channels", "model.checkpoint_channels"), _decoder),
+    (
+        ("labels.kind", "model.nglo"),
+        lambda kind, nglo: (
+            "images are decoded from the patches alone; set model.nglo: 0" if kind != "scalar" and nglo else None
+        ),
+    ),
+    (
+        ("labels.pooling", "model.patch_size"),
+        lambda pooling, patch: f"{pooling} does not divide the {patch}-pixel patch" if patch % pooling else None,
+    ),
     (
         ("target.metrics", "target.event_threshold"),
         lambda metrics, threshold: (

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from helpers.channels import AUGMENTATION_SIGNS, Scaler, load_scalers, stack_scalers
+from helpers.channels import AUGMENTATION_SIGNS, Scaler, denormalise, load_scalers, normalise, stack_scalers
 from helpers.config import Config
 from helpers.frames import FrameStore, open_store, store_path
 from helpers.netcdf import FrameError, open_netcdf, parse_times
@@ -27,6 +27,7 @@ from helpers.shared import GB, resolve
 GOES_CLASSES = {"A": 1e-8, "B": 1e-7, "C": 1e-6, "M": 1e-5, "X": 1e-4}  # W/m^2 (1 to 8 Angstrom)
 QUIET = ("", "FQ", "A0", "A0.0", "NONE", "NAN")  # no flare, hence no flux to take a logarithm of
 FLIPS = {"flip_lr": (-1,), "flip_ud": (-2,), "rot180": (-2, -1)}  # axes that are reversed
+IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -41,6 +42,7 @@ class Labels:
         values: (N, K) float64 in label units after the transform; (N, 0) for masks.
         paths: (N,) mask files, or None for numbers.
         variable: the variable to read from the mask files.
+        pooling: whole factor by which the masks are smaller than the input.
         dropped: why and how many rows of the file were left out.
         notes: what was converted on the way.
     """
@@ -49,6 +51,7 @@ class Labels:
     values: np.ndarray
     paths: np.ndarray | None = None
     variable: str | None = None
+    pooling: int = 1
     dropped: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -58,10 +61,14 @@ class Labels:
 
 @dataclass(frozen=True)
 class FrameTarget:
-    """Targets taken from the frames themselves: these channels at sample time + offset, normalised."""
+    """Targets taken from the frames themselves: these channels at sample time + offset, normalised.
+
+    With a `pooling` above 1 they are averaged over squares of so many pixels, in physical values.
+    """
 
     channels: tuple[str, ...]
     offset_minutes: int = 0
+    pooling: int = 1
 
 
 def load_labels(
@@ -70,6 +77,7 @@ def load_labels(
     value_columns: Sequence[str],
     transform: str = "none",
     variable: str | None = None,
+    pooling: int = 1,
 ) -> Labels:
     """Read labels from a CSV with one row a time.
 
@@ -77,6 +85,7 @@ def load_labels(
         value_columns: the columns to predict; with `variable` the files named in the column `path` are read instead.
         transform: none, log10, or goes (class strings such as M2.5 to log10 of the flux in W/m^2).
         variable: the variable of the mask files (relative paths start at the folder of the CSV).
+        pooling: whole factor by which the masks are smaller than the input.
 
     Returns:
         The labels; rows without a usable value are counted in `dropped`, conversions are told in `notes`.
@@ -103,9 +112,8 @@ def load_labels(
         paths, values = None, np.column_stack([_TRANSFORMS[transform](table[name], where) for name in columns])
         usable = np.isfinite(values).all(axis=1)
     reason = "empty" if variable or transform == "none" else "empty, quiet or not positive, so without a logarithm"
-    labels = Labels(
-        times, values, paths, variable, {f"label {reason}": int((~usable).sum())} if not usable.all() else {}
-    )
+    dropped = {f"label {reason}": int((~usable).sum())} if not usable.all() else {}
+    labels = Labels(times, values, paths, variable, pooling, dropped)
     if _have_zone(table[time_column]):
         labels.notes.append("label times carry a time zone and were converted to UTC")
     return _in_order(labels, np.flatnonzero(usable), where)
@@ -290,6 +298,7 @@ class SolarDataset(Dataset):
         scalers = scalers or load_scalers()
         self._inputs = _Planes(store, store.channels, scalers)
         self._outputs = _Planes(store, labels.channels, scalers) if isinstance(labels, FrameTarget) else None
+        self._target_scaler = stack_scalers(scalers, labels.channels) if isinstance(labels, FrameTarget) else None
         check_augmentation(self.augment, store.channels, self.matching.offsets_minutes, labels)
 
     def __len__(self) -> int:
@@ -299,36 +308,49 @@ class SolarDataset(Dataset):
         time = self.samples["time"].iloc[index]
         offsets = self.matching.offsets_minutes
         ts = self._inputs.read([time + pd.Timedelta(o, "min") for o in offsets])  # (C, T, H, W) signed-log
-        target = self._target(index, time)
+        target = self._read_target(index)
         for name in self._draw():
             ts = self._inputs.turn(ts, name)
             if self._outputs is not None:
                 target = self._outputs.turn(target, name)
             elif target.ndim == 3:
                 target = target.flip(FLIPS[name])
-        if self._outputs is not None:
-            target = self._outputs.normalise(target)[:, 0]  # (C, 1, H, W) -> (C, H, W)
         return {
             "ts": self._inputs.normalise(ts),
             "time_delta_input": torch.tensor([o / 60 for o in offsets], dtype=torch.float32),
-            "target": target,
+            "target": self._finished(target),
             "timestamp": time.isoformat(),
         }
 
-    def _target(self, index: int, time: pd.Timestamp) -> Tensor:
+    def target(self, index: int) -> Tensor:
+        """The target of one sample without its input and never augmented: (K,) or (C, H, W)."""
+        return self._finished(self._read_target(index))
+
+    def _read_target(self, index: int) -> Tensor:
+        """Numbers (K,), a mask (1, H, W), or channels as the store has them (C, 1, H, W)."""
         if self._outputs is not None:
-            return self._outputs.read(
-                [time + pd.Timedelta(self.labels.offset_minutes, "min")]
-            )  # (C, 1, H, W) signed-log
+            time = self.samples["time"].iloc[index]
+            return self._outputs.read([time + pd.Timedelta(self.labels.offset_minutes, "min")])
         row = self.samples["label"].iloc[index]
         if self.labels.paths is None:
-            return torch.as_tensor(self.labels.values[row], dtype=torch.float32)  # (K,)
+            return torch.as_tensor(self.labels.values[row], dtype=torch.float32)
         path = self.labels.paths[row]
-        if self._masks is None:
-            return read_mask(path, self.labels.variable, self.store.side)
-        if path not in self._masks:
-            self._masks[path] = read_mask(path, self.labels.variable, self.store.side)
-        return self._masks[path]
+        if self._masks is not None and path in self._masks:
+            return self._masks[path]
+        mask = read_mask(path, self.labels.variable, self.store.side // self.labels.pooling)
+        if self._masks is not None:
+            self._masks[path] = mask
+        return mask
+
+    def _finished(self, target: Tensor) -> Tensor:
+        """Channels of frames normalised and pooled; everything else as it is."""
+        if self._outputs is None:
+            return target
+        target = self._outputs.normalise(target)[:, 0]  # (C, 1, H, W) -> (C, H, W)
+        if self.labels.pooling == 1:
+            return target
+        pooled = avg_pool2d(denormalise(target, self._target_scaler), self.labels.pooling)
+        return normalise(pooled, self._target_scaler)  # (C, H / pooling, W / pooling)
 
     def _draw(self) -> list[str]:
         if not self.augment:
@@ -431,7 +453,7 @@ def check_augmentation(
 
 
 def read_mask(path: str, variable: str, side: int) -> Tensor:
-    """Read an image target, (1, h, w) float32; h = side, or smaller than `side` by an integer factor.
+    """Read an image target, (1, side, side) float32.
 
     A larger one is averaged down to `side`; if it holds only 0 and 1, so does the result (1 from one half up).
 
@@ -444,8 +466,11 @@ def read_mask(path: str, variable: str, side: int) -> Tensor:
                 raise FrameError(f"it has no variable {variable} (it has {', '.join(file) or 'none'})")
             mask = torch.from_numpy(file[variable][()].astype(np.float32))
         size = mask.shape[-1]
-        if mask.ndim != 2 or mask.shape[0] != size or (size % side and side % size):
-            raise FrameError(f"{variable} has the shape {tuple(mask.shape)}, which does not fit {side} x {side} pixels")
+        if mask.ndim != 2 or mask.shape[0] != size or size % side:
+            hint = f"; labels.pooling {side // size} times as large would suit it" if side % size == 0 else ""
+            raise FrameError(
+                f"{variable} has the shape {tuple(mask.shape)}, which does not fit {side} x {side} pixels{hint}"
+            )
         if not mask.isfinite().all():
             raise FrameError(f"{variable} has pixels that are not numbers (NaN)")
     except FrameError as error:
@@ -468,7 +493,9 @@ class Loaders:
 
     Attributes:
         train, val, test: DataLoaders; training in a seeded random order, the others in the order of time.
-        target_mean, target_std: (K,) float32 over the training samples in label units; 0 and 1 for image targets.
+        target_mean: (K,) float32 mean of the training targets in label units; of images their mean image (C, H, W).
+        target_std: (K,) float32 deviation in label units; 1 for image targets.
+        target_span: largest minus smallest value of the training targets.
         report: what was used and what was dropped, to print.
     """
 
@@ -478,20 +505,58 @@ class Loaders:
     target_mean: Tensor
     target_std: Tensor
     report: str
+    target_span: float = 1.0
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of samples of each split."""
         return {name: len(getattr(self, name).dataset) for name in ("train", "val", "test")}
 
+    @property
+    def scale(self) -> dict[str, list[float]]:
+        """What turns the outputs of a trained model into label units, as plain numbers to save with it."""
+        if self.target_mean.ndim == 1:
+            return {"target_mean": self.target_mean.tolist(), "target_std": self.target_std.tolist()}
+        return {"target_mean": [self.target_mean.mean().item()]}
+
     def targets(self) -> dict[str, pd.DataFrame]:
-        """The targets of each split in label units, one row a sample (indexed by its time), one column an output."""
-        sets = {name: getattr(self, name).dataset for name in self.sizes}
-        if any(data.targets is None for data in sets.values()):
+        """The targets of each split in label units, one row a sample (indexed by its time), one column an output.
+
+        Of image targets, the mean over the pixels of each channel, of at most `IMAGE_STATISTICS` samples a split.
+        """
+        tables = {}
+        for name in self.sizes:
+            data = getattr(self, name).dataset
+            values, rows = data.targets, np.arange(len(data))
+            if values is None:
+                rows = _evenly_spaced(data)
+                values = torch.stack([data.target(row).mean((1, 2)) for row in rows])
+            tables[name] = pd.DataFrame(values.numpy(), data.samples["time"].iloc[rows])
+        return tables
+
+
+def _evenly_spaced(data: SolarDataset) -> np.ndarray:
+    return np.unique(np.linspace(0, len(data) - 1, IMAGE_STATISTICS).round().astype(int))
+
+
+def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | float]:
+    """Mean, deviation and span of the training targets, as `Loaders` has them."""
+    targets = data.targets
+    if targets is None:
+        images = torch.stack([data.target(row) for row in _evenly_spaced(data)])  # (N, C, H, W)
+        if kind == "mask" and not 0 <= images.min() <= images.max() <= 1:
             raise ValueError(
-                "labels.kind: image has images as targets and no table of numbers; set labels.kind: scalar."
+                f"The masks of the training split hold values from {images.min():g} to {images.max():g}, but a mask is "
+                "0 outside and 1 inside. Set labels.kind: image to learn the values themselves."
             )
-        return {name: pd.DataFrame(data.targets.numpy(), data.samples["time"]) for name, data in sets.items()}
+        return {
+            "target_mean": images.mean(0),
+            "target_std": torch.ones(1),
+            "target_span": (images.max() - images.min()).item(),
+        }
+    std = targets.std(0, correction=0)
+    span = (targets.max() - targets.min()).item()
+    return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0), "target_span": span}
 
 
 def make_loaders(cfg: Config) -> Loaders:
@@ -521,8 +586,6 @@ def make_loaders(cfg: Config) -> Loaders:
         for name, between in splits.items()
     }
     in_memory = _keep_in_memory(store, sets, cfg.data.memory_cache_gb)
-    targets = sets["train"].targets
-    mean, std = (torch.zeros(1), torch.ones(1)) if targets is None else (targets.mean(0), targets.std(0, correction=0))
     workers = 0 if in_memory else cfg.training.loader_workers
     loaders = {name: _loader(data, cfg, workers, shuffle=name == "train") for name, data in sets.items()}
     lines = [f"{name}: {data.report}" for name, data in sets.items()]
@@ -531,7 +594,7 @@ def make_loaders(cfg: Config) -> Loaders:
         lines.append(f"labels: {len(used)} of {len(labels)} belong to a sample")
         lines += [f"labels: {count} x {reason}" for reason, count in labels.dropped.items()] + labels.notes
     lines.append(f"frames {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}")
-    return Loaders(**loaders, target_mean=mean, target_std=torch.where(std > 0, std, 1.0), report="\n".join(lines))
+    return Loaders(**loaders, **_target_statistics(sets["train"], cfg.labels.kind), report="\n".join(lines))
 
 
 def matching_of(cfg: Config) -> Matching:
@@ -544,9 +607,10 @@ def labels_of(cfg: Config) -> Labels | FrameTarget:
     """The labels that the configuration asks for: numbers, masks, or channels of the frames."""
     labels = cfg.labels
     if labels.kind == "image" and labels.target_channels:
-        return FrameTarget(tuple(labels.target_channels), labels.target_offset_minutes)
-    variable = labels.variable if labels.kind == "image" else None
-    return load_labels(resolve(cfg, labels.path), labels.time_column, labels.value_columns, labels.transform, variable)
+        return FrameTarget(tuple(labels.target_channels), labels.target_offset_minutes, labels.pooling)
+    variable = labels.variable if labels.kind != "scalar" else None
+    path = resolve(cfg, labels.path)
+    return load_labels(path, labels.time_column, labels.value_columns, labels.transform, variable, labels.pooling)
 
 
 def _reach(matching: Matching, labels: Labels | FrameTarget) -> Matching:

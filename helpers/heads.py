@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from helpers.channels import load_scalers
+from helpers.config import Config
 from helpers.encoder import SuryaEncoder, to_working_dtype
 
 Batch = Mapping[str, Tensor]
@@ -187,6 +189,24 @@ def _check_pooling(pooling: str, nglo: int) -> None:
             f"pooling={pooling!r} needs an encoder built with nglo={needed}, and this one has nglo={nglo}: "
             f"set model.nglo to {needed} or choose another pooling."
         )
+
+
+def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer2D":
+    """The model of a configuration on this encoder: Specformer1D for numbers, Specformer2D for masks and images."""
+    if cfg.labels.kind == "scalar":
+        return Specformer1D(encoder, cfg.num_outputs, cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
+    return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.pooling)
+
+
+def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
+    """The linear baseline of a configuration: of channel means for numbers, pixel by pixel for masks and images."""
+    in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
+    if cfg.labels.kind != "scalar":
+        return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.pooling)
+    scalers = load_scalers(cfg.root / cfg.data.scalers)
+    own = [scalers[name] for name in cfg.data.channels]
+    mean, std = [scaler.mean for scaler in own], [scaler.std + scaler.epsilon for scaler in own]
+    return LinearBaseline1D(in_chans, cfg.num_outputs, frames, mean, std)
 
 
 class PixelDecoder(nn.Conv2d):

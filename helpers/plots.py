@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,9 +12,21 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from helpers.channels import UNITS, Scaler, colormap, normalise, standardise, to_signed_log
-from helpers.config import Config
-from helpers.training import History, Predictions
+from helpers.channels import (
+    UNITS,
+    Scaler,
+    colormap,
+    denormalise,
+    load_scalers,
+    normalise,
+    stack_scalers,
+    standardise,
+    to_signed_log,
+)
+from helpers.config import KINDS, Config, find_named
+from helpers.metrics import tss
+from helpers.tasks import ImageExample, ImagePredictions, Predictions
+from helpers.training import History
 
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 
@@ -25,25 +38,59 @@ def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title:
         physical: (C, H, W) in physical units (DN, gauss, m/s); row 0 is drawn at the bottom, solar north is up.
         channels: the C names.
     """
-    columns = min(len(channels), 5)
-    rows = -(-len(channels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.9 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, name in zip(axes.flat, np.asarray(physical), channels, strict=False):
+    fig, axes = _panels(len(channels))
+    for axis, image, name in zip(axes, np.asarray(physical), channels, strict=False):
         show_channel(axis, image, name)
         axis.set_title(f"{name} [{UNITS[name]}]", fontsize=9)
     fig.suptitle(title)
     return fig
 
 
-def show_channel(axis: plt.Axes, physical: np.ndarray, name: str) -> None:
-    """Draw one channel (H, W): intensities with a square-root stretch, signed quantities symmetric about zero."""
+def plot_sample(physical: Tensor | np.ndarray, sample: Mapping[str, Any], cfg: Config) -> Figure:
+    """One frame with what is to be predicted from it: numbers in the title, masks and images as further panels.
+
+    Args:
+        physical: (C, H, W) the frame in physical units.
+        sample: an item of `SolarDataset`; its `target` and `timestamp` are read.
+    """
+    target, time = sample["target"], sample["timestamp"][:16]
+    if cfg.labels.kind == "scalar":
+        numbers = ", ".join(f"{value:.3g}" for value in target.tolist())
+        return plot_channels(physical, cfg.data.channels, f"{time}, to predict: {numbers} ({_label(cfg)})")
+    names, channels = _target_names(cfg), cfg.data.channels
+    fig, axes = _panels(len(channels) + len(_few(names)))
+    for axis, image, name in zip(axes, np.asarray(physical), channels, strict=False):
+        show_channel(axis, image, name)
+        axis.set_title(f"{name} [{UNITS[name]}]", fontsize=9)
+    for axis, name in zip(axes[len(channels) :], _few(names), strict=False):
+        _show_target(axis, _target_images(target, cfg)[names.index(name)], name, cfg)
+        axis.set_title(f"to predict: {name}", fontsize=9, color="tab:red")
+    fig.suptitle(time)
+    return fig
+
+
+def _panels(count: int) -> tuple[Figure, np.ndarray]:
+    """A figure with at least so many empty panels, five a row."""
+    columns = min(count, 5)
+    rows = -(-count // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 2.9 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    return fig, axes.flat
+
+
+def show_channel(axis: plt.Axes, physical: np.ndarray, name: str, like: np.ndarray | None = None) -> None:
+    """Draw one channel (H, W): intensities with a square-root stretch, signed quantities symmetric about zero.
+
+    Args:
+        like: another image of the channel from which the range of colours is taken, so that the two can be compared.
+    """
+    like = physical if like is None else like
     if name.startswith("aia"):
-        top = max(np.nanpercentile(physical, 99.7), 1e-6)
+        top = max(np.nanpercentile(like, 99.7), 1e-6)
         image, low, high = np.sqrt(np.clip(physical, 0, top)), 0.0, np.sqrt(top)
     else:
-        high = max(np.nanmax(np.abs(physical)), 1e-6)  # hmimag is grey up to about 2% of this, which hides the noise
+        high = max(np.nanmax(np.abs(like)), 1e-6)  # hmimag is grey up to about 2% of this, which hides the noise
         image, low = physical, -high
     axis.imshow(image, origin="lower", cmap=colormap(name), vmin=low, vmax=high, interpolation="nearest")
     axis.axis("off")
@@ -53,7 +100,8 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     """The targets of each split against time, and their distribution.
 
     Args:
-        targets: split name to a table of targets (target units, the first column is drawn) indexed by image time.
+        targets: `loaders.targets()`: split name to a table of targets indexed by image time (of images, the mean over
+            the pixels); the first column is drawn.
     """
     fig, (line, histogram) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=[3, 1], sharey=True, layout="constrained")
     first = {split: table.iloc[:, 0] for split, table in targets.items()}
@@ -64,7 +112,8 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
         histogram.hist(series, bins=bins, orientation="horizontal", alpha=0.6, density=True, color=SPLIT_COLORS[split])
     if cfg.target.event_threshold is not None:
         line.axhline(cfg.target.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
-    line.set(ylabel=_label(cfg), title="labels against time")
+    means = {"scalar": _label(cfg), "mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
+    line.set(ylabel=means[cfg.labels.kind], title="labels against time")
     line.tick_params(axis="x", rotation=20)
     line.legend(fontsize=8, ncols=4)
     histogram.set(title="distribution", xlabel="density")
@@ -91,7 +140,12 @@ def plot_history(history: History, cfg: Config) -> Figure:
     return fig
 
 
-def plot_predictions(found: Mapping[str, Predictions], cfg: Config, output: int = 0) -> Figure:
+def plot_predictions(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
+    """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target."""
+    return find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)(found, cfg)
+
+
+def plot_scatter(found: Mapping[str, Predictions], cfg: Config, output: int = 0) -> Figure:
     """Predicted against true: a panel for each entry of `found` (a split or a model), and the perfect line."""
     fig, axes = plt.subplots(
         1, len(found), figsize=(4 * len(found), 4), squeeze=False, sharey=True, layout="constrained"
@@ -113,14 +167,51 @@ def plot_predictions(found: Mapping[str, Predictions], cfg: Config, output: int 
     return fig
 
 
-def plot_prediction_series(found: Mapping[str, Predictions], cfg: Config, output: int = 0) -> Figure:
-    """Truth and predictions of one split against time, one line a model."""
-    fig, axis = plt.subplots(figsize=(11, 3), layout="constrained")
-    first = next(iter(found.values()))
-    axis.plot(pd.to_datetime(first.timestamps), first.target[:, output], "k.-", lw=0.8, label="truth")
+def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
+    """How far a prediction can be trusted: what was true, on average, where the model said so much.
+
+    For numbers with events and for masks also the score against the threshold from which on a prediction counts.
+    """
+    return {"scalar": _trust_numbers, "mask": _trust_masks, "image": _trust_images}[cfg.labels.kind](found, cfg)
+
+
+def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
+    threshold = cfg.target.event_threshold
+    fig, axes = plt.subplots(
+        1, 1 if threshold is None else 2, figsize=(5 if threshold is None else 9, 3.6), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for name, p in found.items():
-        axis.plot(pd.to_datetime(p.timestamps), p.prediction[:, output], ".-", lw=0.8, alpha=0.8, label=name)
-    axis.set(ylabel=_label(cfg))
+        color, (prediction, target) = SPLIT_COLORS.get(name), (p.prediction[:, 0], p.target[:, 0])
+        groups = [g for g in np.array_split(np.argsort(prediction.numpy(), kind="stable"), 8) if len(g)]
+        means = np.array([[prediction[g].mean(), target[g].mean()] for g in groups])
+        axes[0, 0].plot(*means.T, "o-", ms=4, color=color, label=name)
+        if threshold is not None:
+            tried = np.linspace(prediction.min(), prediction.max(), 60)
+            scores = [tss(*(prediction - value, target - threshold), 0.0) for value in tried]
+            axes[0, 1].plot(tried, scores, color=color, label=name)
+    axes[0, 0].axline((means[0, 0], means[0, 0]), slope=1, color="k", lw=0.8)
+    axes[0, 0].set(xlabel=f"mean predicted {_label(cfg)}", ylabel="mean true, of an eighth of the samples")
+    if threshold is not None:
+        axes[0, 1].axvline(threshold, color="k", lw=0.8, ls="--", label="threshold of an event")
+        axes[0, 1].set(xlabel="a prediction counts as an event from", ylabel="tss")
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    return fig
+
+
+def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config, output: int = 0) -> Figure:
+    """One split against time, one line a model: truth and predictions of numbers, the first metric of each image."""
+    fig, axis = plt.subplots(figsize=(11, 3), layout="constrained")
+    key, images = cfg.target.metrics[0], cfg.labels.kind != "scalar"
+    if not images:
+        first = next(iter(found.values()))
+        axis.plot(pd.to_datetime(first.timestamps), first.target[:, output], "k.-", lw=0.8, label="truth")
+    for name, p in found.items():
+        values = p.scores[key] if images else p.prediction[:, output]
+        axis.plot(pd.to_datetime(p.timestamps), values, ".-", lw=0.8, alpha=0.8, label=name)
+    axis.set(ylabel=f"{key} of each image" if images else _label(cfg))
     axis.tick_params(axis="x", rotation=20)
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
@@ -154,6 +245,152 @@ def plot_sensitivity(physical: Tensor | np.ndarray, channels: Sequence[str], sen
     bars.invert_yaxis()
     bars.set_title("share of each channel", fontsize=9)
     return fig
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Masks and images
+# --------------------------------------------------------------------------------------------------------------------
+def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
+    """Input, truth, prediction and error of the last entry of `found`, in physical units.
+
+    A row an example; for targets of several channels, a row a channel of the first example.
+    """
+    split, p = list(found.items())[-1]
+    names = _target_names(cfg)
+    rows = [(e, names[0]) for e in p.examples] if len(names) == 1 else [(p.examples[0], name) for name in _few(names)]
+    fig, axes = plt.subplots(len(rows), 4, figsize=(12, 3.1 * len(rows)), squeeze=False, layout="constrained")
+    for row, (example, name) in zip(axes, rows, strict=True):
+        truth, prediction = (
+            _target_images(image, cfg)[names.index(name)] for image in (example.target, example.prediction)
+        )
+        shown = _show_input(row[0], example, name, cfg)
+        row[0].set_title(f"input: {shown}", fontsize=9)
+        _show_target(row[1], truth, name, cfg)
+        row[1].set_title(f"truth: {name}, {example.timestamp[:16]}", fontsize=9)
+        _show_target(row[2], prediction, name, cfg, like=truth)
+        row[2].set_title("prediction", fontsize=9)
+        _show_error(fig, row[3], prediction - truth, UNITS.get(name, cfg.target.unit))
+    fig.suptitle(_scores(split, p), fontsize=10)
+    return fig
+
+
+def plot_masks(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
+    """Input with both outlines, truth, probability and error of the last entry of `found`, a row an example."""
+    split, p = list(found.items())[-1]
+    threshold = cfg.target.mask_threshold
+    fig, axes = plt.subplots(
+        len(p.examples), 4, figsize=(12, 3.2 * len(p.examples)), squeeze=False, layout="constrained"
+    )
+    for row, example in zip(axes, p.examples, strict=True):
+        truth, prediction = example.target[0].numpy(), example.prediction[0].numpy()  # (h, w), h <= H
+        name = _show_input(row[0], example, "hmi_m", cfg)
+        extent = row[0].images[0].get_extent()
+        for image, level, color in ((truth, 0.5, "tab:cyan"), (prediction, threshold, "tab:red")):
+            if image.min() < level < image.max():
+                row[0].contour(image, [level], colors=color, linewidths=1.2, extent=extent, origin="lower")
+        row[0].set_title(f"{name}, {example.timestamp[:16]}\ntruth cyan, prediction red", fontsize=9)
+        row[1].imshow(truth, origin="lower", cmap="gray", vmin=0, vmax=1)
+        row[1].set_title("truth", fontsize=9)
+        shown = row[2].imshow(prediction, origin="lower", cmap="magma", vmin=0, vmax=1)
+        fig.colorbar(shown, ax=row[2], shrink=0.8)
+        row[2].set_title("predicted probability", fontsize=9)
+        row[3].imshow((prediction >= threshold) * 1.0 - truth, origin="lower", cmap="RdBu_r", vmin=-1, vmax=1)
+        row[3].set_title("error: missed blue, too much red", fontsize=9)
+        for axis in row:
+            axis.axis("off")
+    fig.suptitle(_scores(split, p), fontsize=10)
+    return fig
+
+
+def _trust_masks(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
+    fig, (reliable, score) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, p in found.items():
+        color = SPLIT_COLORS.get(name)
+        centres = ((p.edges[1:] + p.edges[:-1]) / 2).numpy()
+        inside, pixels = p.joint[:, len(centres) // 2 :].sum(1).numpy(), p.joint.sum(1).numpy()  # by predicted value
+        filled = pixels > 0
+        reliable.plot(centres[filled], inside[filled] / pixels[filled], ".-", ms=4, color=color, label=name)
+        called, right = pixels[::-1].cumsum()[::-1], inside[::-1].cumsum()[::-1]  # at or above each threshold
+        union = called + inside.sum() - right
+        score.plot(p.edges[:-1], right / np.maximum(union, 1), color=color, label=f"{name}: iou")
+        score.plot(p.edges[:-1], 2 * right / np.maximum(called + inside.sum(), 1), ":", color=color, label="dice")
+    reliable.plot([0, 1], [0, 1], color="k", lw=0.8)
+    reliable.set(xlabel="predicted probability", ylabel="share of pixels really inside")
+    score.axvline(cfg.target.mask_threshold, color="k", lw=0.8, ls="--", label="mask_threshold")
+    score.set(xlabel="a pixel counts as inside from", ylabel="score")
+    for axis in (reliable, score):
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    return fig
+
+
+def _trust_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
+    fig, axes = plt.subplots(1, len(found), figsize=(4 * len(found), 3.8), squeeze=False, layout="constrained")
+    for axis, (name, p) in zip(axes[0], found.items(), strict=True):
+        edges, counts = p.edges.numpy(), p.joint.numpy()  # (predicted, true)
+        axis.pcolormesh(edges, edges, np.ma.masked_equal(counts.T, 0), norm="log", cmap="viridis")
+        true = (counts * (edges[1:] + edges[:-1]) / 2).sum(1)[counts.sum(1) > 0] / counts.sum(1)[counts.sum(1) > 0]
+        axis.plot(((edges[1:] + edges[:-1]) / 2)[counts.sum(1) > 0], true, "r.-", ms=3, lw=1, label="mean truth")
+        axis.axline((0, 0), slope=1, color="k", lw=0.8)
+        axis.set(xscale="asinh", yscale="asinh", title=name, xlabel=f"predicted pixel [{cfg.target.unit}]")
+        axis.legend(fontsize=8, loc="upper left")
+    axes[0, 0].set_ylabel(f"true pixel [{cfg.target.unit}]")
+    return fig
+
+
+def _scores(split: str, p: ImagePredictions) -> str:
+    return f"{split}: " + ", ".join(f"{name} {value:.2f}" for name, value in p.values.items())
+
+
+def _target_names(cfg: Config) -> list[str]:
+    """What the channels of an image target are called."""
+    return list(cfg.labels.target_channels) or [cfg.target.name]
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    """At most four of many channels, unlike each other."""
+    return [name for name in ("aia171", "aia94", "hmi_m", "hmi_v") if name in names] if len(names) > 4 else list(names)
+
+
+def _target_images(target: Tensor, cfg: Config) -> np.ndarray:
+    """(C, H, W) targets or predictions in physical units where they are channels of the frames."""
+    if not cfg.labels.target_channels:
+        return target.numpy()
+    scalers = load_scalers(cfg.root / cfg.data.scalers)
+    return denormalise(target, stack_scalers(scalers, cfg.labels.target_channels)).numpy()
+
+
+def _show_target(axis: plt.Axes, image: np.ndarray, name: str, cfg: Config, like: np.ndarray | None = None) -> None:
+    if name in cfg.labels.target_channels:
+        show_channel(axis, image, name, like)
+        return
+    like = image if like is None else like
+    axis.imshow(image, origin="lower", cmap="viridis", vmin=like.min(), vmax=like.max(), interpolation="nearest")
+    axis.axis("off")
+
+
+def _show_input(axis: plt.Axes, example: ImageExample, wanted: str, cfg: Config) -> str:
+    """Draw the last input frame in the channel `wanted`, else in one that shows much; returns its name."""
+    names = cfg.data.channels
+    name = next((name for name in (wanted, "aia171", "aia193") if name in names), names[0])
+    scaler = stack_scalers(load_scalers(cfg.root / cfg.data.scalers), names)
+    show_channel(axis, denormalise(example.ts[:, -1], scaler)[names.index(name)].numpy(), name)
+    return name
+
+
+def _show_error(fig: Figure, axis: plt.Axes, error: np.ndarray, unit: str) -> None:
+    reach = max(np.percentile(np.abs(error), 99.7), 1e-6)
+    shown = axis.imshow(error, origin="lower", cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+    fig.colorbar(shown, ax=axis, shrink=0.8, label=unit)
+    axis.set_title(f"error, rms {np.sqrt((error**2).mean()):.3g} {unit}", fontsize=9)
+    axis.axis("off")
+
+
+PLOTS: dict[str, Callable[[Mapping[str, Any], Config], Figure]] = {
+    "scatter": plot_scatter,
+    "mask": plot_masks,
+    "image": plot_images,
+}
 
 
 # --------------------------------------------------------------------------------------------------------------------

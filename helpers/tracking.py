@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlparse
 
 import pandas as pd
-import torch
 import yaml
 
 from helpers.config import Config
 from helpers.shared import atomic_write, resolve
-from helpers.training import Predictions
+from helpers.tasks import ImagePredictions, Predictions, predictions_from_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,7 +207,7 @@ def latest_run(runs: str | Path, **wanted: str | None) -> dict[str, Any] | None:
     return None if table.empty else table.iloc[-1].dropna().to_dict()
 
 
-def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions]]:
+def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
     """The latest finished run of each experiment on the very data of `cfg`, for a fair comparison.
 
     Two runs are comparable when task, profile, labels, target, split and input channels are equal; how the model is
@@ -223,19 +222,15 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions]]:
     table = table[[all(_data(other)[key] == value for key, value in _data(mine).items()) for other in same]]
     latest = table.groupby("experiment").tail(1).set_index("experiment")
     files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
-    found = {name: Predictions.from_table(pd.read_csv(file)) for name, file in files.items() if file.exists()}
+    found = {name: predictions_from_table(pd.read_csv(file), cfg) for name, file in files.items() if file.exists()}
     newest = found.get(latest["finished"].astype(str).idxmax()) if len(latest) else None
-    other = [name for name, p in found.items() if newest is not None and not _same_samples(p, newest)]
+    other = [name for name, p in found.items() if newest is not None and not p.same_samples(newest)]
     if other:
         print(f"Not compared: {', '.join(other)}, tested on other frames or labels than the latest run. Run it again.")
     latest, found = latest.drop(other), {name: p for name, p in found.items() if name not in other}
     metrics = latest.filter(like="test_").astype(float).round(3)
     metrics.index = [f"{name} ({latest['name'][name]})" for name in metrics.index]
     return metrics.T, found
-
-
-def _same_samples(one: Predictions, other: Predictions) -> bool:
-    return one.timestamps == other.timestamps and torch.allclose(one.target, other.target)
 
 
 def _data(config: dict[str, Any]) -> dict[str, Any]:

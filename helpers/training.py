@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -14,54 +15,17 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from helpers.config import Config
+from helpers.config import Config, find_named
 from helpers.dataset import Loaders
 from helpers.heads import FeatureModel
-from helpers.metrics import METRICS, compute_metrics
+from helpers.metrics import METRICS
+from helpers.tasks import Collector, ImagePredictions, Predictions, check_shapes, compute_loss, to_target_units
 
 if TYPE_CHECKING:
     from helpers.tracking import Run
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "mse": F.mse_loss,
-    "mae": F.l1_loss,
-    "huber": F.smooth_l1_loss,
-}
-
-
-@dataclass
-class Predictions:
-    """What a model says of one split: prediction and target (N, K) in target units, and the N image times (ISO)."""
-
-    prediction: Tensor
-    target: Tensor
-    timestamps: list[str]
-
-    def metrics(self, cfg: Config) -> dict[str, float]:
-        """The metrics that the configuration names, plus tss and hss where it says what an event is."""
-        names = list(cfg.target.metrics)
-        if cfg.target.event_threshold is not None:
-            names += [name for name in ("tss", "hss") if name not in names]
-        return compute_metrics(self.prediction, self.target, names, cfg.target.event_threshold)
-
-    def table(self) -> pd.DataFrame:
-        """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
-        columns: dict[str, object] = {"timestamp": self.timestamps}
-        for k in range(self.target.shape[1]):
-            columns |= {f"target_{k}": self.target[:, k].numpy(), f"prediction_{k}": self.prediction[:, k].numpy()}
-        return pd.DataFrame(columns)
-
-    @classmethod
-    def from_table(cls, table: pd.DataFrame) -> Predictions:
-        """The way back from `table()`."""
-        values = {
-            kind: torch.tensor(table.filter(regex=rf"^{kind}_\d+$").to_numpy(), dtype=torch.float32)
-            for kind in ("prediction", "target")
-        }
-        return cls(values["prediction"], values["target"], [str(time) for time in table["timestamp"]])
 
 
 @dataclass
@@ -83,11 +47,14 @@ def seed_everything(cfg: Config) -> None:
     set_seed(cfg.seed)
 
 
-def standardise_features(model: FeatureModel, loaders: Loaders, cfg: Config) -> None:
+def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> None:
     """Give a 1D model the mean and deviation of its features over `head.feature_batches` batches of the training split.
 
-    The model is moved to the device that will train it, and runs in the precision of the training.
+    The model is moved to the device that will train it, and runs in the precision of the training. A 2D model reads
+    normalised pixels, or tokens as the decoder of the checkpoint does, and stays as it is.
     """
+    if not isinstance(model, FeatureModel):
+        return
     accelerator = _accelerator(cfg)
     model.to(accelerator.device)
     with accelerator.autocast():
@@ -97,11 +64,11 @@ def standardise_features(model: FeatureModel, loaders: Loaders, cfg: Config) -> 
 def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None) -> History:
     """Train what requires a gradient and leave the model with the weights of its best epoch.
 
-    The model learns standardised targets, (target - mean) / std of the training split; losses are in those units,
-    metrics in target units. Epoch 0 is judged before any step, so a broken set-up shows at once.
+    Losses are in the units of learning (`helpers.tasks`: numbers are standardised), metrics in target units. Epoch 0 is
+    judged before any step, so a broken set-up shows at once.
 
     Args:
-        model: takes the batch dict, returns (B, K).
+        model: takes the batch dict, returns (B, K) or (B, C, H, W).
         loaders: of `helpers.dataset.make_loaders`.
         cfg: `training` and `target` are read.
         run: gets one row an epoch as it happens; None keeps the history in memory alone.
@@ -120,7 +87,7 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     model, optimizer, train = accelerator.prepare(model, optimizer, loaders.train)
     steps = math.ceil(len(train) / settings.accumulation) * settings.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, _learning_rate_shape(cfg, steps))
-    key, better = cfg.target.metrics[0], METRICS[cfg.target.metrics[0]].higher_is_better
+    key, better = cfg.target.metrics[0], find_named(cfg.target.metrics[0], METRICS).higher_is_better
     history, best, kept = History(), -math.inf, {}
     bar = tqdm(total=settings.epochs * len(train), unit="batch", disable=not accelerator.is_main_process)
     try:
@@ -151,21 +118,44 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
 
 
 @torch.no_grad()
-def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Predictions:
-    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time."""
+def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Predictions | ImagePredictions:
+    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time.
+
+    Of images, the metrics of the split and of each image are kept, and a few examples.
+    """
     accelerator = _accelerator(cfg)
     model = model.to(accelerator.device)
-    return _predictions(model, loaders, split, accelerator)
+    loader = _in_order(getattr(loaders, split), cfg) if split == "train" else getattr(loaders, split)
+    collector = Collector(loaders, cfg, _times(loader.dataset))
+    for output, target, batch in _outputs(model, loader, cfg, accelerator):
+        collector.add(to_target_units(output, loaders, cfg), target, batch)
+    return collector.predictions()
 
 
-def mean_prediction(loaders: Loaders, split: str) -> Predictions:
-    """The floor: the mean of the training targets for every sample of `split`."""
-    targets = loaders.targets()[split]
-    target = torch.tensor(targets.to_numpy(), dtype=torch.float32)  # (N, K)
-    return Predictions(loaders.target_mean.expand_as(target), target, [str(time) for time in targets.index])
+def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str, Predictions | ImagePredictions]:
+    """What is to beat without any model, for one split.
+
+    Returns:
+        "mean of training": the mean of the training targets for every sample (of images: the mean image). Where the
+        target is a later frame also "persistence": the same channels at the time of the sample.
+    """
+    data = getattr(loaders, split).dataset
+    found = {"mean of training": lambda row: loaders.target_mean}
+    if cfg.labels.kind == "image" and cfg.labels.target_channels and cfg.labels.target_offset_minutes > 0:
+        now = copy.copy(data)
+        now.labels = replace(data.labels, offset_minutes=0)
+        found["persistence"] = now.target
+    collected = {}
+    for name, predicted in found.items():
+        collector = Collector(loaders, cfg)
+        for row, moment in enumerate(_times(data)):
+            target = data.targets[row] if cfg.labels.kind == "scalar" else data.target(row)
+            collector.add(predicted(row)[None], target[None], {"timestamp": [moment]})
+        collected[name] = collector.predictions()
+    return collected
 
 
-def metrics_table(found: Mapping[str, Predictions], cfg: Config) -> pd.DataFrame:
+def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> pd.DataFrame:
     """One row for each entry of `found`, one column a metric."""
     return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
 
@@ -205,7 +195,7 @@ def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
 
 def _epoch(
     model: nn.Module,
-    train: torch.utils.data.DataLoader,
+    train: DataLoader,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     loaders: Loaders,
@@ -218,7 +208,7 @@ def _epoch(
     total, count = torch.zeros((), device=accelerator.device), 0
     for batch in train:
         with accelerator.accumulate(model):
-            loss = _loss(model(batch), batch["target"], loaders, cfg)
+            loss = compute_loss(model(batch), batch["target"], loaders, cfg)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), cfg.training.gradient_clip)
@@ -238,21 +228,6 @@ def _epoch(
     return mean
 
 
-def _loss(output: Tensor, target: Tensor, loaders: Loaders, cfg: Config) -> Tensor:
-    """Loss in standardised units; shapes must be equal, because broadcasting would hide a mistake."""
-    _check_shapes(output, target)
-    mean, std = (value.to(target.device) for value in (loaders.target_mean, loaders.target_std))
-    return LOSSES[cfg.target.loss](output.float(), (target - mean) / std)
-
-
-def _check_shapes(output: Tensor, target: Tensor) -> None:
-    if output.shape != target.shape:
-        raise ValueError(
-            f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}. "
-            "For numbers, num_outputs of the head must be the number of labels.value_columns; check head.pooling too."
-        )
-
-
 def _check_judged(row: Mapping[str, float], key: str) -> None:
     """Raise where the validation before training says already that no epoch could be chosen."""
     if not math.isfinite(row["val_loss"]):
@@ -268,28 +243,46 @@ def _check_judged(row: Mapping[str, float], key: str) -> None:
         )
 
 
-def _judge(model: nn.Module, loaders: Loaders, split: str, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
-    found = _predictions(model, loaders, split, accelerator)
-    scaled = (found.prediction - loaders.target_mean) / loaders.target_std
-    values = {"loss": float(_loss(scaled, found.target, loaders, cfg)), **found.metrics(cfg)}
-    return {f"{split}_{name}": value for name, value in values.items()}
-
-
 @torch.no_grad()
-def _predictions(model: nn.Module, loaders: Loaders, split: str, accelerator: Accelerator) -> Predictions:
+def _judge(model: nn.Module, loaders: Loaders, split: str, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
+    """Loss and metrics of a split."""
+    collector, total, count = Collector(loaders, cfg, detailed=False), 0.0, 0
+    for output, target, batch in _outputs(model, getattr(loaders, split), cfg, accelerator):
+        total += compute_loss(output, target, loaders, cfg).item() * len(target)
+        count += len(target)
+        collector.add(to_target_units(output, loaders, cfg), target, batch)
+    return {f"{split}_{name}": value for name, value in {"loss": total / count, **collector.metrics()}.items()}
+
+
+def _outputs(
+    model: nn.Module, loader: DataLoader, cfg: Config, accelerator: Accelerator
+) -> Iterator[tuple[Tensor, Tensor, dict]]:
+    """Output and target of every batch on the CPU, in float32, with the batch itself."""
     model.eval()
-    outputs, targets, times = [], [], []
-    for batch in accelerator.prepare_data_loader(getattr(loaders, split)):
+    for batch in accelerator.prepare_data_loader(loader):
         with accelerator.autocast():
             output = model(batch).float()
-        _check_shapes(output, batch["target"])
+        check_shapes(output, batch["target"], cfg)
         output, target = accelerator.gather_for_metrics((output, batch["target"]))
-        outputs.append(output.cpu())
-        targets.append(target.cpu())
-        times += accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
-    prediction = torch.cat(outputs) * loaders.target_std + loaders.target_mean
-    order = sorted(range(len(times)), key=times.__getitem__)  # training batches come shuffled
-    return Predictions(prediction[order], torch.cat(targets)[order], [times[i] for i in order])
+        times = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
+        yield output.cpu(), target.cpu(), {**batch, "timestamp": times}
+
+
+def _in_order(loader: DataLoader, cfg: Config) -> DataLoader:
+    """The training samples in the order of time and as they are: neither shuffled nor augmented."""
+    data = copy.copy(loader.dataset)
+    data.augment = ()
+    return DataLoader(
+        data,
+        loader.batch_size,
+        num_workers=loader.num_workers,
+        multiprocessing_context=loader.multiprocessing_context,
+        pin_memory=loader.pin_memory,
+    )
+
+
+def _times(data: Dataset) -> list[str]:
+    return [time.isoformat() for time in data.samples["time"]]
 
 
 def _trainable_copy(model: nn.Module) -> dict[str, Tensor]:

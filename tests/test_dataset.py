@@ -217,12 +217,16 @@ def test_masks_are_matched_by_time_and_reduced(store, tmp_path):
     write_netcdf(tmp_path / "masks/c.nc", {"region": np.full((8, 8), 0.5, np.float32)})
     rows = "".join(f"2014-01-07 0{i + 1}:00,masks/{name}.nc\n" for i, name in enumerate("abc"))
     labels = read(tmp_path, f"time,path\n{rows}", variable="region")
+    half_labels = read(tmp_path, f"time,path\n{rows}", variable="region", pooling=2)
     dataset = SolarDataset(store, labels, matching=Matching((0,)))
     assert len(dataset) == 3 and dataset.targets is None
-    full, same, half = (dataset[i]["target"] for i in range(3))
+    full, same = (dataset[i]["target"] for i in range(2))
+    half = SolarDataset(store, half_labels, matching=Matching((0,)))[2]["target"]
     assert full.shape == (1, 16, 16) and full.sum() == 2 * 4 and full[0, :2, :4].all()
     torch.testing.assert_close(same[0], torch.from_numpy(mask[:16, :16]))
     assert half.shape == (1, 8, 8) and half.unique().tolist() == [0.5]
+    with pytest.raises(FrameError, match=r"c.nc cannot be used: .* 16 x 16 pixels; labels.pooling 2 times as large"):
+        dataset[2]
     with pytest.raises(FrameError, match=r"b.nc cannot be used: region has the shape .* does not fit 24 x 24"):
         read_mask(str(tmp_path / "masks/b.nc"), "region", 24)
     with pytest.raises(FrameError, match="has no variable spot .it has .*region.*labels.variable"):

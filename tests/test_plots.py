@@ -122,7 +122,7 @@ def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
 
 @pytest.mark.parametrize("output", [0, 1])
 def test_predicted_against_true_has_one_panel_each_and_the_perfect_line(cfg, found, output):
-    figure = plots.plot_predictions(found, cfg, output)
+    figure = plots.plot_scatter(found, cfg, output)
     drawn(figure)
     assert len(figure.axes) == 2
     for axis, (name, p) in zip(figure.axes, found.items(), strict=True):

@@ -31,7 +31,7 @@ from helpers.lora import apply_lora
 from helpers.shared import find_checkpoint
 from helpers.synthetic import SyntheticSun, ensure_synthetic
 from helpers.tracking import compare_runs, list_runs, start_run
-from helpers.training import fit, mean_prediction, metrics_table, predict, seed_everything
+from helpers.training import fit, metrics_table, predict, reference_predictions, seed_everything
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -174,7 +174,8 @@ def test_the_baseline_takes_the_same_data(course, finetune):
     found = predict(model, loaders, "test", cfg)
     assert loaders.report == theirs.report and torch.equal(found.target, deep.target)
     assert np.isfinite(history.table["val_rmse"]).all()
-    table = metrics_table({"mean": mean_prediction(loaders, "test"), "baseline": found, "finetune": deep}, cfg)
+    floor = reference_predictions(loaders, "test", cfg)["mean of training"]
+    table = metrics_table({"mean": floor, "baseline": found, "finetune": deep}, cfg)
     assert table[["rmse", "mae"]].to_numpy().min() > 0 and table.loc["mean", "rmse"] < 150
 
 
@@ -212,7 +213,7 @@ def test_runs_on_the_same_data_are_compared(course):
         cfg = load_config(course / "config.yaml", {"paths.runs": "compared"}, experiment=experiment)
         loaders = make_loaders(cfg)
         with start_run(cfg) as run:
-            found = mean_prediction(loaders, "test")
+            found = reference_predictions(loaders, "test", cfg)["mean of training"]
             found.table().to_csv(run.folder / "predictions_test.csv", index=False)
             run.summary({f"test_{key}": value for key, value in found.metrics(cfg).items()})
     table, predictions = compare_runs(cfg)
@@ -227,7 +228,7 @@ def test_runs_on_other_samples_are_not_compared(course, capsys):
     for experiment, samples in (("baseline", 9), ("finetune", 10)):
         cfg = load_config(course / "config.yaml", {"paths.runs": "changed"}, experiment=experiment)
         with start_run(cfg) as run:
-            found = mean_prediction(make_loaders(cfg), "test")
+            found = reference_predictions(make_loaders(cfg), "test", cfg)["mean of training"]
             found.table()[:samples].to_csv(run.folder / "predictions_test.csv", index=False)
             run.summary({f"test_{key}": value for key, value in found.metrics(cfg).items()})
     table, predictions = compare_runs(cfg)

@@ -19,7 +19,7 @@ from helpers.heads import Specformer1D
 from helpers.lora import apply_lora
 from helpers.metrics import compute_metrics
 from helpers.tracking import start_run
-from helpers.training import Predictions, fit, mean_prediction, metrics_table, predict, seed_everything
+from helpers.training import Predictions, fit, metrics_table, predict, reference_predictions, seed_everything
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (2, 1, 8, 8)  # C, T, H, W
@@ -392,7 +392,7 @@ def test_predictions_are_in_target_units_and_in_the_order_of_time(config, split)
 
 def test_the_floor_and_the_table_of_metrics(config):
     loaders, cfg = numbers(), config(**{"target.event_threshold": 400.0, "target.metrics": ["rmse", "mae"]})
-    floor = mean_prediction(loaders, "test")
+    floor = reference_predictions(loaders, "test", cfg)["mean of training"]
     assert floor.timestamps == [str(time) for time in loaders.test.dataset.samples["time"]]
     model = Linear()
     fit(model, loaders, config(**{"training.epochs": 20}))
