@@ -40,10 +40,10 @@ def checked(name: str) -> str:
     """The bare name of a personal notebook; UsageError for all others."""
     stem = Path(name).name.removesuffix(".ipynb")
     if not re.fullmatch(r"my_\w+", stem):
-        got = f"got '{name}'" if name else "got none"
+        got = f"not '{name}'" if name else "and there is none"
         raise UsageError(
-            "NAME must begin with my_ and go on with letters, digits or _, because the template never has such a "
-            f"name; {got}. For example: {EXAMPLE}"
+            f"NAME must begin with my_ and go on with letters, digits or _, {got}; the template never has such names.\n"
+            f"For example: {EXAMPLE}"
         )
     return stem
 

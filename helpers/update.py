@@ -50,9 +50,14 @@ You are on no branch (git calls this a detached HEAD): what you commit here is e
 MAIN_HAS_COMMITS = """\
 Note: your own main has commits that the template does not have:
 {commits}
-So `git merge {remote} main` would merge two lines at once, and stop at the first conflict. This target merges only the
-template's. Put main back to it; no commit is lost, {keeper} has them:
+So `git merge {remote} main` would merge two branches at once, and stop at the first conflict; `make update` merges only
+the template's. Put main back to the template's; {keeper} these commits:
   {keep}git branch -f main {remote}/main"""
+TWO_AT_ONCE = """\
+A merge of several branches at once was begun here, and stopped: most likely your own main has commits, so that
+`git merge origin main` meant two branches. Do not finish it, the second one would be missing. Go back, and come again:
+  git merge --abort
+  {again}"""
 IN_THE_WAY = """\
 Changed by you, not committed yet, and in the way of the merge:
 {files}
@@ -156,7 +161,9 @@ def own_branch(remote: str, again: str) -> str:
     if not (ROOT / ".git").exists():
         raise Refusal(NO_CLONE)
     if exists("MERGE_HEAD"):
-        raise Refusal("A merge was begun here, and waits for you.\n" + how_to_finish())
+        several = len((ROOT / git("rev-parse", "--git-path", "MERGE_HEAD")).read_text().split()) > 1
+        finish = "A merge was begun here, and waits for you.\n" + how_to_finish()
+        raise Refusal(TWO_AT_ONCE.format(again=again) if several else finish)
     if remote not in (remotes := git("remote").split()):
         raise Refusal(NO_REMOTE.format(remote=remote, known=", ".join(remotes) or "none", again=again))
     branch = git("branch", "--show-current")
@@ -189,7 +196,7 @@ def tell_about_main(remote: str, branch: str) -> None:
     """A local `main` that has left the template's makes `git merge origin main` a merge of two branches at once."""
     if commits := own_commits(remote):
         safe = works("merge-base", "--is-ancestor", "refs/heads/main", "HEAD")
-        keeper, keep = (branch, "") if safe else ("my-main", "git branch my-main main && ")
+        keeper, keep = (f"{branch} has", "") if safe else ("a new branch my-main keeps", "git branch my-main main && ")
         print(MAIN_HAS_COMMITS.format(commits=indent(commits), remote=remote, keeper=keeper, keep=keep))
 
 

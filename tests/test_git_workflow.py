@@ -531,11 +531,13 @@ def test_a_main_with_own_commits_is_told_and_put_right(clone, main_with_commit, 
     git(clone, "fetch", "-q")
     stopped = subprocess.run(["git", "merge", "origin", "main"], cwd=clone, capture_output=True, text=True)
     assert stopped.returncode and "Trying simple merge with main" in stopped.stdout  # the trap: an octopus
-    git(clone, "reset", "-q", "--hard")
+    halfway = update()
+    assert halfway.returncode != 0 and "A merge of several branches at once was begun here" in halfway.stdout
+    git(clone, "merge", "--abort")
     done = update()
     assert done.returncode == 0, "the target merges the template's main alone"
     assert "Note: your own main has commits that the template does not have:\n  " in done.stdout
-    assert "My seed, on main by mistake" in done.stdout and "my-main has them" in done.stdout
+    assert "My seed, on main by mistake" in done.stdout and "a new branch my-main keeps these" in done.stdout
     done.stdout = done.stdout.split("To go back")[0]
     follow(done, clone)
     assert "Already up to date" in git(clone, "merge", "origin", "main")

@@ -46,9 +46,12 @@ def test_the_copy_is_clean_says_how_to_go_on_and_runs(course, capfd, name):
     "words, sentence",
     [
         (["lesson", "ribbons"], "NAME must begin with my_ and go on with letters, digits or _"),
-        (["lesson", ""], "got none. For example: make new-notebook FROM=finetune NAME=my_ribbons"),
-        (["lesson", "my_"], "got 'my_'"),
-        (["lesson", "my_ribbons; rm"], "got 'my_ribbons; rm'"),
+        (
+            ["lesson", ""],
+            "and there is none; the template never has such names.\nFor example: make new-notebook",
+        ),
+        (["lesson", "my_"], "not 'my_'"),
+        (["lesson", "my_ribbons; rm"], "not 'my_ribbons; rm'"),
         (["lesson", "my_other"], "notebooks/my_other.ipynb exists already and stays as it is."),
         (["nope", "my_ribbons"], "There is no notebook 'nope'.\nThere is:\n  lesson"),
     ],
