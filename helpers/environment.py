@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def configure_git() -> None:
     The path is absolute, because all worktrees of a clone share these settings; a command that another environment of
     this clone has set stays as long as its Python exists.
     """
-    if not (ROOT / ".git").exists():
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
         return
     # what every kernel writes about itself; the name of the language stays
     about = ("codemirror_mode", "file_extension", "mimetype", "nbconvert_exporter", "pygments_lexer", "version")

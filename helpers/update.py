@@ -6,6 +6,7 @@ It fetches, says what is new, and merges. Where it cannot, it changes nothing an
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_CLONE = """\
 This folder is no git clone (a downloaded ZIP?), so it cannot be updated. Clone the template, and copy your my_ files
 and config.local.yaml into that clone."""
+NO_GIT = """\
+There is no git on this machine, or not on its PATH, so this clone cannot be updated. Install it; on a hub, ask for it."""
 NO_REMOTE = """\
 This clone has no remote called {remote}, so it does not know where the template is. It has: {known}.
 If the template is one of these, name it (make update FROM=...). Else tell git the address that you cloned from:
@@ -160,6 +163,8 @@ def own_branch(remote: str, again: str) -> str:
     """The branch to merge into; Refusal if there is none of your own, a merge in progress, or no template to ask."""
     if not (ROOT / ".git").exists():
         raise Refusal(NO_CLONE)
+    if not shutil.which("git"):
+        raise Refusal(NO_GIT)
     if exists("MERGE_HEAD"):
         several = len((ROOT / git("rev-parse", "--git-path", "MERGE_HEAD")).read_text().split()) > 1
         finish = "A merge was begun here, and waits for you.\n" + how_to_finish()
@@ -188,7 +193,7 @@ def fetch(remote: str) -> None:
     words = ["git", "fetch", "--quiet", *deeper, remote]
     done = subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     if done.returncode:
-        address = git("remote", "get-url", remote)
+        address = re.sub("//[^/@]*@", "//", git("remote", "get-url", remote))  # a token in it is nobody's business
         raise Refusal(NO_NETWORK.format(remote=remote, address=address, words=indent([done.stderr.strip()])))
 
 
@@ -285,8 +290,11 @@ def how_to_finish() -> str:
     if not files:
         return TO_FINISH
     states = {line[3:]: line[:2] for line in names("status", "--porcelain", "--untracked-files=no")}
-    why = {"UD": "  (you changed it, the template deleted it)", "DU": "  (you deleted it, the template changed it)"}
-    listed = indent(name + why.get(states.get(name, ""), "") for name in files)
+    why = {
+        "UD": "  (you changed it, the template deleted it; to agree: git rm {0})",
+        "DU": "  (you deleted it, the template changed it; to leave it deleted: git rm {0})",
+    }
+    listed = indent(name + why.get(states.get(name, ""), "").format(shlex.quote(name)) for name in files)
     return CONFLICT.format(files=listed, arguments=shlex.join(files))
 
 

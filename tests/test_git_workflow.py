@@ -368,7 +368,7 @@ def test_a_file_that_the_template_deleted_is_named(template, clone, update):
     git(clone, "commit", "-qam", "My heads")
     git(template, "rm", "-q", "helpers/heads.py")
     publish(template, message="No more heads")
-    assert "  helpers/heads.py  (you changed it, the template deleted it)" in update().stdout
+    assert "  helpers/heads.py  (you changed it, the template deleted it; to agree: git rm helpers" in update().stdout
 
 
 def lesson(*cells: tuple[str, str]):
@@ -473,7 +473,7 @@ def test_a_file_of_yours_with_the_name_of_a_new_one_is_refused(template, clone, 
         (["remote", "remove", "origin"], [], "It has: none."),
         (["status", "-s"], ["FROM=upstream"], "This clone has no remote called upstream, "),
         (["remote", "set-url", "origin", "nowhere"], [], "Could not reach the template (origin, nowhere); nothing was"),
-        (["remote", "set-url", "origin", "http://127.0.0.1:9/t"], [], "Are you online, and may you read it? Git says:"),
+        (["remote", "set-url", "origin", "http://token@127.0.0.1:9/t"], [], "(origin, http://127.0.0.1:9/t);"),
         (["config", "remote.origin.fetch", "+refs/heads/x*:refs/remotes/origin/x*"], [], "has no branch `main` that"),
     ],
 )  # fmt: skip
@@ -505,6 +505,9 @@ def test_a_folder_that_is_no_clone_or_shares_no_history_is_told_so(template, clo
     publish(template, "lr = 9")
     done = update()
     assert done.returncode != 0 and "my-task and origin/main share no history" in done.stdout
+    words = [sys.executable, "-m", "helpers.update"]
+    done = subprocess.run(words, cwd=clone, capture_output=True, text=True, env=os.environ | {"PATH": ""})
+    assert done.returncode != 0 and "There is no git on this machine" in done.stdout
     (clone / ".git").rename(clone / "was git")
     done = update()
     assert done.returncode != 0 and "This folder is no git clone" in done.stdout
