@@ -22,7 +22,7 @@ NO_CLONE = """\
 This folder is no git clone (a downloaded ZIP?), so it cannot be updated. Clone the template, and copy your my_ files
 and config.local.yaml into that clone."""
 NO_GIT = """\
-There is no git on this machine, or not on its PATH, so this clone cannot be updated. Install it; on a hub, ask for it."""
+There is no git on this machine, or not on its PATH, so nothing can be updated. Install it; on a hub, ask for it."""
 NO_REMOTE = """\
 This clone has no remote called {remote}, so it does not know where the template is. It has: {known}.
 If the template is one of these, name it (make update FROM=...). Else tell git the address that you cloned from:
