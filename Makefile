@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab test bench cache update lint lock clean
+.PHONY: help env run-notebook lab test bench cache update new-notebook lint lock clean
 
 # The first of these that runs and can make an environment; choose another with `make PYTHON=/path/to/python3.12 ...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -16,8 +16,6 @@ ACTIVE := $(shell for folder in "$$VIRTUAL_ENV" "$$CONDA_PREFIX"; do \
 	[ "$$CONDA_DEFAULT_ENV" = base ] && [ "$$folder" = "$$CONDA_PREFIX" ] \
 		&& ! "$$folder/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' && continue; \
 	echo "$$folder"; break; done)
-# The git remote that holds the template.
-FROM ?= origin
 PY := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
 
 help:  ## what there is (this list)
@@ -56,24 +54,11 @@ endif
 cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]
 	@"$(PY)" -m helpers.frames $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
 
-update: env  ## merge the template's news into your branch [FROM=origin]
-	@branch=$$(git symbolic-ref --short -q HEAD) || branch="no branch"; \
-	case "$$branch" in main|"no branch") \
-		echo "You are on $$branch. Keep your work on a branch of its own, then main stays the template's:"; \
-		echo "  git switch -c my-task && make update"; exit 1;; esac; \
-	if ! git diff --quiet --no-ext-diff HEAD; then \
-		echo "You changed, and did not commit yet:"; git diff --no-ext-diff --name-only HEAD | sed 's/^/  /'; \
-		echo "A merge could mix that with the template's changes. Commit first, then come back:"; \
-		echo "  git commit -am 'My work so far' && make update"; exit 1; fi; \
-	git add -u; : 'notebooks that were only executed count as changed until git has looked at them'; \
-	git fetch --quiet $(FROM) || { echo "Could not reach the template ($(FROM)); nothing was changed."; exit 1; }; \
-	if git merge-base --is-ancestor $(FROM)/main HEAD; then \
-		echo "Nothing new: $$branch already holds everything that $(FROM)/main has."; exit 0; fi; \
-	echo "New in $(FROM)/main:"; git --no-pager log --format='  %s (%an, %as)' --no-merges HEAD..$(FROM)/main; \
-	git merge --quiet --no-edit $(FROM)/main && echo "Merged into $$branch." && exit 0; \
-	echo "You and the template changed the same lines of:"; git diff --name-only --diff-filter=U | sed 's/^/  /'; \
-	echo "Open each one: both versions stand in it, between <<<<<<< and >>>>>>> (in a notebook, in the cell itself)."; \
-	echo "Keep what you want, then: git add FILE && git commit.   To go back to before: git merge --abort"; exit 1
+update: env  ## merge the template's news into your branch [FROM=origin, a git remote]
+	@"$(PY)" -m helpers.update $(if $(FROM),"$(FROM)")
+
+new-notebook: env  ## copy a notebook to one of your own: FROM=finetune NAME=my_ribbons
+	@"$(PY)" -m helpers.new_notebook "$(or $(FROM),finetune)" "$(NAME)"
 
 lint: env  ## check style and format
 	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .

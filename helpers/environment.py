@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -64,24 +65,39 @@ def install() -> int:
 
 
 def configure_git() -> None:
-    """Point the names in .gitattributes at this environment's nbstripout and nbdime, in this clone only."""
-    if not (ROOT / ".git").exists():
+    """Point the names in .gitattributes at this environment's nbstripout and nbdime, in this clone only.
+
+    The path is absolute, because all worktrees of a clone share these settings; a command that another environment of
+    this clone has set stays as long as its Python exists.
+    """
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
         return
-    own = Path(sys.prefix) == ROOT / ".venv"
-    python = ".venv/bin/python" if own else shlex.quote(sys.executable)  # git calls these from the top of the clone
-    settings = {
-        "filter.nbstripout.clean": f"{python} -m nbstripout --keep-id --extra-keys metadata.language_info.version",
+    # what every kernel writes about itself; the name of the language stays
+    about = ("codemirror_mode", "file_extension", "mimetype", "nbconvert_exporter", "pygments_lexer", "version")
+    keys = " ".join(f"metadata.language_info.{key}" for key in about)
+    commands = {
+        "filter.nbstripout.clean": f"-m nbstripout --keep-id --extra-keys '{keys}'",
+        "diff.jupyternotebook.command": "-m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts
+        "merge.jupyternotebook.driver": "-m helpers.merge_notebook %O %A %B %P",
+    }
+    plain = {
         "filter.nbstripout.smudge": "cat",
         "filter.nbstripout.required": "false",
-        "diff.jupyternotebook.command": f"{python} -m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts,
-        "merge.jupyternotebook.driver": f"{python} -m nbdime.vcs.git.mergedriver merge %O %A %B %L %P",
         "merge.jupyternotebook.name": "cell by cell, with nbdime",
     }
     listing = subprocess.run(["git", "config", "--local", "--list"], cwd=ROOT, capture_output=True, text=True).stdout
     present = dict(line.partition("=")[::2] for line in listing.splitlines())
-    for name, value in settings.items():
+    python = shlex.quote(sys.executable)
+    wanted = {name: f"{python} {rest}" for name, rest in commands.items() if not _works(present.get(name, ""), rest)}
+    for name, value in (wanted | plain).items():
         if present.get(name) != value:
             subprocess.run(["git", "config", "--local", name, value], cwd=ROOT, check=True)
+
+
+def _works(command: str, rest: str) -> bool:
+    """True if `command` is `rest` behind a Python that exists, wherever git calls it from."""
+    python = Path("".join(shlex.split(command.removesuffix(rest))))
+    return command.endswith(rest) and python.is_absolute() and python.exists()
 
 
 if __name__ == "__main__":

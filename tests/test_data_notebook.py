@@ -1,6 +1,7 @@
 """The data notebook runs from top to bottom on a small synthetic Sun, and says and shows what it promises."""
 
 import re
+import subprocess
 
 import nbformat
 import pytest
@@ -61,3 +62,17 @@ def test_the_round_trip_of_every_channel_is_exact_to_rounding(cells):
     (cell,) = [cell for cell in cells if '"round trip"' in cell.source and cell.cell_type == "code"]
     errors = re.findall(r"\de-\d\d", cell.outputs[0]["data"]["text/html"])
     assert len(errors) == 13 and max(map(float, errors)) <= 1e-5
+
+
+def test_it_looks_at_git_and_bears_a_folder_without(cells, tmp_path):
+    (cell,) = [cell for cell in cells if cell.source.startswith("!git status")]
+    said = texts([cell])
+    assert "## " in said or "No git here" in said  # the branch, where the tests run in a clone
+    for name in ("git", "no git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "git" / "git").symlink_to("/bin/false")
+    for path in (tmp_path / "git", tmp_path / "no git"):  # no repository, no command
+        for line in cell.source.splitlines():
+            words = ["/bin/sh", "-c", line.removeprefix("!")]
+            done = subprocess.run(words, cwd=tmp_path, env={"PATH": str(path)}, capture_output=True, text=True)
+            assert done.returncode == 0 and done.stdout.startswith("No "), done.stderr

@@ -1,5 +1,6 @@
 """The house: requirements, lock, Makefile, notebooks and layout agree with each other."""
 
+import difflib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from helpers import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if not path.name.startswith("my_"))
 TOP_LEVEL = {
     "README.md", "Makefile", "config.yaml", "environment.yml", "pyproject.toml", "notebooks", "helpers", "tests",
     "LICENSE", "requirements.lock", ".gitattributes", ".gitignore", ".ci",
@@ -74,7 +75,7 @@ def test_help_is_the_default_and_explains_every_target(make):
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     for target in phony:
         assert re.search(rf"^  {target} +\w", listed, re.MULTILINE), target
-    expected = {"env", "run-notebook", "lab", "test", "bench", "cache", "update", "clean"}
+    expected = {"env", "run-notebook", "lab", "test", "bench", "cache", "update", "new-notebook", "clean"}
     assert expected <= set(phony)
 
 
@@ -176,16 +177,17 @@ class TestNotebook:
     """Every notebook in git: clean, short cells, the plain kernel, one cell of parameters."""
 
     def test_is_clean_and_valid(self, path):
-        notebook = nbformat.read(path, as_version=4)
+        text = in_git(path)  # the file itself may have been executed
+        notebook = nbformat.reads(text, as_version=4)
         nbformat.validate(notebook)
-        assert not [cell for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")]
-        stripped = strip_output(nbformat.read(path, as_version=4), keep_output=False, keep_count=False, keep_id=True)
+        assert not results(text)
+        stripped = strip_output(nbformat.reads(text, as_version=4), keep_output=False, keep_count=False, keep_id=True)
         assert stripped == notebook, "save it once through `git add`, whose filter strips it"
 
     def test_opens_anywhere(self, path):
-        notebook = nbformat.read(path, as_version=4)
-        assert notebook.metadata.kernelspec.name == "python3"
-        assert not re.search(r"/(home|work|tmp|Users)/", path.read_text()), "a path of one machine"
+        text = in_git(path)
+        assert nbformat.reads(text, as_version=4).metadata.kernelspec.name == "python3"
+        assert not re.search(r"/(home|work|tmp|Users)/", text), "a path of one machine"
 
     def test_takes_the_runners_parameters(self, path):
         cells = nbformat.read(path, as_version=4).cells
@@ -201,10 +203,154 @@ class TestNotebook:
         assert len(importing) == 1
 
 
-def test_the_paired_notebooks_have_the_same_headings():
-    pair = [ROOT / "notebooks" / f"{name}.ipynb" for name in ("baseline", "finetune")]
-    first, second = (
-        [re.findall(r"^##+ .*", cell.source, re.MULTILINE) for cell in nbformat.read(path, as_version=4).cells]
-        for path in pair
-    )
-    assert sum(first, []) == sum(second, [])
+def in_git(path: Path) -> str:
+    """A file as git would commit it, or as it is where git does not know it."""
+    words = ["git", "cat-file", "blob", f":{path.relative_to(ROOT).as_posix()}"]
+    found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    return path.read_text() if found.returncode else found.stdout
+
+
+# --- git holds no results ---
+
+
+def results(text: str) -> int:
+    """How many cells of a notebook carry an output or an execution count."""
+    cells = json.loads(text).get("cells", [])
+    return sum(bool(cell.get("outputs")) or cell.get("execution_count") is not None for cell in cells)
+
+
+def notebooks_with_results(folder: Path) -> list[str]:
+    """Every notebook with results in any commit up to HEAD, or in what waits for the next one."""
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", *words], cwd=folder, text=True)
+
+    history = [line.partition(" ")[::2] for line in git("rev-list", "--objects", "HEAD").splitlines()]
+    staged = [(line.split()[1], line.split("\t")[1]) for line in git("ls-files", "--stage", "*.ipynb").splitlines()]
+    blobs = {name: path for name, path in history + staged if path.endswith(".ipynb")}
+    return [f"{path} ({name[:9]})" for name, path in blobs.items() if results(git("cat-file", "blob", name))]
+
+
+def test_no_notebook_in_the_history_carries_outputs():
+    found = notebooks_with_results(ROOT)
+    assert not found, "find the commit with `git log --all --find-object=<the number>`"
+
+
+def test_a_notebook_with_outputs_is_found_in_the_history_and_in_the_next_commit(tmp_path):
+    def git(*words):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def write(name, **cell):
+        cells = [{"cell_type": "code", "source": name, "metadata": {}, "outputs": [], "execution_count": None, **cell}]
+        (tmp_path / name).write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
+        git("add", name)
+
+    git("init", "-q")
+    for name, cell in {"a.ipynb": {"outputs": [{}]}, "b.ipynb": {}, "c d.ipynb": {"execution_count": 1}}.items():
+        write(name, **cell)
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "with outputs")
+    write("a.ipynb")
+    git("rm", "-qf", "c d.ipynb")
+    git("-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "-qm", "removed, but not from the history")
+    write("staged.ipynb", outputs=[{}])
+    found = [text.split(" (")[0] for text in notebooks_with_results(tmp_path)]
+    assert found == ["a.ipynb", "c d.ipynb", "staged.ipynb"]
+
+
+def test_the_template_has_no_personal_files():
+    """Names that begin with my_ belong to the researchers: in the template's own branch there are none."""
+    known = subprocess.check_output(["git", "for-each-ref", "--format=%(refname)"], cwd=ROOT, text=True).split()
+    branches = {"refs/heads/main", "refs/remotes/origin/main"} & set(known) or {"HEAD"}
+    for branch in branches:
+        listed = subprocess.check_output(["git", "ls-tree", "-r", "--name-only", branch], cwd=ROOT, text=True)
+        paths = map(Path, listed.splitlines())
+        assert not [path for path in paths if path.name.startswith("my_") or path.parts[0] == "runs"], branch
+
+
+def test_personal_files_can_be_committed_and_the_rest_is_ignored():
+    ignored = ["config.local.yaml", "runs/a/history.csv", "data/frames"]
+    kept = ["notebooks/my_ribbons.ipynb", "helpers/my_ribbons.py"]
+    done = subprocess.run(["git", "check-ignore", *ignored, *kept], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ignored
+
+
+# --- baseline and finetune mirror each other ---
+
+# In these sections the code may differ, in lines that match; everywhere else the code of both is the same.
+MODEL = {
+    "Set-up": r'from helpers\.|cfg = load_config\(.*experiment="(baseline|finetune)"',
+    "The model": "",
+    "Where the weights start": "",
+    "What trains?": "",
+    "The numbers": r"save_adapter\(",
+}
+
+
+def mirror_faults(first: nbformat.NotebookNode, second: nbformat.NotebookNode) -> list[str]:
+    """Where two notebooks differ, although the model is not what differs: cells, headings, tags, code."""
+    if [(cell.id, cell.cell_type) for cell in first.cells] != [(cell.id, cell.cell_type) for cell in second.cells]:
+        return ["the cells: their number, order, ids or types"]
+    faults, section = [], ""
+    for one, other in zip(first.cells, second.cells, strict=True):
+        headings = [re.findall(r"^##+ .*", cell.source, re.MULTILINE) for cell in (one, other)]
+        if one.cell_type == "markdown":
+            section = headings[0][-1].lstrip("# ") if headings[0] else section
+            faults += [f"{one.id}: headings {headings}"] * (headings[0] != headings[1])
+            continue
+        lines = [cell.source.splitlines() for cell in (one, other)]
+        differing = [line for line in difflib.ndiff(*lines) if line[0] in "+-"]
+        wrong = [line for line in differing if section not in MODEL or not re.match(MODEL[section], line[2:].strip())]
+        faults += [f"{one.id} ({section}): {line}" for line in wrong]
+        faults += [f"{one.id}: tags"] * (one.metadata.get("tags") != other.metadata.get("tags"))
+    return faults
+
+
+@pytest.fixture
+def pair():
+    return [nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4) for name in ("baseline", "finetune")]
+
+
+def test_the_paired_notebooks_mirror_each_other(pair):
+    assert mirror_faults(*pair) == []
+
+
+def cell_with(notebook, text, kind="code"):
+    return next(cell for cell in notebook.cells if text in cell.source and cell.cell_type == kind)
+
+
+def replace(old, new, kind="code"):
+    def change(notebook):
+        cell = cell_with(notebook, old, kind)
+        cell.source = cell.source.replace(old, new)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (replace("## Train", "## Training", "markdown"), "headings"),
+        (replace("## One batch", "### One batch", "markdown"), "headings"),
+        (replace("fit(model,", "fit_better(model,"), "(Train): "),
+        (replace("plots.plot_history(history, cfg)", "plots.plot_history(history)"), "(Training curves): "),
+        (replace("run.finish()", "run.finish(0)"), "(The numbers): "),
+        (replace("seed_everything(cfg)", "seed_everything(1)"), "(Set-up): "),
+        (lambda notebook: notebook.cells.pop(20), "the cells"),
+        (lambda notebook: notebook.cells.insert(9, nbformat.v4.new_code_cell("more()")), "the cells"),
+        (lambda notebook: notebook.cells.insert(5, notebook.cells.pop(9)), "the cells"),
+        (lambda notebook: notebook.cells[6].update(id="another"), "the cells"),
+        (lambda notebook: cell_with(notebook, "fit(model,").metadata.update(tags=["raises-exception"]), "tags"),
+    ],
+)
+def test_a_pair_that_stops_mirroring_is_found(pair, change, told):
+    first, second = pair
+    change(second)
+    faults = mirror_faults(first, second)
+    assert faults and all(told in fault for fault in faults), faults
+
+
+def test_prose_and_model_may_differ_in_a_pair(pair):
+    first, second = pair
+    cell_with(second, "# Fine-tune", "markdown").source += "\n\nMore words."
+    cell_with(second, "apply_lora(", "code").source += "\nmodel.encoder.train()"
+    assert mirror_faults(first, second) == []
