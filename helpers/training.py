@@ -265,7 +265,7 @@ def _outputs(
         check_shapes(output, batch["target"], cfg)
         output, target = accelerator.gather_for_metrics((output, batch["target"]))
         times = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
-        yield output.cpu(), target.cpu(), {**batch, "timestamp": times}
+        yield output.cpu().contiguous(), target.cpu(), {**batch, "timestamp": times}
 
 
 def _in_order(loader: DataLoader, cfg: Config) -> DataLoader:
