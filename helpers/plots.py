@@ -182,8 +182,8 @@ def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         layout="constrained",
     )  # fmt: skip
     for name, p in found.items():
-        color, (prediction, target) = SPLIT_COLORS.get(name), (p.prediction[:, 0], p.target[:, 0])
-        groups = [g for g in np.array_split(np.argsort(prediction.numpy(), kind="stable"), 8) if len(g)]
+        color, prediction, target = SPLIT_COLORS.get(name), p.prediction[:, 0], p.target[:, 0]
+        groups = [group for group in prediction.argsort(stable=True).tensor_split(8) if len(group)]
         means = np.array([[prediction[g].mean(), target[g].mean()] for g in groups])
         axes[0, 0].plot(*means.T, "o-", ms=4, color=color, label=name)
         if threshold is not None:

@@ -96,7 +96,7 @@ def test_the_report_prints_as_a_table(file: Path):
     assert text.startswith("surya.test.pt: ")
     assert f"{FILTER}: the modes of a 8 x 8 grid, out of 16 x 16" in text
     assert f"{PATCHES}: 1 of 13 channels, by name; the last 1 of 2 frames" in text
-    assert "missing     0 tensors" in text and "head and adapters, trained from here" in text
+    assert "missing     0 tensors" in text and "random or zero, trained from here" in text
 
 
 def test_fewer_frames_are_the_most_recent_ones(file: Path):

@@ -190,7 +190,6 @@ WRONG_TYPES = {
     "data.anonymous": ("yes",),
     "lora.targets[0]": (["q_proj", "proj"],),
     "lora.targets": ([],),
-    "target.metrics[1]": (["rmse", "accuracy"],),
     "model.window_size": (4,),
     "model.nglo": (2,),
     "head.dropout": (1.0,),
@@ -209,6 +208,10 @@ def test_wrong_types_are_named_with_the_item_and_the_value(path, where, value):
     line = next(line for line in message.splitlines() if line.startswith(f"  - {where} (overrides=): "))
     assert line.endswith(f", got {bad!r}")
 
+
+IMAGE = {"labels.kind": "image", "labels.target_channels": ["hmi_m"], "labels.target_offset_minutes": 60}
+IMAGE |= {"target.metrics": ["correlation"]}
+MASK = {"labels.kind": "mask", "labels.variable": "mask", "target.loss": "bce_dice", "target.metrics": ["iou"]}
 
 CONTRADICTIONS = [
     (
@@ -249,17 +252,27 @@ CONTRADICTIONS = [
     ({"labels.direction": "nearest"}, "labels.direction, labels.lead_minutes", "set labels.direction: forward"),
     ({"labels.path": None}, "labels.kind, labels.path", "scalar labels need a CSV"),
     ({"labels.value_columns": []}, "labels.kind, labels.path", "at least one of its columns"),
-    ({"labels.kind": "image"}, "labels.kind, labels.path", "either from mask files .* or from the frames"),
+    (IMAGE | {"labels.target_channels": []}, "labels.kind, labels.path", "either from files .* or from the frames"),
+    (IMAGE | {"labels.variable": "mask"}, "labels.kind, labels.path", "either from files .* or from the frames"),
+    (MASK | {"labels.path": None}, "labels.kind, labels.path", "labels.path"),
+    (MASK | {"labels.variable": None}, "labels.kind, labels.path", "name their variable"),
     (
-        {"labels.kind": "image", "labels.variable": "mask", "labels.target_channels": ["hmi_m"]},
-        "labels.kind, labels.path",
-        "either from mask files .* or from the frames",
+        IMAGE | {"labels.target_offset_minutes": -60},
+        "labels.kind, data.channels",
+        "hmi_m would be input and target at the same time",
     ),
+    (MASK | {"target.loss": "mse"}, "labels.kind, target.loss", "no loss 'mse' for mask labels .there is bce_dice"),
+    (IMAGE | {"target.metrics": ["rmse", "iou"]}, "labels.kind, target.loss", "no metric 'iou' for image labels"),
+    ({"target.plot": "image"}, "labels.kind, target.loss", "no figure 'image' for scalar labels .there is scatter"),
+    ({"target.loss": "nowhere.at_all:loss"}, "target.loss", "cannot be imported: No module named 'nowhere'"),
+    (IMAGE | {"head.decoder_channels": ["hmi_m", "hmi_v"]}, "labels.kind, labels.target", "2 channels for 1 output"),
+    ({"head.decoder_channels": ["hmi_m"]}, "labels.kind, labels.target", "numbers have no decoder"),
     (
-        {"labels.kind": "image", "labels.variable": "mask", "labels.path": None},
-        "labels.kind, labels.path",
-        "labels.path",
+        IMAGE | {"model.nglo": 1, "head.pooling": "class_token"},
+        "labels.kind, model.nglo",
+        "decoded from the patches alone",
     ),
+    (MASK | {"labels.pooling": 3}, "labels.pooling, model.patch_size", "3 does not divide the 8-pixel patch"),
     (
         {"target.metrics": ["tss"], "target.event_threshold": None},
         "target.metrics, target.event_threshold",
@@ -287,7 +300,9 @@ def test_contradictions_name_their_keys(path, overrides, keys, pattern):
     [
         {"model.nglo": 1, "head.pooling": "class_token"},
         {"data.offsets_minutes": [0], "model.time_dim": 1},
-        {"labels.kind": "image", "labels.target_channels": ["hmi_m"], "labels.path": None},
+        IMAGE | {"labels.path": None},
+        IMAGE | {"head.decoder_channels": ["hmi_v"], "labels.pooling": 2},
+        MASK | {"target.metrics": ["dice", "helpers.metrics:METRICS"], "target.plot": "image"},
         {"lora.qkv": [], "lora.targets": ["fc1"]},
         {"model.checkpoint": None, "model.checkpoint_channels": []},
         {"target.event_threshold": None},

@@ -1,14 +1,19 @@
 """Metrics against their formulas written out in NumPy, and what they say where they are not defined."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from torchmetrics.classification import BinaryAveragePrecision
 
-from helpers.metrics import METRICS, compute_metrics
+from helpers.config import KINDS
+from helpers.metrics import METRICS, ImageMetrics, compute_metrics
+from helpers.plots import PLOTS
+from helpers.tasks import LOSSES
 
-ALL = list(METRICS)
+ALL = [name for name, metric in METRICS.items() if metric.compute]
 
 
 def formulas(p: np.ndarray, t: np.ndarray, threshold: float) -> dict[str, float]:
@@ -57,8 +62,12 @@ def test_the_threshold_itself_is_an_event():
 def test_the_direction_of_better_is_right():
     target = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
     close, far = (compute_metrics(target + error, target, ALL, 0.3) for error in (0.05, 1.0))
-    for name, metric in METRICS.items():
-        assert (close[name] > far[name]) is metric.higher_is_better, name
+    for name in ALL:
+        assert (close[name] > far[name]) is METRICS[name].higher_is_better, name
+    prediction, target = images()
+    for name in METRICS.keys() - set(ALL):
+        close, far = (ImageMetrics([name], 0.4, 1.0).each(p, target)[0][name] for p in (prediction, 1 - prediction))
+        assert (close > far) is METRICS[name].higher_is_better, name
 
 
 def test_one_dimensional_targets_are_refused_instead_of_broadcast():
@@ -73,7 +82,7 @@ def test_one_dimensional_targets_are_refused_instead_of_broadcast():
 def test_no_samples_and_unknown_names_are_said():
     with pytest.raises(ValueError, match="no samples to judge; look at the report"):
         compute_metrics(torch.zeros(0, 1), torch.zeros(0, 1), ["rmse"])
-    with pytest.raises(KeyError, match=r"Unknown metrics \['accuracy', 'mse'\]; there are rmse, mae,"):
+    with pytest.raises(KeyError, match=r"Unknown metrics \['accuracy', 'mse'\]; for numbers there are rmse, mae,"):
         compute_metrics(torch.zeros(3, 1), torch.zeros(3, 1), ["accuracy", "rmse", "mse"])
     with pytest.raises(ValueError, match="set target.event_threshold"):
         compute_metrics(torch.zeros(3, 1), torch.zeros(3, 1), ["tss"])
@@ -95,3 +104,88 @@ def test_predictions_that_are_not_numbers_are_not_hidden():
     prediction = torch.tensor([[1.0], [float("nan")]])
     found = compute_metrics(prediction, torch.tensor([[1.0], [2.0]]), ["rmse", "mae", "r2", "rrse", "tss", "hss"], 1.5)
     assert all(math.isnan(value) for value in found.values()), found
+
+
+# ---------------------------------------------------------------------------------------------------- masks and images
+def images(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities and masks (5, 1, 32, 32) that agree in part."""
+    generator = torch.Generator().manual_seed(seed)
+    target = (torch.rand(5, 1, 32, 32, generator=generator) > 0.8).float()
+    return (0.5 * target + 0.4 * torch.rand(5, 1, 32, 32, generator=generator)).clamp(0, 1), target
+
+
+def test_masks_are_judged_by_their_overlap_over_all_pixels():
+    prediction, target = images()
+    called, inside = prediction >= 0.4, target == 1
+    both, either = (called & inside).sum(), (called | inside).sum()
+    metrics = ImageMetrics(["iou", "dice", "average_precision"], 0.4, 1.0)
+    metrics.update(prediction[:2], target[:2])
+    metrics.update(prediction[2:], target[2:])
+    found = metrics.compute()
+    assert found["iou"] == pytest.approx((both / either).item())
+    assert found["dice"] == pytest.approx((2 * both / (called.sum() + inside.sum())).item())
+    order = prediction.flatten().argsort(descending=True)
+    hits = target.flatten()[order]
+    precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+    assert found["average_precision"] == pytest.approx(((precision * hits).sum() / hits.sum()).item(), abs=2e-3)
+
+
+def test_average_precision_is_torchmetrics_own():
+    generator = torch.Generator().manual_seed(1)
+    prediction = torch.rand(3, 1, 64, 64, generator=generator)
+    prediction[0, 0, 0, :3] = torch.tensor([0.0, 1.0, 100 / 199])  # on the thresholds themselves
+    target = (prediction + 0.4 * torch.rand(3, 1, 64, 64, generator=generator) > 1).float()
+    theirs = BinaryAveragePrecision(thresholds=200)
+    theirs.update(prediction, target.int())
+    ours = ImageMetrics(["average_precision"], 0.5, 1.0)
+    ours.update(prediction[:1], target[:1])
+    ours.update(prediction[1:], target[1:])
+    assert ours.compute()["average_precision"] == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+def test_the_averaged_edge_of_a_finer_mask_is_inside_from_one_half():
+    metrics = ImageMetrics(["iou"], 0.5, 1.0)
+    metrics.update(torch.tensor([[[[0.9, 0.9], [0.1, 0.1]]]]), torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]]))
+    assert metrics.compute()["iou"] == 1
+
+
+def test_empty_masks_agree_with_empty_predictions_alone():
+    nothing, something = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+    each = ImageMetrics(["iou", "dice"], 0.5, 1.0).each(torch.cat([nothing, something]), torch.cat([nothing, nothing]))
+    assert each == [{"iou": 1, "dice": 1}, {"iou": 0, "dice": 0}]
+
+
+def test_images_are_judged_by_error_and_likeness():
+    prediction, target = images()
+    prediction, target = 300 * prediction + 1000, 300 * target  # an offset leaves the correlation
+    metrics = ImageMetrics(["rmse", "mae", "correlation", "ssim"], 0.5, 300.0)
+    rows = metrics.each(prediction[:2], target[:2])
+    metrics.update(prediction[2:], target[2:])
+    found, both = metrics.compute(), torch.stack([prediction.flatten(), target.flatten()])
+    assert found["rmse"] == pytest.approx((prediction - target).square().mean().sqrt().item(), rel=1e-5)
+    assert found["mae"] == pytest.approx((prediction - target).abs().mean().item(), rel=1e-5)
+    assert found["correlation"] == pytest.approx(torch.corrcoef(both.double())[0, 1].item(), rel=1e-6)
+    first = torch.stack([prediction[0].flatten(), target[0].flatten()])
+    assert rows[0]["correlation"] == pytest.approx(torch.corrcoef(first.double())[0, 1].item(), rel=1e-6)
+    perfect = ImageMetrics(["ssim", "correlation"], 0.5, 300.0)
+    perfect.update(target, target)
+    assert perfect.compute() == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
+    assert found["ssim"] < 0.9
+
+
+def test_a_constant_image_has_no_likeness():
+    flat, varied = torch.full((2, 1, 16, 16), 3.3), torch.rand(2, 1, 16, 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ImageMetrics(["correlation"], 0.5, 1.0).each(flat, varied)[0]["correlation"] == 0
+        assert math.isnan(ImageMetrics(["correlation"], 0.5, 1.0).each(varied, flat)[0]["correlation"])
+
+
+def test_the_names_that_the_config_allows_are_those_there_are():
+    metrics = {name: entry for name, entry in METRICS.items()}
+    assert {name for kind in KINDS.values() for name in kind["metric"]} == set(metrics)
+    for kind, allowed in KINDS.items():
+        for name in allowed["metric"]:
+            assert (metrics[name].compute if kind == "scalar" else metrics[name].of_images) is not None, name
+        assert set(allowed["loss"]) <= set(LOSSES) and set(allowed["figure"]) <= set(PLOTS)
+    assert set(LOSSES) == {name for kind in KINDS.values() for name in kind["loss"]}

@@ -1,6 +1,7 @@
 """Figures with what a reader needs on them, and where a model looks."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -9,12 +10,13 @@ import torch
 from matplotlib import pyplot as plt
 
 from helpers import plots
-from helpers.channels import CHANNELS
+from helpers.channels import CHANNELS, denormalise, load_scalers
 from helpers.config import load_config
-from helpers.diagnostics import input_sensitivity
+from helpers.diagnostics import input_sensitivity, trace_shapes
 from helpers.encoder import SuryaEncoder
-from helpers.heads import LinearBaseline1D, Specformer1D
-from helpers.training import History, Predictions
+from helpers.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
+from helpers.tasks import Collector, ImagePredictions, Predictions
+from helpers.training import History
 
 ROOT = Path(__file__).parents[1]
 TIMES = pd.date_range("2014-01-01", periods=20, freq="6h")
@@ -196,3 +198,120 @@ def test_frozen_models_can_be_looked_into():
     model = LinearBaseline1D(2, 1, 2).requires_grad_(False)
     model.head.weight.fill_(1.0)
     assert input_sensitivity(model, batch(), patch_size=16).sum() > 0
+
+
+def test_the_way_through_a_model_is_measured_not_assumed():
+    settings = dict(patch_size=4, in_chans=2, time_dim=2, embed_dim=16, depth=3, n_spectral_blocks=1, num_heads=2)
+    table = trace_shapes(Specformer2D(SuryaEncoder(img_size=16, **settings), 3, upscale=2), batch())
+    assert table.loc["pixels", "shape"] == (3, 2, 2, 16, 16) and table.loc["tokens", "shape"] == (3, 16, 16)
+    assert table.loc["decoder", "shape"] == table.loc["output", "shape"] == (3, 3, 8, 8)
+    assert "(gy 4) (gx 4) -> b (gy gx) (c t 4 4)" in table.loc["patches", "how"] and "2 blocks" in table["how"].iloc[4]
+    assert "(c 2 2) -> b c (gy 2) (gx 2)" in table.loc["decoder", "how"]
+    whole = SuryaEncoder(img_size=16, nglo=1, **settings)
+    table = trace_shapes(Specformer1D(whole, 4, pooling="class_token").train(), batch())
+    assert table.loc["attention blocks", "shape"] == (3, 17, 16)  # the class token came in
+    assert table.loc["class_token pooling", "shape"] == (3, 16) and table.loc["output", "shape"] == (3, 4)
+    assert trace_shapes(LinearBaseline1D(2, 1, 2), batch()).loc["features", "shape"] == (3, 4)
+    assert trace_shapes(LinearBaseline2D(2, 1, 2), batch()).loc["features", "shape"] == (3, 16, 16, 4)
+    assert not any(module._forward_hooks for module in whole.modules())
+
+
+# ---------------------------------------------------------------------------------------------------- masks and images
+def image_task(tmp_path, task: str):
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    scalers = {"data.scalers": str(ROOT / "helpers/data/scalers.yaml")}
+    return load_config(tmp_path / "config.yaml", scalers, task=task)
+
+
+def image_predictions(cfg, size: int = 32) -> ImagePredictions:
+    """Three examples whose truth is a square and whose prediction lies two pixels beside it."""
+    truth, said = (torch.zeros(cfg.num_outputs, size, size) for _ in range(2))
+    truth[:, 8:16, 8:20], said[:, 10:18, 8:20] = 1, 0.9
+    loaders = SimpleNamespace(target_span=1.0)
+    collector = Collector(loaders, cfg, [str(k) for k in range(3)])
+    ts = torch.randn(1, len(cfg.data.channels), 2, size, size, generator=torch.Generator().manual_seed(0))
+    for k in range(3):
+        collector.add(said[None], truth[None], {"timestamp": [str(k)], "ts": ts})
+    return collector.predictions()
+
+
+def test_masks_are_drawn_with_both_outlines_and_what_is_wrong(tmp_path):
+    cfg = image_task(tmp_path, "active_region")
+    p = image_predictions(cfg)
+    figure = plots.plot_predictions({"train": p, "test": p}, cfg)
+    drawn(figure)
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    assert len(panels) == 3 * 4 and figure.get_suptitle().startswith("test: iou 0.60")
+    assert len(panels[0].collections) == 2 and "truth cyan, prediction red" in panels[0].get_title()
+    error = np.asarray(panels[3].images[0].get_array())
+    assert (error == -1).sum() == (error == 1).sum() == 2 * 12  # missed two rows, two too many
+
+
+def test_images_are_drawn_in_physical_units_with_their_own_colours(tmp_path):
+    cfg = image_task(tmp_path, "translation")
+    p = image_predictions(cfg)
+    figure = plots.plot_predictions({"test": p}, cfg)
+    drawn(figure)
+    panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
+    assert [axis.get_title().split(":")[0] for axis in panels[:3]] == ["input", "truth", "prediction"]
+    truth, said = panels[1].images[0], panels[2].images[0]
+    assert truth.get_clim() == said.get_clim() and truth.get_cmap().name == "hmimag"
+    gauss = float(denormalise(torch.ones(1), load_scalers()["hmi_m"]))
+    assert np.asarray(truth.get_array()).max() == pytest.approx(gauss, rel=1e-5) and panels[3].get_title().endswith(
+        " G"
+    )
+
+
+def test_a_forecast_shows_a_few_channels_of_one_example(tmp_path):
+    cfg = image_task(tmp_path, "forecast")
+    figure = plots.plot_predictions({"test": image_predictions(cfg)}, cfg)
+    drawn(figure)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title().startswith("input")]
+    assert titles == ["input: aia171", "input: aia94", "input: hmi_m", "input: hmi_v"]
+
+
+def test_trust_in_masks_is_their_reliability_and_the_score_at_every_threshold(tmp_path):
+    cfg = image_task(tmp_path, "active_region")
+    p = image_predictions(cfg)
+    figure = plots.plot_trust({"val": p}, cfg)
+    drawn(figure)
+    reliable, score = figure.axes
+    x, y = reliable.lines[0].get_data()
+    assert len(x) == 2 and y[-1] == pytest.approx(72 / 96)  # of 96 pixels said at 0.9, 72 are inside
+    iou = score.lines[0]
+    assert np.interp(0.5, iou.get_xdata(), iou.get_ydata()) == pytest.approx(p.values["iou"])
+    dice = score.lines[1]
+    assert np.interp(0.5, dice.get_xdata(), dice.get_ydata()) == pytest.approx(p.values["dice"])
+
+
+def test_trust_in_numbers_and_images(cfg, found, tmp_path):
+    figure = plots.plot_trust(found, cfg)
+    drawn(figure)
+    reliable, score = figure.axes
+    assert score.get_ylabel() == "tss" and len(reliable.lines[0].get_xdata()) == 8
+    at = np.interp(500, score.lines[0].get_xdata(), score.lines[0].get_ydata())
+    assert at == pytest.approx(found["baseline"].metrics(cfg)["tss"], abs=0.15)
+    translation = image_task(tmp_path, "translation")
+    figure = plots.plot_trust({"val": image_predictions(translation)}, translation)
+    drawn(figure)
+    assert figure.axes[0].get_xscale() == "asinh" and figure.axes[0].get_title() == "val"
+
+
+def test_the_series_of_images_is_the_first_metric_of_each(tmp_path):
+    cfg = image_task(tmp_path, "active_region")
+    p = image_predictions(cfg)
+    p.scores["timestamp"] = [time.isoformat() for time in TIMES[:3]]
+    (axis,) = plots.plot_prediction_series({"baseline": p, "finetune": p}, cfg).axes
+    assert axis.get_ylabel() == "iou of each image" and len(axis.lines) == 2
+    np.testing.assert_allclose(axis.lines[0].get_ydata(), p.scores["iou"])
+
+
+@pytest.mark.parametrize(("task", "panels"), [("flare", 13), ("active_region", 14), ("translation", 9)])
+def test_a_sample_is_shown_with_what_is_to_be_predicted(tmp_path, task, panels):
+    cfg = image_task(tmp_path, task)
+    target = torch.tensor([-5.25]) if task == "flare" else torch.rand(1, 16, 16)
+    physical = torch.rand(len(cfg.data.channels), 16, 16)
+    figure = plots.plot_sample(physical, {"target": target, "timestamp": TIMES[0].isoformat()}, cfg)
+    drawn(figure)
+    assert len([axis for axis in figure.axes if axis.images]) == panels
+    assert ("to predict: -5.25 (log10 X-ray flux" in figure.get_suptitle()) is (task == "flare")

@@ -52,7 +52,7 @@ def sun(tmp_path_factory):
     rows = []
     for k, time in enumerate(HOURS):
         mask = np.zeros((64, 64), np.float32)
-        mask[k : k + 16, 8:40] = 1
+        mask[k // 2 * 2 : k // 2 * 2 + 16, 8:40] = 1
         write_netcdf(folder / f"masks/{k}.nc", {"active_region": mask})
         rows.append({"timestamp": time, "path": f"masks/{k}.nc"})
     pd.DataFrame(rows).to_csv(folder / "masks.csv", index=False)

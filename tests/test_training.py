@@ -393,7 +393,7 @@ def test_predictions_are_in_target_units_and_in_the_order_of_time(config, split)
 def test_the_floor_and_the_table_of_metrics(config):
     loaders, cfg = numbers(), config(**{"target.event_threshold": 400.0, "target.metrics": ["rmse", "mae"]})
     floor = reference_predictions(loaders, "test", cfg)["mean of training"]
-    assert floor.timestamps == [str(time) for time in loaders.test.dataset.samples["time"]]
+    assert floor.timestamps == [time.isoformat() for time in loaders.test.dataset.samples["time"]]
     model = Linear()
     fit(model, loaders, config(**{"training.epochs": 20}))
     table = metrics_table({"mean": floor, "line": predict(model, loaders, "test", cfg)}, cfg)
