@@ -1,7 +1,8 @@
 """The source of frames: an index CSV, and NetCDF files on this disk or on S3, read and reduced one at a time.
 
-A frame is read channel by channel, averaged over `pooling` x `pooling` pixels of physical values, and transformed to
-signed-log values in float16. What is wrong with a file is said in a FrameError, so that a build can list it and go on.
+A frame is read channel by channel, averaged over `pooling` x `pooling` pixels of physical values, transformed to
+signed-log values, and rounded to the codes of the store (`Coding` in helpers/channels.py). What is wrong with a file is
+said in a FrameError, so that a build can list it and go on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -24,7 +25,7 @@ import torch
 from numcodecs import Shuffle
 from torch.nn.functional import avg_pool2d
 
-from helpers.channels import Scaler, standardise, to_signed_log
+from helpers.channels import UNITS, Coding, Scaler, coding_of, from_signed_log, standardise, to_signed_log
 from helpers.shared import raise_if_full
 
 
@@ -54,11 +55,32 @@ class Source:
 
 @dataclass(frozen=True)
 class Index:
-    """A checked index: `table` with the columns path (full) and time (UTC), sorted; counts and notes on the rest."""
+    """A checked index: `table` with the columns path (full) and time (UTC), sorted, and what is said of the rest."""
 
     table: pd.DataFrame
-    missing: int  # rows with present = 0
+    absent: pd.Series  # times of the rows with present = 0
     notes: list[str]
+
+    @property
+    def missing(self) -> int:
+        """Number of rows with present = 0."""
+        return len(self.absent)
+
+    def within(self, between: Sequence[tuple[str, str]] | None) -> Index:
+        """The part in any of the [start, end) spans; None for all."""
+        return replace(
+            self,
+            table=self.table[in_spans(self.table["time"], between)],
+            absent=self.absent[in_spans(self.absent, between)],
+        )
+
+
+def in_spans(times: pd.Series, between: Sequence[tuple[str, str]] | None) -> np.ndarray:
+    """Which times lie in any of the [start, end) spans, (N,) bool; None for all."""
+    if between is None:
+        return np.ones(len(times), bool)
+    spans = [(times >= pd.Timestamp(start)) & (times < pd.Timestamp(end)) for start, end in between]
+    return np.logical_or.reduce(spans, dtype=bool)
 
 
 def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
@@ -92,7 +114,8 @@ def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
         )
     folder = text.rsplit("/", 1)[0] if "/" in text else "."
     full = [path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in present["path"]]
-    return Index(present[["time"]].assign(path=full).reset_index(drop=True), len(unique) - len(present), notes)
+    table = present[["time"]].assign(path=full).reset_index(drop=True)
+    return Index(table, unique.loc[unique["present"] != 1, "time"], notes)
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
@@ -125,36 +148,64 @@ def _described(what: str) -> Iterator[None]:
 # One frame
 # --------------------------------------------------------------------------------------------------------------------
 def reduce_frame(
-    path: str | Path, channels: Sequence[str], pooling: int, scalers: dict[str, Scaler], native_size: int | None = None
+    path: str | Path,
+    channels: Sequence[str],
+    pooling: int,
+    scalers: dict[str, Scaler],
+    native_size: int | None = None,
+    codings: dict[str, Coding] | None = None,
 ) -> tuple[np.ndarray, float]:
     """Read one NetCDF file and reduce it, one channel in memory at a time.
 
     Args:
         path: a local file with one (y, x) float variable a channel, in physical units.
         native_size: the side that the images must have, in pixels; None accepts any that `pooling` divides.
+        codings: those of the store that the frame is for; None for those of a new store with these scalers.
 
     Returns:
-        (C, H / pooling, W / pooling) float16 signed-log values, and the largest rounding error in normalised units.
+        (C, H / pooling, W / pooling) int16 codes of the signed-log values, and the largest rounding error in normalised
+        units.
 
     Raises:
-        FrameError: not NetCDF4, cut short, a channel missing, a wrong shape, or pixels that are not numbers.
+        FrameError: not NetCDF4, cut short, a channel missing, a wrong shape, or pixels that are not numbers or have no
+            code.
     """
     frame, error = None, 0.0
+    codings = codings or {name: coding_of(name, scalers[name]) for name in channels}
     with open_netcdf(path) as file:
         if absent := [name for name in channels if name not in file]:
             raise FrameError(f"it has no variable {', '.join(absent)} (it has {', '.join(file) or 'none'})")
         for i, name in enumerate(channels):
             exact = to_signed_log(_pooled(file[name], pooling, native_size), scalers[name])
             if frame is None:
-                frame = np.empty((len(channels), *exact.shape), np.float16)
-            frame[i] = exact
-            difference = standardise(frame[i], scalers[name]) - standardise(exact, scalers[name])
-            error = max(error, float(np.abs(difference).max()))
+                frame = np.empty((len(channels), *exact.shape), np.int16)
+            frame[i] = _encoded(exact, name, scalers[name], codings[name])
+            decoded = codings[name].decode(frame[i])
+            error = max(
+                error, float(np.abs(standardise(decoded, scalers[name]) - standardise(exact, scalers[name])).max())
+            )
     return frame, error
+
+
+def _encoded(signed_log: np.ndarray, name: str, scaler: Scaler, coding: Coding) -> np.ndarray:
+    try:
+        return coding.encode(signed_log)
+    except ValueError:
+        low, high = from_signed_log(np.array(coding.limits), scaler)
+        least, most = from_signed_log(np.array([signed_log.min(), signed_log.max()]), scaler)
+        raise FrameError(
+            f"{name} has a pixel of {most if most > high else least:.6g} {UNITS[name]} (averaged), but the store can "
+            f"keep only {low:.4g} to {high:.4g} {UNITS[name]} of this channel"
+        ) from None
 
 
 @contextmanager
 def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
+    """Open a NetCDF4 file of this disk for reading; whatever goes wrong while it is open is a FrameError.
+
+    Raises:
+        FrameError: it does not exist, is cut short or damaged, is not NetCDF4, or may not be read.
+    """
     try:
         with h5py.File(path, "r") as file:
             yield file

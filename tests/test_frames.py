@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,10 +20,11 @@ import pandas as pd
 import pytest
 import torch
 import xarray
+import zarr
 from frame_files import physical_frame, write_index, write_netcdf
 
 from helpers import frames, netcdf
-from helpers.channels import CHANNELS, load_scalers
+from helpers.channels import CHANNELS, ERROR_BOUND, UNITS, coding_of, load_scalers
 from helpers.config import load_config
 from helpers.frames import build_store, open_store, prepare_store, verify_store
 from helpers.netcdf import FrameError, Source, read_index, reduce_frame
@@ -48,7 +50,8 @@ def build(folder: Path, name: str = "store.zarr", **arguments):
 
 def contents(path: Path) -> np.ndarray:
     store = open_store(path)
-    return torch.stack([store.read(when) for when in store.times]).numpy()
+    frames = [store.read(when) for when in store.times]  # each (C, H, W) signed-log
+    return torch.stack(frames).numpy() if frames else np.empty(0)
 
 
 @pytest.fixture
@@ -62,18 +65,107 @@ def test_store_holds_the_pooled_signed_logarithm_and_says_what_it_is(folder):
     report = build(folder)
     assert (report.built, report.missing, report.unreadable) == (5, 1, {})
     with xarray.open_zarr(folder / "store.zarr") as stranger:
-        assert stranger.frames.dims == ("time", "channel", "y", "x") and stranger.frames.dtype == np.float16
+        assert stranger.frames.dims == ("time", "channel", "y", "x")
         assert list(stranger.channel.values) == list(CHANNELS) == stranger.attrs["channels"]
         np.testing.assert_array_equal(stranger.time.values, HOURS.delete(2).values)
         assert stranger.attrs["units"][0] == "DN" and stranger.attrs["units"][-1] == "m/s"
         assert stranger.attrs["pooling"] == 2 and "surya-course" in stranger.attrs["software"]
-        assert stranger.attrs["source"].endswith("index.csv") and "2^-11" in stranger.attrs["rounding"]
-        assert 0 < stranger.attrs["largest_rounding_error_normalised"] == report.rounding < 5e-3
+        assert stranger.attrs["source"].endswith("index.csv") and "half a step" in stranger.attrs["rounding"]
+        assert stranger.attrs["format"] == frames.FORMAT
+        assert 0 < stranger.attrs["largest_rounding_error_normalised"] == report.rounding
+        assert report.rounding <= stranger.attrs["largest_possible_error_normalised"] == ERROR_BOUND < 5e-3
+        assert set(stranger.coords) == {"time", "channel", "step", "offset"} and "formula" in stranger.step.attrs
+        values = stranger.frames * stranger.step + stranger.offset  # what the attributes say, without this project
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, contents(folder / "store.zarr"))
         for row, seed in enumerate((0, 1, 3, 4, 5)):
             images = physical_frame(32, seed)
             for name in CHANNELS:
-                expected = signed_log(images, name, 2)
-                np.testing.assert_allclose(stranger.frames[row].sel(channel=name), expected, rtol=2**-11, atol=1e-6)
+                expected, most = signed_log(images, name, 2), ERROR_BOUND * SCALERS[name].std
+                np.testing.assert_allclose(values[row].sel(channel=name), expected, rtol=0, atol=most)
+
+
+def test_strangers_see_no_number_where_there_is_no_frame(folder):
+    build(folder, between=[("2014-01-07 03:00", "2014-01-07 05:00")])
+    frames._grow(folder / "store.zarr", HOURS[:1].to_numpy())  # a row whose frame was not made yet
+    with xarray.open_zarr(folder / "store.zarr") as stranger:
+        assert stranger.done.values.tolist() == [1, 1, 0]
+        seen = stranger.frames.isnull().all(("channel", "y", "x")).values
+        assert seen.tolist() == [False, False, True]
+
+
+EXTREMES = {"DN": (0, 60_000), "G": (-4000, 4000), "m/s": (-7000, 7000)}
+
+
+def _extreme_frame() -> dict[str, np.ndarray]:
+    """Every channel over all values that an instrument has given, (64, 64) each, dense near 0."""
+    images = {}
+    for name in CHANNELS:
+        low, high = EXTREMES[UNITS[name]]
+        ends = np.geomspace(1e-3, high, 2048)
+        images[name] = np.concatenate([-ends if low else np.linspace(0, high, 2048), ends]).reshape(64, 64)
+        images[name] = images[name].astype(np.float32)
+        assert images[name].min() <= low and images[name].max() >= 0.999 * high
+    return images
+
+
+def test_the_bound_holds_for_every_pixel_of_every_channel(tmp_path):
+    images = _extreme_frame()
+    write_netcdf(tmp_path / "a.nc", images)
+    codes, error = reduce_frame(tmp_path / "a.nc", CHANNELS, 1, SCALERS)
+    assert codes.dtype == np.int16 and 3.9e-3 < error <= ERROR_BOUND < 5e-3
+    for i, name in enumerate(CHANNELS):
+        coding, scaler = coding_of(name, SCALERS[name]), SCALERS[name]
+        exact, stored = signed_log(images, name, 1), coding.decode(codes[i])
+        assert np.abs(stored - exact).max() / (scaler.std + scaler.epsilon) <= ERROR_BOUND, name
+        assert np.abs(stored - exact).max() <= 2**-11 * 1.01, name
+        assert (stored[images[name] == 0] == 0).all() and coding.decode(np.int16(0)) == coding.offset
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "aia94",
+            2e5,
+            r"aia94 has a pixel of 200000 DN \(averaged\), but the store can keep only -64.* to 1.049e\+05 DN",
+        ),
+        ("aia94", -100, r"aia94 has a pixel of -100 DN .* of this channel"),
+        ("aia131", -900, r"aia131 has a pixel of -900 DN"),
+    ],
+)
+def test_a_pixel_outside_the_range_makes_the_frame_unreadable_and_is_named(folder, name, value, said):
+    images = physical_frame(32, 3)
+    images[name][4:6, 6:8] = value
+    bad = write_netcdf(folder / "2014/01/20140107_0300.nc", images)
+    report = build(folder)
+    assert report.built == 4 and list(report.unreadable) == [str(bad)]
+    assert pd.Series(report.unreadable.values()).str.contains(said).all(), report.unreadable
+    assert HOURS[3] not in open_store(folder / "store.zarr")
+
+
+def test_a_store_keeps_its_steps_when_the_scalers_change(folder):
+    build(folder, between=[("2014-01-07", "2014-01-07 02:00")])
+    other = {name: replace(s, std=s.std / 3) for name, s in SCALERS.items()}
+    assert build(folder, scalers=other).built == 3
+    build(folder, "at_once.zarr")
+    np.testing.assert_array_equal(contents(folder / "store.zarr"), contents(folder / "at_once.zarr"))
+
+
+@pytest.mark.parametrize("other", [None, "int16 fixed point, 2"])
+def test_a_store_of_another_format_is_refused(folder, other):
+    build(folder)
+    group = zarr.open_group(folder / "store.zarr", mode="r+", use_consolidated=False)
+    if other:
+        group.attrs["format"] = other
+    else:
+        del group.attrs["format"]
+    frames._consolidate(folder / "store.zarr")
+    for use in (open_store, verify_store, lambda path: build(folder)):
+        with pytest.raises(
+            ValueError, match=f'the format "{other or "float16.*"}", but this version .* reads "int16 .*1"'
+        ):
+            use(folder / "store.zarr")
 
 
 def test_channels_are_read_by_name_in_any_order(folder):
@@ -117,7 +209,9 @@ def test_an_index_that_grew_keeps_its_rows(folder):
     build(folder, "at_once.zarr")
     np.testing.assert_array_equal(contents(folder / "store.zarr"), contents(folder / "at_once.zarr"))
     with xarray.open_zarr(folder / "store.zarr") as stranger:
-        np.testing.assert_array_equal(stranger.sortby("time").frames, contents(folder / "store.zarr"))
+        ordered = stranger.sortby("time")
+        values = ordered.frames * ordered.step + ordered.offset
+        np.testing.assert_array_equal(values, contents(folder / "store.zarr"))
 
 
 def test_only_the_asked_span_is_built(folder):
@@ -209,9 +303,30 @@ def test_a_damaged_chunk_is_found_and_built_again(folder):
     build(folder)
     before = contents(folder / "store.zarr")
     (folder / "store.zarr/frames/c/2/0/0/0").write_bytes(b"\x00" * 100)
-    assert verify_store(folder / "store.zarr") == ["2014-01-07T03:00:00"]
-    assert build(folder).built == 1
+    with pytest.raises(
+        OSError, match=r"2014-01-07 03:00:00 in .*store.zarr cannot be read .*make cache ARGS=.--verify"
+    ):
+        contents(folder / "store.zarr")
+    (folder / "store.zarr/frames/c/0/0/0/0").unlink()  # as after a power cut
+    with pytest.raises(OSError, match=r"2014-01-07 00:00:00 .* cannot be read \(its file is missing\)"):
+        contents(folder / "store.zarr")
+    assert verify_store(folder / "store.zarr", [("2014-01-07 02:00", "2014-01-08")]) == ["2014-01-07T03:00:00"]
+    assert verify_store(folder / "store.zarr") == ["2014-01-07T00:00:00"]
+    assert build(folder).built == 2
     np.testing.assert_array_equal(contents(folder / "store.zarr"), before)
+
+
+def test_a_frame_is_on_the_disk_before_its_mark(folder, monkeypatch):
+    seen, flush = [], frames.flush_to_disk
+
+    def watch(file, below):
+        flush(file, below)
+        seen.append((Path(file).relative_to(folder / "store.zarr"), frames._done_rows(folder / "store.zarr")))
+
+    monkeypatch.setattr(frames, "flush_to_disk", watch)
+    build(folder)
+    chunks = [(int(file.parts[2]), done) for file, done in seen if file.parts[0] == "frames"]
+    assert chunks == [(row, set(range(row))) for row in range(5)]
 
 
 # ---------------------------------------------------------------------------------------------------- bad indices
@@ -367,14 +482,17 @@ def test_a_disk_that_fills_up_stops_the_build_and_loses_nothing(tmp_path):
     assert total == pytest.approx(contents(tmp_path / "alone.zarr").astype(np.float64).sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("writes", [10, 30])  # while the store is created, while frames are written
-def test_no_space_while_writing_leaves_a_store_that_resumes(folder, monkeypatch, writes):
+@pytest.mark.parametrize(
+    ("part", "writes"),
+    [("/step/c/", 0), ("/time/c/", 0), ("/frames/c/", 2), ("/done/c/", 2)],  # creating, growing, frame, mark
+)
+def test_no_space_while_writing_leaves_a_store_that_resumes(folder, monkeypatch, part, writes):
     import zarr.storage._local as local
 
     put, calls = local._put, []
 
     def full(path, *arguments, **keywords):
-        calls.append(path)
+        calls.extend([path] if part in str(path) else [])
         if len(calls) > writes:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return put(path, *arguments, **keywords)
@@ -383,9 +501,12 @@ def test_no_space_while_writing_leaves_a_store_that_resumes(folder, monkeypatch,
     with pytest.raises(DiskFullError, match="became full .* it goes on"):
         build(folder)
     monkeypatch.undo()
-    left = len(open_store(folder / "store.zarr")) if writes == 30 else 0
-    assert (folder / "store.zarr").exists() == (writes == 30) and left < 5
-    assert build(folder).built == 5 - left
+    assert (folder / "store.zarr").exists() == (part != "/step/c/")
+    if part != "/step/c/":
+        assert len(open_store(folder / "store.zarr")) == writes and len(contents(folder / "store.zarr")) == writes
+    assert build(folder).built == 5 - writes
+    build(folder, "alone.zarr")
+    np.testing.assert_array_equal(contents(folder / "store.zarr"), contents(folder / "alone.zarr"))
 
 
 def test_too_little_space_is_refused_before_writing(folder):
