@@ -60,9 +60,7 @@ from helpers.shared import (
 )
 
 FORMAT = "int16 fixed point, 1"  # the attribute by which a store is recognised
-COMPRESSED = (
-    0.6  # size of a compressed frame over that of its codes: measured 0.4 (synthetic Sun) to 0.52 (noisy frame)
-)
+COMPRESSED = 0.6  # size of a compressed frame over that of its codes; measured: synthetic Sun 0.4, noisy frame 0.52
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -665,7 +663,7 @@ def store_path(cfg: Config) -> Path:
         return own if own.exists() else shared
     needed, pooling, native_size = channels_needed(cfg), cfg.data.pooling, cfg.data.native_size
     scalers = load_scalers(resolve(cfg, cfg.data.scalers))
-    folders = (own.parent, shared)
+    folders = tuple(dict.fromkeys([own.parent, shared]))
     others = {path.name for folder in folders for path in folder.glob(f"{native_size}px-pool{pooling}-*.zarr")}
     names = dict.fromkeys([own.name, store_name(CHANNELS, pooling, native_size), *sorted(others)])
     for path in (folder / name for name in names for folder in folders):
@@ -725,7 +723,7 @@ def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None,
 def _spans(cfg: Config) -> list[tuple[str, str]]:
     """The times that samples of the three splits can ask for."""
     offsets = [*cfg.data.offsets_minutes, cfg.labels.target_offset_minutes, 0]
-    before, after = pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(offsets) + 1, "min")
+    before, after = pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(offsets), "min")
     splits = (cfg.split.train, cfg.split.val, cfg.split.test)
     return [(str(pd.Timestamp(start) + before), str(pd.Timestamp(end) + after)) for start, end in splits]
 

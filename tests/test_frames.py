@@ -20,6 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray
+import yaml
 import zarr
 from frame_files import physical_frame, write_index, write_netcdf
 
@@ -215,7 +216,8 @@ def test_an_index_that_grew_keeps_its_rows(folder):
 
 
 def test_only_the_asked_span_is_built(folder):
-    assert build(folder, between=[("2014-01-07 03:00", "2014-01-07 05:00")]).built == 2
+    report = build(folder, between=[("2014-01-07 03:00", "2014-01-07 05:00")])
+    assert (report.built, report.missing) == (2, 0)  # the hour that is not present lies outside
     assert open_store(folder / "store.zarr").times.tolist() == HOURS[3:5].to_pydatetime().tolist()
 
 
@@ -657,26 +659,115 @@ def test_a_server_that_cannot_be_reached_stops_the_build(folder):
 
 
 # ---------------------------------------------------------------------------------------------------- by configuration
-def test_prepare_store_follows_the_config(folder, monkeypatch):
+@pytest.fixture
+def config(folder, monkeypatch):
+    """A configuration with the six frames and a shared folder of its own; call it with further values."""
     monkeypatch.chdir(folder)
-    overrides = {
+    values = {
         "paths.shared": str(folder),
         "data.index": str(folder / "index.csv"),
         "data.store": "{shared}/frames",
         "data.native_size": 32,
         "data.pooling": 2,
         "data.channels": list(THREE),
+        "data.offsets_minutes": [-60, 0],
         "paths.reserve_gb": 0.0,
         "split.train": ["2014-01-07 01:00", "2014-01-07 02:00"],
         "split.val": ["2014-01-07 05:00", "2014-01-07 06:00"],
         "split.test": ["2014-01-08 00:00", "2014-01-09 00:00"],
         "model.patch_size": 4,
     }
-    cfg = load_config(ROOT / "config.yaml", overrides)
+    return lambda **changes: load_config(ROOT / "config.yaml", values | changes)
+
+
+def test_prepare_store_follows_the_config(folder, config):
+    cfg = config()
     report = prepare_store(cfg, progress=False)
-    assert report.built == 4  # 00:00 and 04:00 are the earlier frames of the samples
+    assert (report.built, report.missing) == (4, 0)  # 00:00 and 04:00 are the earlier frames of the samples
     assert report.store == folder / "surya-course/frames" / frames.store_name(THREE, 2, 32) == frames.store_path(cfg)
     whole = prepare_store(cfg, between=[("2014-01-07", "2014-01-08")], progress=False)
-    assert (whole.built, whole.already) == (1, 4)
+    assert (whole.built, whole.already, whole.missing) == (1, 4, 1)
     description = json.loads((report.store / "zarr.json").read_text())["attributes"]
     assert description["channels"] == list(THREE)
+
+
+def test_a_store_that_has_more_channels_is_shared(folder, config):
+    stores, few = folder / "surya-course/frames", config(**{"data.channels": ["hmi_v", "aia171"]})
+    name = frames.store_name
+    assert frames.store_path(few) == stores / name(["aia171", "hmi_v"], 2, 32)  # nothing is there: one of its own
+    three = prepare_store(config(), progress=False)
+    assert frames.store_path(few) == three.store and not three.notes
+    assert frames.store_path(config(**{"data.channels": ["aia94", "hmi_v"]})).name == name(["aia94", "hmi_v"], 2, 32)
+    assert frames.store_path(config(**{"data.pooling": 1})) == stores / name(THREE, 1, 32)
+    whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False)
+    assert frames.store_path(few) == whole.store == stores / name(CHANNELS, 2, 32)  # 13 before any other
+    assert frames.store_path(config()) == three.store  # and the exact one before all
+    report = prepare_store(few, progress=False)
+    assert (report.built, report.already, report.store) == (0, 4, whole.store)
+    assert "for more channels than are needed here: it holds aia94" in str(report)
+    own = stores / name(["aia171", "hmi_v"], 2, 32)
+    build_store(folder / "index.csv", own, ["aia171", "hmi_v"], pooling=2, progress=False)
+    assert frames.store_path(few) == own
+
+
+def test_a_store_that_cannot_be_read_is_not_shared(folder, config, tmp_path):
+    whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False).store
+    table = yaml.safe_load((ROOT / "helpers/data/scalers.yaml").read_text())
+    table["hmi_v"]["sl_scale_factor"] = 0.5
+    (tmp_path / "scalers.yaml").write_text(yaml.safe_dump(table))
+    other = config(**{"data.scalers": str(tmp_path / "scalers.yaml")})
+    assert frames.store_path(config()) == whole != frames.store_path(other)
+    group = zarr.open_group(whole, mode="r+", use_consolidated=False)
+    del group.attrs["format"]
+    frames._consolidate(whole)
+    assert frames.store_path(config()) != whole
+    assert prepare_store(config(), progress=False).built == 4
+
+
+def test_channels_that_are_predicted_are_built_too(folder, config):
+    from helpers.dataset import make_loaders
+
+    cfg = config(
+        **{
+            "data.channels": ["hmi_bz", "aia171"],
+            "labels.kind": "image",
+            "labels.path": None,
+            "labels.target_channels": ["aia94"],
+            "data.offsets_minutes": [0],
+            "model.time_dim": 1,
+            "split.train": ["2014-01-07 00:00", "2014-01-07 02:00"],
+            "split.val": ["2014-01-07 03:00", "2014-01-07 04:00"],
+            "split.test": ["2014-01-07 05:00", "2014-01-07 06:00"],
+            "split.guard_hours": 0.5,
+        }
+    )
+    assert frames.channels_needed(cfg) == ("aia94", "aia171", "hmi_bz")
+    report = prepare_store(cfg, progress=False)
+    assert (
+        report.built == 4
+        and report.missing == 0
+        and report.store.name == frames.store_name(("aia94", "aia171", "hmi_bz"), 2, 32)
+    )
+    assert open_store(report.store).stored_channels == ("aia94", "aia171", "hmi_bz")
+    item = make_loaders(cfg).train.dataset[0]
+    images = physical_frame(32, 0)
+    assert item["ts"].shape == (2, 1, 16, 16) and item["target"].shape == (1, 16, 16)
+    for plane, name in ((item["ts"][0, 0], "hmi_bz"), (item["ts"][1, 0], "aia171"), (item["target"][0], "aia94")):
+        expected = (signed_log(images, name, 2) - SCALERS[name].mean) / SCALERS[name].std
+        np.testing.assert_allclose(plane, expected, rtol=0, atol=ERROR_BOUND)
+
+
+def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, monkeypatch, capsys):
+    cfg = config()
+    store = prepare_store(cfg, [("2014-01-07", "2014-01-08")], progress=False).store
+    for row in (0, 4):
+        (store / f"frames/c/{row}/0/0/0").write_bytes(b"\x00" * 100)
+    monkeypatch.setattr(frames, "load_config", lambda *_, **__: cfg)
+    monkeypatch.setattr(sys, "argv", ["frames", "--verify", "--start", "2014-01-07T14:00+09:00"])  # 05:00 in UTC
+    frames.main()
+    said = capsys.readouterr().out
+    assert "damaged: 2014-01-07T05:00:00\n" in said and "1 built" in said and "0 there already" in said
+    monkeypatch.setattr(sys, "argv", ["frames", "--start", "yesterday"])
+    with pytest.raises(SystemExit):
+        frames.main()
+    assert 'argument --start: "yesterday" is not a time' in capsys.readouterr().err
