@@ -144,7 +144,10 @@ class FrameStore:
             self._memory[_second(when)] = self.read_all(when)
 
     def dataset(self):
-        """The complete frames as an xarray Dataset (time, channel, y, x), lazily, in the order of time."""
+        """The complete frames as an xarray Dataset (time, channel, y, x), lazily, in the order of time.
+
+        As in the store, the signed-log values are `frames * step + offset`.
+        """
         import xarray
 
         rows = [self._row[when] for when in self.times.tolist()]
@@ -177,7 +180,7 @@ def open_store(
         raise FileNotFoundError(
             f"There is no frame store at {path}. Build it with `make cache`, or correct data.store."
         )
-    attributes = zarr.open_group(path, mode="r").attrs
+    attributes = _attributes(path)
     if attributes.get("format") != FORMAT:
         found = attributes.get("format", "float16, or not ours")
         raise ValueError(
@@ -219,6 +222,16 @@ def _exists(path: Path) -> bool:
     return (path / "zarr.json").is_file()
 
 
+def _attributes(path: Path) -> dict:
+    try:
+        return dict(zarr.open_group(path, mode="r").attrs)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"The store {path} cannot be opened: its zarr.json is damaged or is that of something else ({error}). "
+            f"Choose another data.store, or, if nobody else reads it, delete it and build it again with `make cache`."
+        ) from error
+
+
 def store_name(channels: Sequence[str], pooling: int, native_size: int) -> str:
     """A folder name that differs for every channel set and size, so that two configs never share a store by mistake."""
     ordered = [name for name in CHANNELS if name in channels]
@@ -248,6 +261,11 @@ def _mark(path: Path, row: int) -> Path:
 
 def _create(path: Path, channels: Sequence[str], pooling: int, native_size: int, scalers: dict, source: str) -> None:
     """Make an empty store under another name and move it into place."""
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(
+            f"{path} is there, but is not a frame store (it has no zarr.json). Move it away, or choose another "
+            f"data.store."
+        )
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
@@ -466,7 +484,11 @@ def _with_rows(
     """The store, made if it is not there, with a row for every time of the index; and the row of each time."""
     with disk_errors(path), group_umask(path.parent), item_lock(_build_folder(path) / "store"):
         if not _exists(path):
-            side = native_size or _side_of_first(index.table["path"], check_channels(channels), source)
+            side = native_size or _side_of_first(index, check_channels(channels), source)
+            if pooling < 1 or side % pooling:
+                raise ValueError(
+                    f"Images of {side} pixels cannot be pooled by {pooling} (data.pooling): choose a divisor."
+                )
             _create(path, check_channels(channels), pooling, side, scalers, origin)
         store = open_store(path, channels, pooling, native_size, scalers)
         return store, _grow(path, index.table["time"].to_numpy())
@@ -496,10 +518,14 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _side_of_first(paths: Iterable[str], channels: Sequence[str], source: Source) -> int:
+def _side_of_first(index: Index, channels: Sequence[str], source: Source) -> int:
     """Side of the images in the first file that can be read."""
+    if not len(index.table):
+        raise ValueError(
+            f"There is nothing to build: {index.notes[-1]}. Check data.index and the splits in the config."
+        )
     reasons = []
-    for url in paths:
+    for url in index.table["path"]:
         try:
             with local_copy(url, source) as path, open_netcdf(path) as file:
                 return file[channels[0]].shape[-1]
@@ -578,16 +604,28 @@ def _results(tasks: list[_Task], workers: int, dask_address: str | None) -> Iter
 
 
 def _on_cluster(tasks: list[_Task], workers: int, address: str | None) -> Iterator[_Result]:
-    from distributed import Client, LocalCluster, as_completed
+    from distributed import LocalCluster, as_completed
 
     step = min(8, 1 + len(tasks) // 500)
     batches = [tasks[i : i + step] for i in range(0, len(tasks), step)]
     # threads: decompressing, averaging and writing leave Python's lock alone, and processes take longer to start
     local = {"processes": False, "n_workers": 1, "threads_per_worker": workers}
     local |= {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}  # for nobody else
-    with LocalCluster(**local) if not address else nullcontext(address) as cluster, Client(cluster) as client:
+    with LocalCluster(**local) if not address else nullcontext(address) as cluster, _client(cluster) as client:
         for _, results in as_completed(client.map(_build_batch, batches, pure=False), with_results=True):
             yield from results
+
+
+def _client(cluster):
+    from distributed import Client
+
+    try:
+        return Client(cluster)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"No Dask scheduler answers at {cluster} ({error}). Start it, or correct data.dask_address in the config "
+            f"(null builds with processes of this machine)."
+        ) from error
 
 
 def _build_batch(tasks: list[_Task]) -> list[_Result]:
@@ -682,7 +720,10 @@ def _own_store(cfg: Config) -> Path:
 
 def _holds(path: Path, *wanted) -> bool:
     """Whether there is a store of this format with the wanted channels, pooling, size and scale factors."""
-    attributes = zarr.open_group(path, mode="r").attrs
+    try:
+        attributes = _attributes(path)
+    except ValueError:
+        return False
     return attributes.get("format") == FORMAT and not _differences(attributes, *wanted)
 
 

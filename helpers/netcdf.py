@@ -68,11 +68,10 @@ class Index:
 
     def within(self, between: Sequence[tuple[str, str]] | None) -> Index:
         """The part in any of the [start, end) spans; None for all."""
-        return replace(
-            self,
-            table=self.table[in_spans(self.table["time"], between)],
-            absent=self.absent[in_spans(self.absent, between)],
-        )
+        table = self.table[in_spans(self.table["time"], between)]
+        where = "" if between is None else " from " + " or ".join(f"{start} to {end}" for start, end in between)
+        notes = [*self.notes] if len(table) else [*self.notes, f"the index has not one present frame{where}"]
+        return replace(self, table=table, absent=self.absent[in_spans(self.absent, between)], notes=notes)
 
 
 def in_spans(times: pd.Series, between: Sequence[tuple[str, str]] | None) -> np.ndarray:
@@ -88,16 +87,11 @@ def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing, a time cannot be read, or two rows name different files for one time.
+        ValueError: it is no such CSV, a cell cannot be used, or two rows name different files for one time.
+        ConnectionError: its server cannot be reached.
     """
     text = str(index_csv)
-    with _described(f"the index {text}"), fsspec.open(text, **(source or Source()).options(text)) as file:
-        table = pd.read_csv(file)
-    if absent := {"path", "timestep", "present"} - set(table):
-        raise ValueError(
-            f"The index {text} has no column {', '.join(sorted(absent))}; it has {', '.join(map(str, table))}. "
-            f"An index is a CSV with the columns path, timestep, present."
-        )
+    table = _read_rows(text, source or Source())
     table["time"] = parse_times(table["timestep"], f"the index {text}")
     notes = []
     if not table["time"].is_monotonic_increasing:
@@ -118,6 +112,34 @@ def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
     return Index(table, unique.loc[unique["present"] != 1, "time"], notes)
 
 
+def _read_rows(text: str, source: Source) -> pd.DataFrame:
+    """The rows as they stand in the file; `present` holds 0 and 1, and where it is 1 there is a path."""
+    form = "An index is a CSV with the columns path, timestep, present."
+    try:
+        with local_copy(text, source) as file:
+            table = pd.read_csv(file, dtype={"path": str, "present": str})
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no index {text}. Check data.index in the config.") from None
+    except FrameError as error:
+        raise FileNotFoundError(f"The index {text}: {error}. Check data.index in the config.") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"The index {text} cannot be read as a table ({error}). {form}") from None
+    if absent := {"path", "timestep", "present"} - set(table):
+        has = ", ".join(map(str, table))
+        raise ValueError(f"The index {text} has no column {', '.join(sorted(absent))}; it has {has}. {form}")
+    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+    flags = table["present"].str.strip().str.lower().map(known)
+    for column, wrong, wanted in (
+        ("present", flags.isna(), "0 or 1"),
+        ("path", table["path"].isna() & (flags == 1), "the path of the frame"),
+    ):
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            cell = table[column].fillna("").iloc[row]
+            raise ValueError(f'Row {row + 2} of the index {text} has "{cell}" in its column {column}, not {wanted}.')
+    return table.assign(present=flags)
+
+
 def parse_times(column: pd.Series, where: str) -> pd.Series:
     """Times in any ISO format as datetime64[s] in UTC without a zone; an error names the row of the file."""
     text = column.astype("string")  # a column of numbers would be taken for nanoseconds since 1970
@@ -134,14 +156,6 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
         row = int(np.flatnonzero(times.isna())[0])
         raise ValueError(f"Row {row + 2} of {where} has an empty {column.name}. Fill it, or remove the row.")
     return times.dt.tz_localize(None).astype("datetime64[s]")
-
-
-@contextmanager
-def _described(what: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no {what.removeprefix('the ')}. Check data.index in the config.") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -211,8 +225,10 @@ def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
             yield file
     except FileNotFoundError:
         raise FrameError("the file does not exist") from None
+    except IsADirectoryError:
+        raise FrameError("it is a folder, not a file") from None
     except OSError as error:
-        text = str(error)
+        text = str(error).splitlines()[0]
         if "truncated file" in text or "filter returned failure" in text or "Can't synchronously read" in text:
             raise FrameError(f"the file is cut short or damaged ({text})") from None
         if "signature not found" in text:
@@ -225,7 +241,8 @@ def _pooled(variable: h5py.Dataset, pooling: int, native_size: int | None) -> np
     name, shape = variable.name.lstrip("/"), variable.shape
     fits = len(shape) == 2 and shape[0] == shape[1] and (native_size or shape[0]) == shape[0] and not shape[0] % pooling
     if not fits:
-        wanted = f"{native_size} x {native_size}" if native_size else f"a square with a side divisible by {pooling}"
+        wanted = f"{native_size} x {native_size}" if native_size else "a square"
+        wanted += f" with a side divisible by {pooling}" if shape[0] % pooling else ""
         raise FrameError(f"{name} has the shape {' x '.join(map(str, shape))}, expected {wanted}")
     if packed := {"scale_factor", "add_offset"} & set(variable.attrs):
         raise FrameError(f"{name} is packed ({', '.join(packed)}), expected plain physical values")

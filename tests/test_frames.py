@@ -196,6 +196,8 @@ def test_a_dask_scheduler_elsewhere_can_do_the_work(folder):
     local = {"processes": False, "n_workers": 1, "protocol": "tcp", "dashboard_address": None}
     with LocalCluster(**local, scheduler_port=0) as cluster:
         assert build(folder, dask_address=cluster.scheduler_address).built == 5
+    with pytest.raises(ConnectionError, match="No Dask scheduler answers at nowhere .*data.dask_address"):
+        build(folder, "two.zarr", dask_address="nowhere")
 
 
 def test_an_index_that_grew_keeps_its_rows(folder):
@@ -338,6 +340,42 @@ def test_index_without_a_column_is_refused(folder):
         read_index(folder / "index.csv")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"cannot be read as a table \(No columns.*\). An index is a CSV with the columns"),
+        ('\x89HDF\n"', "cannot be read as a table"),
+        ("path;timestep;present\na.nc;2014-01-07;1\n", "has no column path, present, timestep"),
+        (
+            "path,timestep,present\na.nc,2014-01-07,yes\n",
+            'Row 2 of the index .* has "yes" in its column present, not 0 or 1',
+        ),
+        ("path,timestep,present\na.nc,2014-01-07,\n", 'Row 2 of the index .* has "" in its column present, not 0 or 1'),
+        ("path,timestep,present\n,2014-01-07,0\n,2014-01-08,1\n", 'Row 3 .* "" in its column path, not the path'),
+        ("path,timestep,present\n", "nothing to build: the index has not one present frame"),
+    ],
+)
+def test_an_odd_index_is_described(tmp_path, text, said):
+    (tmp_path / "index.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said):
+        build(tmp_path)
+
+
+def test_times_of_an_index_may_have_zones_and_flags_be_words(folder):
+    index = pd.read_csv(folder / "index.csv")
+    index["timestep"] = pd.to_datetime(index["timestep"]).dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")
+    index["present"] = index["present"] == 1
+    index.to_csv(folder / "index.csv", index=False)
+    read = read_index(folder / "index.csv")
+    assert read.table["time"].tolist() == HOURS.delete(2).tolist() and read.missing == 1
+
+
+def test_a_span_without_frames_is_said(folder):
+    report = build(folder, native_size=32, between=[("2015-01-01", "2015-02-01")])
+    assert (report.built, report.missing) == (0, 0)
+    assert "the index has not one present frame from 2015-01-01 to 2015-02-01" in str(report)
+
+
 def test_unsorted_and_repeated_rows_are_put_in_order_and_said(folder):
     index = pd.read_csv(folder / "index.csv")
     pd.concat([index[::-1], index[:1]]).to_csv(folder / "index.csv", index=False)
@@ -393,6 +431,24 @@ def test_a_store_of_another_kind_is_refused(folder):
     with pytest.raises(ValueError, match="scale factor 0.01 of hmi_m, but data.scalers has 0.5"):
         open_store(path, scalers=other)
     assert build(folder, channels=["hmi_v", "aia171"]).already == 5  # fewer channels, another order: the same store
+
+
+def test_what_is_no_store_is_neither_read_nor_overwritten(folder):
+    path = folder / "store.zarr"
+    path.write_text("my notes")
+    with pytest.raises(FileExistsError, match="store.zarr is there, but is not a frame store"):
+        build(folder)
+    path.unlink()
+    path.mkdir()
+    (path / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="Move it away"):
+        build(folder)
+    (path / "zarr.json").write_text("")  # a power cut on some disks
+    for use in (open_store, lambda path: build(folder)):
+        with pytest.raises(ValueError, match="store.zarr cannot be opened: its zarr.json is damaged"):
+            use(path)
+    with pytest.raises(ValueError, match="Images of 32 pixels cannot be pooled by 3"):
+        build(folder, "three.zarr", pooling=3)
 
 
 def test_store_names_differ_by_channels_and_size():
@@ -619,6 +675,7 @@ def test_a_busy_server_and_a_broken_connection_are_tried_again(s3, folder):
     index, endpoint, relay = s3
     relay.faults[_key(index, 1)] = ["503"] * 3
     relay.faults[_key(index, 3)] = ["truncate"]
+    relay.faults[index.removeprefix("s3:/")] = ["503"] * 3
     source = Source(True, endpoint, retries=4, pause_s=0.01)
     report = build_store(index, folder / "s3.zarr", pooling=2, source=source, progress=False)
     assert report.built == 5 and not report.unreadable
@@ -635,6 +692,8 @@ def test_what_cannot_be_fetched_is_reported_by_name_and_the_rest_is_built(s3, fo
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*relay.moto))
     client.delete_object(Bucket=bucket, Key="2014/01/20140107_0000.nc")
     client.put_object_acl(Bucket=bucket, Key="2014/01/20140107_0400.nc", ACL="private")
+    with pytest.raises(FileNotFoundError, match="The index s3://.*none.csv: there is no such file .* Check data.index"):
+        read_index(f"s3://{bucket}/none.csv", Source(True, endpoint))
     relay.faults[_key(index, 1)] = ["503"] * 50
     relay.faults[_key(index, 3)] = ["truncate always"]
     source = Source(True, endpoint, retries=2, pause_s=0.01)
@@ -654,6 +713,8 @@ def test_a_server_that_cannot_be_reached_stops_the_build(folder):
     index["path"] = "s3://bucket/" + index["path"]
     index.to_csv(folder / "s3.csv", index=False)
     source = Source(True, "http://127.0.0.1:9", retries=0, pause_s=0.01)
+    with pytest.raises(ConnectionError, match="Check the network, and data.endpoint_url"):
+        read_index("s3://bucket/index.csv", source)
     with pytest.raises(ConnectionError, match="Check the network, and data.endpoint_url"):
         build_store(folder / "s3.csv", folder / "s3.zarr", pooling=2, native_size=32, source=source, progress=False)
 
@@ -758,7 +819,9 @@ def test_channels_that_are_predicted_are_built_too(folder, config):
 
 
 def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, monkeypatch, capsys):
-    cfg = config()
+    cfg = config(
+        **{"synthetic.folder": None, "labels.path": None, "labels.kind": "image", "labels.target_channels": ["hmi_m"]}
+    )
     store = prepare_store(cfg, [("2014-01-07", "2014-01-08")], progress=False).store
     for row in (0, 4):
         (store / f"frames/c/{row}/0/0/0").write_bytes(b"\x00" * 100)
