@@ -624,7 +624,7 @@ def _client(cluster):
     except (OSError, ValueError) as error:
         raise ConnectionError(
             f"No Dask scheduler answers at {cluster} ({error}). Start it, or correct data.dask_address in the config "
-            f"(null builds with processes of this machine)."
+            f"(null builds on this machine)."
         ) from error
 
 

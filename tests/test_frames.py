@@ -771,6 +771,25 @@ def test_a_store_that_has_more_channels_is_shared(folder, config):
     assert frames.store_path(few) == own
 
 
+def test_a_read_only_store_with_more_channels_is_read_and_what_it_lacks_is_built_privately(
+    folder, config, monkeypatch, tmp_path
+):
+    from helpers import shared
+
+    whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shared, "_found", {})
+    for module in (shared, frames):
+        monkeypatch.setattr(module, "is_writable", lambda path: folder / "surya-course" not in (path, *path.parents))
+    few = config(**{"data.channels": ["hmi_v", "aia171"]})
+    report = prepare_store(few, progress=False)
+    assert (report.built, report.already, report.store) == (0, 4, whole.store) and frames.store_path(few) == whole.store
+    day = prepare_store(few, between=[("2014-01-07", "2014-01-08")], progress=False)
+    private = tmp_path / "home/surya-course/frames" / frames.store_name(["hmi_v", "aia171"], 2, 32)
+    assert (day.built, day.store) == (5, private) and frames.store_path(few) == private
+    assert len(open_store(whole.store)) == 4 and not day.notes
+
+
 def test_a_store_that_cannot_be_read_is_not_shared(folder, config, tmp_path):
     whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False).store
     table = yaml.safe_load((ROOT / "helpers/data/scalers.yaml").read_text())
