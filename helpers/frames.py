@@ -460,7 +460,7 @@ def build_store(
     index = read_index(index_csv, source).within(between)
     store, rows = _with_rows(path, index, channels, pooling, native_size, scalers, source, str(index_csv))
     tasks = _tasks(index.table, rows, store, scalers, source)
-    report = BuildReport(path, 0, len(index.table) - len(tasks), index.missing, notes=index.notes)
+    report = BuildReport(path, already=len(index.table) - len(tasks), missing=index.missing, notes=index.notes)
     if tasks:
         ensure_space(path, len(tasks) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(tasks)} frames")
         # umask and torch threads belong to the process: set once here, around all threads of the build
