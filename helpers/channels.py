@@ -1,8 +1,10 @@
 """The 13 channels of Surya: order, units, colour maps, symmetries, and the three spaces that their pixels live in.
 
 * physical:   DN for AIA, gauss for the magnetic field, m/s for the Doppler velocity (what the NetCDF files hold)
-* signed-log: y = sign(x s) log(1 + |x s|), s the scale factor of the channel (what the Zarr store holds)
+* signed-log: y = sign(x s) log(1 + |x s|), s the scale factor of the channel (what the Zarr store holds, in steps)
 * normalised: z = (y - mean) / (std + epsilon) (what the model reads)
+
+The store keeps y as 16-bit whole numbers: y = code * step + offset, with a step so small that rounding cannot matter.
 
 Constants: `scalers.yaml` of the release nasa-ibm-ai4science/Surya-1.0, copied to helpers/data/ (arXiv:2508.14112).
 """
@@ -47,6 +49,16 @@ AUGMENTATION_SIGNS: dict[str, dict[str, int | None]] = {
 }
 AUGMENTATIONS = ("flip_lr", "flip_ud", "rot180")
 
+# The store's fixed point. The largest rounding error is half a step, so that 0.8 % of the spread of a channel means
+# 0.004 in normalised units for every pixel (float16 would be finer for the quiet Sun, and four times coarser in a
+# flare). The second limit is in signed-log units: a store stays good when a spread in data.scalers becomes smaller.
+STEP_OF_SPREAD, LARGEST_STEP = 0.008, 2.0**-10
+LARGEST_CODE, FILL_CODE = 32767, -32768  # codes go from -32767 to 32767; -32768 stands for no value
+# Intensities have the long side of the range for bright pixels, and a short one for the few below zero: the finest step
+# (aia94) reaches from -64 to 104,900 DN. y = 0 has a code of its own, so that the dark sky stays exactly 0.
+INTENSITY_SHIFT = 28400
+ERROR_BOUND = 0.0042  # normalised, in every pixel: half of STEP_OF_SPREAD, and what float32 rounds on the way
+
 SCALERS_FILE = Path(__file__).parent / "data" / "scalers.yaml"
 
 
@@ -58,6 +70,42 @@ class Scaler:
     std: Any
     scale: Any
     epsilon: Any
+
+
+@dataclass(frozen=True)
+class Coding:
+    """Fixed point of one channel: y = code * step + offset, both float32 numbers, or arrays (C, 1, 1) of them."""
+
+    step: Any
+    offset: Any
+
+    def encode(self, signed_log: np.ndarray) -> np.ndarray:
+        """Signed-log values -> the nearest codes, int16 of the same shape.
+
+        Raises:
+            ValueError: a value lies outside `limits`, or is not a number.
+        """
+        codes = np.rint((np.asarray(signed_log, np.float32) - self.offset) / self.step)
+        if not (codes.min() >= -LARGEST_CODE and codes.max() <= LARGEST_CODE):
+            raise ValueError(f"Signed-log values from {signed_log.min()} to {signed_log.max()} do not fit {self}.")
+        return codes.astype(np.int16)
+
+    def decode(self, codes):
+        """Codes -> signed-log values, float32 of the same shape, for numpy arrays and torch tensors."""
+        _, codes, (step, offset) = _prepare(codes, self.step, self.offset)
+        return codes * step + offset
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest signed-log value that has a code."""
+        return self.offset - LARGEST_CODE * self.step, self.offset + LARGEST_CODE * self.step
+
+
+def coding_of(name: str, scaler: Scaler) -> Coding:
+    """The coding of a channel whose rounding error is at most ERROR_BOUND in the normalised units of `scaler`."""
+    step = np.float32(min(STEP_OF_SPREAD * (scaler.std + scaler.epsilon), LARGEST_STEP))
+    # a sign must be able to change exactly (flips of the magnetic field), hence no offset where there are signs
+    return Coding(step, np.float32(INTENSITY_SHIFT) * step if name.startswith("aia") else np.float32(0))
 
 
 def check_channels(names: Sequence[str]) -> tuple[str, ...]:

@@ -307,7 +307,7 @@ class SolarDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         time = self.samples["time"].iloc[index]
         offsets = self.matching.offsets_minutes
-        ts = self._inputs.read([time + pd.Timedelta(o, "min") for o in offsets])  # (C, T, H, W) signed-log
+        ts = self._inputs.read([time + pd.Timedelta(o, "min") for o in offsets])  # codes
         target = self._read_target(index)
         for name in self._draw():
             ts = self._inputs.turn(ts, name)
@@ -326,8 +326,8 @@ class SolarDataset(Dataset):
         """The target of one sample without its input and never augmented: (K,) or (C, H, W)."""
         return self._finished(self._read_target(index))
 
-    def _read_target(self, index: int) -> Tensor:
-        """Numbers (K,), a mask (1, H, W), or channels as the store has them (C, 1, H, W)."""
+    def _read_target(self, index: int) -> Tensor | list[list[Tensor]]:
+        """Numbers (K,), a mask (1, H, W), or channels as the codes of the store."""
         if self._outputs is not None:
             time = self.samples["time"].iloc[index]
             return self._outputs.read([time + pd.Timedelta(self.labels.offset_minutes, "min")])
@@ -342,7 +342,7 @@ class SolarDataset(Dataset):
             self._masks[path] = mask
         return mask
 
-    def _finished(self, target: Tensor) -> Tensor:
+    def _finished(self, target: Tensor | list[list[Tensor]]) -> Tensor:
         """Channels of frames normalised and pooled; everything else as it is."""
         if self._outputs is None:
             return target
@@ -399,37 +399,42 @@ class SolarDataset(Dataset):
 
 
 class _Planes:
-    """Some channels of a store: reading, turning and normalising them."""
+    """Some channels of a store: reading and turning their codes, which stay int16, and then normalising them."""
 
     def __init__(self, store: FrameStore, channels: Sequence[str], scalers: dict[str, Scaler]) -> None:
         self.store, self.channels = store, tuple(channels)
         if absent := [name for name in self.channels if name not in store.stored_channels]:
             raise ValueError(
                 f"The target channels {', '.join(absent)} are not in {store.path}, which has "
-                f"{', '.join(store.stored_channels)}. Add them to data.channels, or point data.store at a store of all."
+                f"{', '.join(store.stored_channels)}. Choose another data.store and run `make cache`: a new store gets "
+                f"the channels of data.channels and labels.target_channels."
             )
         self.select = [store.stored_channels.index(name) for name in self.channels]
-        scaler = stack_scalers(scalers, self.channels, trailing=3)
-        self.mean = torch.as_tensor(scaler.mean, dtype=torch.float32)  # (C, 1, 1, 1)
-        self.spread = torch.as_tensor(scaler.std + scaler.epsilon, dtype=torch.float32)  # (C, 1, 1, 1)
+        scaler = stack_scalers(scalers, self.channels, trailing=0)
+        codings = [store.codings[name] for name in self.channels]
+        steps, offsets = (np.array([getattr(c, field) for c in codings], np.float64) for field in ("step", "offset"))
+        # z = (code * step + offset - mean) / spread in one multiply-add
+        self.slope = (steps / (scaler.std + scaler.epsilon)).tolist()
+        level = (offsets - scaler.mean) / (scaler.std + scaler.epsilon)
+        self.level = torch.tensor(level, dtype=torch.float32)  # (C,); as float64 the addition below would be in float64
 
-    def read(self, times: Sequence[pd.Timestamp]) -> Tensor:
-        """(C, T, H, W) float32 signed-log values."""
-        shape = (len(self.channels), len(times), self.store.side, self.store.side)
+    def read(self, times: Sequence[pd.Timestamp]) -> list[list[Tensor]]:
+        """Codes (H, W) int16 of every channel (outer list) at every time (inner list), not copied."""
+        frames = [self.store.read_all(when) for when in times]  # each (all C, H, W)
+        return [[frame[i] for frame in frames] for i in self.select]
+
+    def turn(self, codes: list[list[Tensor]], name: str) -> list[list[Tensor]]:
+        """Flip or rotate; where the physical value changes its sign, so does the code (there the offset is 0)."""
+        signs = [AUGMENTATION_SIGNS[channel][name] for channel in self.channels]
+        return [[sign * plane.flip(FLIPS[name]) for plane in row] for sign, row in zip(signs, codes, strict=True)]
+
+    def normalise(self, codes: list[list[Tensor]]) -> Tensor:
+        """(C, T, H, W) float32 normalised."""
+        shape = (len(codes), len(codes[0]), *codes[0][0].shape)
         out = torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not: 3 x faster
-        for t, when in enumerate(times):
-            frame = self.store.read_all(when)  # (all C, H, W) float16
-            out[:, t] = frame if self.select == list(range(len(frame))) else frame[self.select]
+        for c, t in np.ndindex(shape[:2]):
+            torch.add(self.level[c], codes[c][t], alpha=self.slope[c], out=out[c, t])
         return out
-
-    def turn(self, signed_log: Tensor, name: str) -> Tensor:
-        """Flip or rotate; where the physical value changes its sign, so does the signed logarithm."""
-        signs = [float(AUGMENTATION_SIGNS[channel][name]) for channel in self.channels]
-        return signed_log.flip(FLIPS[name]) * torch.tensor(signs).view(-1, 1, 1, 1)
-
-    def normalise(self, signed_log: Tensor) -> Tensor:
-        """In place, to normalised values."""
-        return signed_log.sub_(self.mean).div_(self.spread)
 
 
 def check_augmentation(

@@ -1,8 +1,10 @@
 """From NASA's files to the pooled store: index CSV -> NetCDF (local or S3) -> one Zarr store that everyone reads.
 
-Frames are reduced by helpers/netcdf.py and kept as float16 signed-log values, one chunk a frame. A frame counts only
-when its own element of `done` is set, which happens after it was written and read back equal. Rows are never moved:
-times that join the index later are appended, so the time axis is in the order of arrival (`.sortby("time")`).
+Frames are reduced by helpers/netcdf.py and kept as 16-bit fixed-point codes of signed-log values (`Coding` in
+helpers/channels.py; `step` and `offset` stand in the store), one chunk a frame. A frame counts only when its own
+element of `done` is set, which happens after it was written, read back equal, and is on the disk for good. Rows are
+never moved: times that join the index later are appended, so the time axis is in the order of arrival
+(`.sortby("time")`).
 `python -m helpers.frames` builds it.
 """
 
@@ -14,7 +16,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -30,14 +32,26 @@ from torch import Tensor
 from tqdm import tqdm
 from zarr.codecs import BloscCodec
 
-from helpers.channels import CHANNELS, UNITS, Scaler, check_channels, load_scalers
+from helpers.channels import (
+    CHANNELS,
+    ERROR_BOUND,
+    FILL_CODE,
+    LARGEST_STEP,
+    UNITS,
+    Coding,
+    Scaler,
+    check_channels,
+    coding_of,
+    load_scalers,
+)
 from helpers.config import Config, load_config
-from helpers.netcdf import FrameError, Source, local_copy, open_netcdf, read_index, reduce_frame
+from helpers.netcdf import FrameError, Index, Source, in_spans, local_copy, open_netcdf, read_index, reduce_frame
 from helpers.shared import (
     LockedError,
     atomic_write,
     disk_errors,
     ensure_space,
+    flush_to_disk,
     group_umask,
     is_writable,
     item_lock,
@@ -45,8 +59,8 @@ from helpers.shared import (
     resolve,
 )
 
-COMPRESSED = 0.75  # size of a compressed frame over that of its float16 values, measured
-ROUNDING = "values are float16: relative error at most 2^-11 of the signed-log value"
+FORMAT = "int16 fixed point, 1"  # the attribute by which a store is recognised
+COMPRESSED = 0.6  # size of a compressed frame over that of its codes; measured: synthetic Sun 0.4, noisy frame 0.52
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -59,6 +73,7 @@ class FrameStore:
         channels: names of the channels of what `read` returns, in order.
         times: datetime64[s] (UTC) of the complete frames, sorted.
         side: side of the reduced images in pixels.
+        codings: how the codes of each stored channel are read.
         pooling, native_size: how they were reduced, and from which side.
     """
 
@@ -70,6 +85,8 @@ class FrameStore:
         self.channels = tuple(channels or self.stored_channels)
         self.pooling, self.native_size = self.attributes["pooling"], self.attributes["native_size"]
         self.side = group["frames"].shape[-1]
+        numbers = zip(self.stored_channels, group["step"][:], group["offset"][:], strict=True)
+        self.codings = {name: Coding(step, offset) for name, step, offset in numbers}
         self._select = [self.stored_channels.index(name) for name in self.channels]
         times = group["time"][:].astype("datetime64[s]")
         rows = sorted((row for row in _done_rows(self.path) if row < len(times)), key=lambda row: times[row])
@@ -86,37 +103,51 @@ class FrameStore:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of one frame in memory, all channels of the store in float16."""
+        """Bytes of one frame in memory, all channels of the store in int16."""
         return len(self.stored_channels) * self.side**2 * 2
 
     def read(self, when) -> Tensor:
-        """The frame at the time `when` in the chosen channels, (C, H, W) float16 signed-log values.
+        """The frame at the time `when` in the chosen channels, (C, H, W) float32 signed-log values.
 
         Raises:
             KeyError: there is no complete frame at that time.
+            OSError: the frame cannot be read, although it counts as complete.
         """
-        frame = self.read_all(when)
-        return frame if self.channels == self.stored_channels else frame[self._select]
+        codes = self.read_all(when)
+        planes = [self.codings[name].decode(codes[i]) for name, i in zip(self.channels, self._select, strict=True)]
+        return torch.stack(planes)
 
     def read_all(self, when) -> Tensor:
-        """The same with all channels of the store, in its own order (`stored_channels`)."""
+        """The codes of all channels of the store in its own order (`stored_channels`), (C, H, W) int16."""
         second = _second(when)
         if second in self._memory:
             return self._memory[second]
         row = self._row.get(second)
         if row is None:
             raise KeyError(f"{self.path} has no complete frame at {pd.Timestamp(when)}; build it with `make cache`.")
-        if self._opened is None or self._opened[0] != os.getpid():  # each worker process opens it for itself
-            self._opened = os.getpid(), zarr.open_group(self.path, mode="r")["frames"]
-        return torch.from_numpy(self._opened[1][row])
+        try:
+            if self._opened is None or self._opened[0] != os.getpid():  # each worker process opens it for itself
+                self._opened = os.getpid(), zarr.open_group(self.path, mode="r")["frames"]
+            codes = self._opened[1][row]
+            if codes[0, 0, 0] == FILL_CODE:  # zarr takes a chunk that is not there for one without values
+                raise OSError("its file is missing")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(
+                f"The frame at {pd.Timestamp(when)} in {self.path} cannot be read ({error}). "
+                f'`make cache ARGS="--verify"` finds the damaged frames and makes them again.'
+            ) from error
+        return torch.from_numpy(codes)
 
     def load(self, times: Iterable) -> None:
-        """Keep the frames at `times` in memory from now on, all channels in float16."""
+        """Keep the frames at `times` in memory from now on, the codes of all channels."""
         for when in times:
             self._memory[_second(when)] = self.read_all(when)
 
     def dataset(self):
-        """The complete frames as an xarray Dataset (time, channel, y, x), lazily, in the order of time."""
+        """The complete frames as an xarray Dataset (time, channel, y, x), lazily, in the order of time.
+
+        As in the store, the signed-log values are `frames * step + offset`.
+        """
         import xarray
 
         rows = [self._row[when] for when in self.times.tolist()]
@@ -142,14 +173,37 @@ def open_store(
 
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: it lacks a channel, or was built with another pooling, image side or scale factor.
+        ValueError: it has another format, lacks a channel, or was built with another pooling, side or scale factor.
     """
     path = Path(store_path)
-    if not (path / "zarr.json").is_file():
+    if not _exists(path):
         raise FileNotFoundError(
             f"There is no frame store at {path}. Build it with `make cache`, or correct data.store."
         )
-    attributes = zarr.open_group(path, mode="r").attrs
+    attributes = _attributes(path)
+    if attributes.get("format") != FORMAT:
+        found = attributes.get("format", "float16, or not ours")
+        raise ValueError(
+            f'The store {path} has the format "{found}", but this version of the course reads "{FORMAT}". Choose '
+            f"another data.store (a new one will be built); or, if nobody else reads it, delete it and build it again "
+            f"with `make cache`."
+        )
+    if problems := _differences(attributes, channels, pooling, native_size, scalers):
+        raise ValueError(
+            f"The store {path} {', and '.join(problems)}. Choose another data.store (a new one will be built), or set "
+            f"the config to what the store holds."
+        )
+    return FrameStore(path, channels)
+
+
+def _differences(
+    attributes: Mapping,
+    channels: Sequence[str] | None,
+    pooling: int | None,
+    native_size: int | None,
+    scalers: dict[str, Scaler] | None,
+) -> list[str]:
+    """What a store with these attributes cannot give of what is asked for."""
     problems = []
     if channels and (absent := [name for name in check_channels(channels) if name not in attributes["channels"]]):
         problems.append(f"has no channel {', '.join(absent)} (it has {', '.join(attributes['channels'])})")
@@ -161,12 +215,21 @@ def open_store(
             problems.append(
                 f"was built with the scale factor {scale} of {name}, but data.scalers has {scalers[name].scale}"
             )
-    if problems:
+    return problems
+
+
+def _exists(path: Path) -> bool:
+    return (path / "zarr.json").is_file()
+
+
+def _attributes(path: Path) -> dict:
+    try:
+        return dict(zarr.open_group(path, mode="r").attrs)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"The store {path} {', and '.join(problems)}. Choose another data.store (a new one will be built), or set "
-            f"the config to what the store holds."
-        )
-    return FrameStore(path, channels)
+            f"The store {path} cannot be opened: its zarr.json is damaged or is that of something else ({error}). "
+            f"Choose another data.store, or, if nobody else reads it, delete it and build it again with `make cache`."
+        ) from error
 
 
 def store_name(channels: Sequence[str], pooling: int, native_size: int) -> str:
@@ -198,6 +261,11 @@ def _mark(path: Path, row: int) -> Path:
 
 def _create(path: Path, channels: Sequence[str], pooling: int, native_size: int, scalers: dict, source: str) -> None:
     """Make an empty store under another name and move it into place."""
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(
+            f"{path} is there, but is not a frame store (it has no zarr.json). Move it away, or choose another "
+            f"data.store."
+        )
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
@@ -213,7 +281,9 @@ def _fill_metadata(
     side = native_size // pooling
     group.attrs.update(
         title="Solar Dynamics Observatory frames, reduced",
+        format=FORMAT,
         space="signed-log: y = sign(x s) log(1 + |x s|) of the physical value x, s in scale_factors",
+        codes="frames holds whole numbers: y = frames * step + offset, with step and offset of the channel",
         channels=list(channels),
         units=[UNITS[name] for name in channels],
         scale_factors=[scalers[name].scale for name in channels],
@@ -221,22 +291,41 @@ def _fill_metadata(
         native_size=native_size,
         source=source,
         software=f"surya-course {_version()}",
-        rounding=ROUNDING,
+        rounding=f"y is rounded by at most half a step: never more than {LARGEST_STEP / 2:.1e}, and at most "
+        f"{ERROR_BOUND} of the standard deviation of the channel (normalised units)",
+        largest_possible_error_normalised=ERROR_BOUND,
         largest_rounding_error_normalised=0.0,
         completeness="only frames with done = 1 are complete; times are in the order of arrival",
     )
-    axes = {"dimension_names": ("time", "channel", "y", "x"), "attributes": {"units": "1", "long_name": "signed-log"}}
+    axes = {"dimension_names": ("time", "channel", "y", "x")}
+    # the names under which xarray knows what is no pixel, and that step and offset belong to frames
+    said = {
+        "units": "1",
+        "long_name": "codes of signed-log values",
+        "_FillValue": FILL_CODE,
+        "coordinates": "step offset",
+    }
+    # bitshuffle makes 2 to 4 % less of it, but takes 8 % longer to read
     compressor = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=2)
-    shape, nan = (len(channels), side, side), np.float16("nan")
-    group.create_array(
-        "frames", shape=(0, *shape), chunks=(1, *shape), dtype="f2", fill_value=nan, compressors=compressor, **axes
-    )
+    shape = (len(channels), side, side)
+    stored = {"dtype": "i2", "fill_value": FILL_CODE, "compressors": compressor, "attributes": said}
+    group.create_array("frames", shape=(0, *shape), chunks=(1, *shape), **stored, **axes)
     calendar = {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"}
     time_axis = {"shape": (0,), "dimension_names": ("time",), "fill_value": 0}
     group.create_array("time", chunks=(16384,), dtype="i8", attributes=calendar, **time_axis)
     group.create_array("done", chunks=(1,), dtype="u1", compressors=None, **time_axis)
-    names = group.create_array("channel", shape=(len(channels),), dtype=str, dimension_names=("channel",))
-    names[:] = np.array(channels, dtype=object)
+    _fill_channel_axis(group, channels, scalers)
+
+
+def _fill_channel_axis(group: zarr.Group, channels: Sequence[str], scalers: dict) -> None:
+    """Names, steps and offsets of the channels."""
+    along = {"shape": (len(channels),), "dimension_names": ("channel",)}
+    group.create_array("channel", dtype=str, **along)[:] = np.array(channels, dtype=object)
+    codings = [coding_of(name, scalers[name]) for name in channels]
+    formula = {"units": "1", "formula": "signed-log value = frames * step + offset"}
+    for name, meaning in (("step", "signed-log value of one code"), ("offset", "signed-log value of the code 0")):
+        array = group.create_array(name, dtype="f4", attributes={"long_name": meaning, **formula}, **along)
+        array[:] = np.array([getattr(coding, name) for coding in codings], np.float32)
 
 
 def _grow(path: Path, times: np.ndarray) -> dict[datetime, int]:
@@ -252,7 +341,10 @@ def _grow(path: Path, times: np.ndarray) -> dict[datetime, int]:
         for name in ("frames", "done", "time"):
             group[name].resize((len(after), *group[name].shape[1:]))
         group["time"][:] = after.astype("i8")
+        for chunk in path.glob("time/c/*"):
+            flush_to_disk(chunk, below=path / "time")
         _consolidate(path)
+        flush_to_disk(path / "zarr.json", below=path)
     return {when: row for row, when in enumerate(after.tolist())}
 
 
@@ -279,12 +371,12 @@ class BuildReport:
     store: Path
     built: int = 0
     already: int = 0
-    missing: int = 0  # rows of the index with present = 0
+    missing: int = 0  # rows of the index with present = 0, in the span that was asked for
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
     bytes_read: int = 0
-    rounding: float = 0.0  # largest error of float16 in normalised units
+    rounding: float = 0.0  # largest error of the codes in normalised units
 
     def __str__(self) -> str:
         speed = (
@@ -314,6 +406,7 @@ class _Task:
     pooling: int
     native_size: int
     scalers: dict[str, Scaler]
+    codings: dict[str, Coding]
     source: Source
 
 
@@ -364,20 +457,12 @@ def build_store(
     """
     started, path, source = time.perf_counter(), Path(store_path), source or Source()
     scalers = scalers or load_scalers()
-    index = read_index(index_csv, source)
-    table = _within(index.table, between)
-    report = BuildReport(path, missing=index.missing, notes=index.notes)
-    with disk_errors(path), group_umask(path.parent), item_lock(_build_folder(path) / "store"):
-        if not (path / "zarr.json").is_file():
-            side = native_size or _side_of_first(table["path"], check_channels(channels), source)
-            _create(path, check_channels(channels), pooling, side, scalers, str(index_csv))
-        store = open_store(path, channels, pooling, native_size, scalers)
-        rows = _grow(path, table["time"].to_numpy())
-    tasks = _tasks(table, rows, store, scalers, source)
-    report.already = len(table) - len(tasks)
+    index = read_index(index_csv, source).within(between)
+    store, rows = _with_rows(path, index, channels, pooling, native_size, scalers, source, str(index_csv))
+    tasks = _tasks(index.table, rows, store, scalers, source)
+    report = BuildReport(path, already=len(index.table) - len(tasks), missing=index.missing, notes=index.notes)
     if tasks:
-        size = len(tasks) * len(store.stored_channels) * store.side**2 * 2 * COMPRESSED
-        ensure_space(path, size, reserve_gb, what=f"{len(tasks)} frames")
+        ensure_space(path, len(tasks) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(tasks)} frames")
         # umask and torch threads belong to the process: set once here, around all threads of the build
         with disk_errors(path), group_umask(path.parent), _one_torch_thread():
             _collect(_results(tasks, workers, dask_address), report, len(tasks), progress)
@@ -386,12 +471,35 @@ def build_store(
     return report
 
 
+def _with_rows(
+    path: Path,
+    index: Index,
+    channels: Sequence[str],
+    pooling: int,
+    native_size: int | None,
+    scalers: dict[str, Scaler],
+    source: Source,
+    origin: str,
+) -> tuple[FrameStore, dict[datetime, int]]:
+    """The store, made if it is not there, with a row for every time of the index; and the row of each time."""
+    with disk_errors(path), group_umask(path.parent), item_lock(_build_folder(path) / "store"):
+        if not _exists(path):
+            side = native_size or _side_of_first(index, check_channels(channels), source)
+            if pooling < 1 or side % pooling:
+                raise ValueError(
+                    f"Images of {side} pixels cannot be pooled by {pooling} (data.pooling): choose a divisor."
+                )
+            _create(path, check_channels(channels), pooling, side, scalers, origin)
+        store = open_store(path, channels, pooling, native_size, scalers)
+        return store, _grow(path, index.table["time"].to_numpy())
+
+
 def _tasks(
     table: pd.DataFrame, rows: dict[datetime, int], store: FrameStore, scalers: dict[str, Scaler], source: Source
 ) -> list[_Task]:
     """One for every frame of the table that is not complete."""
     done = _done_rows(store.path)
-    common = (store.stored_channels, store.pooling, store.native_size, scalers, source)
+    common = (store.stored_channels, store.pooling, store.native_size, scalers, store.codings, source)
     return [
         _Task(store.path, rows[when], str(when), url, *common)
         for when, url in zip(_seconds(table["time"]), table["path"], strict=True)
@@ -410,17 +518,14 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _within(table: pd.DataFrame, between: Sequence[tuple[str, str]] | None) -> pd.DataFrame:
-    if between is None:
-        return table
-    spans = [(table["time"] >= pd.Timestamp(start)) & (table["time"] < pd.Timestamp(end)) for start, end in between]
-    return table[np.logical_or.reduce(spans)]
-
-
-def _side_of_first(paths: Iterable[str], channels: Sequence[str], source: Source) -> int:
+def _side_of_first(index: Index, channels: Sequence[str], source: Source) -> int:
     """Side of the images in the first file that can be read."""
+    if not len(index.table):
+        raise ValueError(
+            f"There is nothing to build: {index.notes[-1]}. Check data.index and the splits in the config."
+        )
     reasons = []
-    for url in paths:
+    for url in index.table["path"]:
         try:
             with local_copy(url, source) as path, open_netcdf(path) as file:
                 return file[channels[0]].shape[-1]
@@ -444,7 +549,8 @@ def _build_frame(task: _Task, wait: bool = False) -> _Result:
                 return _Result(task, "already")
             with local_copy(task.url, task.source) as path:
                 size = path.stat().st_size if path.exists() else 0
-                frame, error = reduce_frame(path, task.channels, task.pooling, task.scalers, task.native_size)
+                how = (task.pooling, task.scalers, task.native_size, task.codings)
+                frame, error = reduce_frame(path, task.channels, *how)
             with disk_errors(task.store):
                 _write(task, frame)
             return _Result(task, "built", size, error)
@@ -455,7 +561,8 @@ def _build_frame(task: _Task, wait: bool = False) -> _Result:
 
 
 def _write(task: _Task, frame: np.ndarray) -> None:
-    for leftover in (task.store / "frames" / "c" / str(task.row)).rglob("*.partial"):
+    chunks = task.store / "frames" / "c"
+    for leftover in (chunks / str(task.row)).rglob("*.partial"):
         leftover.unlink()  # of someone who was killed; nobody else writes here while we hold the lock
     with group_umask(task.store):
         frames, done = _arrays(task.store, task.row)
@@ -464,6 +571,7 @@ def _write(task: _Task, frame: np.ndarray) -> None:
             raise OSError(
                 f"The frame {task.time} was written to {task.store}, but reads back differently. Check the disk."
             )
+        flush_to_disk(chunks / str(task.row) / "0" / "0" / "0", below=chunks)  # the mark must not outlive the frame
         done[task.row] = 1
 
 
@@ -496,16 +604,28 @@ def _results(tasks: list[_Task], workers: int, dask_address: str | None) -> Iter
 
 
 def _on_cluster(tasks: list[_Task], workers: int, address: str | None) -> Iterator[_Result]:
-    from distributed import Client, LocalCluster, as_completed
+    from distributed import LocalCluster, as_completed
 
     step = min(8, 1 + len(tasks) // 500)
     batches = [tasks[i : i + step] for i in range(0, len(tasks), step)]
     # threads: decompressing, averaging and writing leave Python's lock alone, and processes take longer to start
     local = {"processes": False, "n_workers": 1, "threads_per_worker": workers}
     local |= {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}  # for nobody else
-    with LocalCluster(**local) if not address else nullcontext(address) as cluster, Client(cluster) as client:
+    with LocalCluster(**local) if not address else nullcontext(address) as cluster, _client(cluster) as client:
         for _, results in as_completed(client.map(_build_batch, batches, pure=False), with_results=True):
             yield from results
+
+
+def _client(cluster):
+    from distributed import Client
+
+    try:
+        return Client(cluster)
+    except (OSError, ValueError) as error:
+        raise ConnectionError(
+            f"No Dask scheduler answers at {cluster} ({error}). Start it, or correct data.dask_address in the config "
+            f"(null builds on this machine)."
+        ) from error
 
 
 def _build_batch(tasks: list[_Task]) -> list[_Result]:
@@ -540,42 +660,71 @@ def _record(report: BuildReport) -> None:
             _consolidate(report.store)
 
 
-def verify_store(store_path: str | Path) -> list[str]:
+def verify_store(store_path: str | Path, between: Sequence[tuple[str, str]] | None = None) -> list[str]:
     """Read every frame that counts as complete; forget those that are damaged, so that the next build makes them again.
+
+    Args:
+        between: [start, end) spans of time to look at; None for all frames.
 
     Returns:
         The times of the damaged frames.
     """
-    path, damaged = Path(store_path), []
-    store = FrameStore(path)
-    for when in tqdm(store.times, "verifying", unit="frame"):
+    store, damaged = open_store(store_path), []
+    for when in tqdm(store.times[in_spans(pd.Series(store.times), between)], "verifying", unit="frame"):
         try:
-            sound = bool(store.read(when).isfinite().all())
-        except (OSError, RuntimeError, ValueError):
+            sound = not (store.read_all(when) == FILL_CODE).any()
+        except OSError:
             sound = False
         if not sound:
             damaged.append(str(when))
-            _mark(path, store._row[_second(when)]).unlink(missing_ok=True)
+            _mark(store.path, store._row[_second(when)]).unlink(missing_ok=True)
     return damaged
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # By configuration
 # --------------------------------------------------------------------------------------------------------------------
+def channels_needed(cfg: Config) -> tuple[str, ...]:
+    """The input channels and the channels that are predicted as images, each once, in the canonical order."""
+    targets = cfg.labels.target_channels if cfg.labels.kind == "image" else []
+    return tuple(name for name in CHANNELS if name in {*cfg.data.channels, *targets})
+
+
 def store_path(cfg: Config) -> Path:
     """Where the frames of this configuration are read: `data.store` itself if it ends in .zarr, else a folder in it.
 
+    That is the store of exactly the channels that are needed, else one that holds all 13, else any other that has them.
     When the shared folder is read-only and you have built a store of your own, it is yours.
     """
-    shared, own = (Path(resolve(cfg, _store_text(cfg), write)) for write in (False, True))
-    return own if own.exists() else shared
-
-
-def _store_text(cfg: Config) -> str:
+    own, shared = _own_store(cfg), Path(resolve(cfg, cfg.data.store))
     if cfg.data.store.endswith(".zarr"):
-        return cfg.data.store
-    name = store_name(cfg.data.channels, cfg.data.pooling, cfg.data.native_size)
-    return f"{cfg.data.store.rstrip('/')}/{name}"
+        return own if own.exists() else shared
+    needed, pooling, native_size = channels_needed(cfg), cfg.data.pooling, cfg.data.native_size
+    scalers = load_scalers(resolve(cfg, cfg.data.scalers))
+    folders = tuple(dict.fromkeys([own.parent, shared]))
+    others = {path.name for folder in folders for path in folder.glob(f"{native_size}px-pool{pooling}-*.zarr")}
+    names = dict.fromkeys([own.name, store_name(CHANNELS, pooling, native_size), *sorted(others)])
+    for path in (folder / name for name in names for folder in folders):
+        if _exists(path) and (path.name == own.name or _holds(path, needed, pooling, native_size, scalers)):
+            return path
+    return own
+
+
+def _own_store(cfg: Config) -> Path:
+    """Where you would build it."""
+    path = Path(resolve(cfg, cfg.data.store, write=True))
+    if path.suffix == ".zarr":
+        return path
+    return path / store_name(channels_needed(cfg), cfg.data.pooling, cfg.data.native_size)
+
+
+def _holds(path: Path, *wanted) -> bool:
+    """Whether there is a store of this format with the wanted channels, pooling, size and scale factors."""
+    try:
+        attributes = _attributes(path)
+    except ValueError:
+        return False
+    return attributes.get("format") == FORMAT and not _differences(attributes, *wanted)
 
 
 def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None, progress: bool = True) -> BuildReport:
@@ -588,13 +737,14 @@ def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None,
     source = Source(cfg.data.anonymous, cfg.data.endpoint_url, cfg.data.retries)
     path = store_path(cfg)
     if path.exists() and not is_writable(path):
-        table = _within(read_index(index, source).table, between)
-        if set(_seconds(table["time"])) <= set(_seconds(FrameStore(path).times)):
-            return BuildReport(path, already=len(table))
-    return build_store(
+        wanted = read_index(index, source).within(between)
+        if set(_seconds(wanted.table["time"])) <= set(_seconds(open_store(path).times)):
+            return BuildReport(path, already=len(wanted.table), missing=wanted.missing)
+        path = _own_store(cfg)
+    report = build_store(
         index,
-        path if is_writable(path) else resolve(cfg, _store_text(cfg), write=True),
-        cfg.data.channels,
+        path,
+        channels_needed(cfg),
         cfg.data.pooling,
         cfg.data.build_workers,
         native_size=cfg.data.native_size,
@@ -605,14 +755,26 @@ def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None,
         dask_address=cfg.data.dask_address,
         progress=progress,
     )
+    if path.name != _own_store(cfg).name:
+        held = ", ".join(open_store(path).stored_channels)
+        report.notes.append(f"the store was there already, for more channels than are needed here: it holds {held}")
+    return report
 
 
 def _spans(cfg: Config) -> list[tuple[str, str]]:
     """The times that samples of the three splits can ask for."""
     offsets = [*cfg.data.offsets_minutes, cfg.labels.target_offset_minutes, 0]
-    before, after = pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(offsets) + 1, "min")
+    before, after = pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(offsets), "min")
     splits = (cfg.split.train, cfg.split.val, cfg.split.test)
     return [(str(pd.Timestamp(start) + before), str(pd.Timestamp(end) + after)) for start, end in splits]
+
+
+def _moment(text: str) -> str:
+    """A time of the command line in UTC without a zone."""
+    try:
+        return str(pd.to_datetime(text, utc=True, format="ISO8601").tz_localize(None))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" is not a time; write times like "2014-01-07 18:00" (UTC)') from None
 
 
 def main() -> None:
@@ -621,20 +783,20 @@ def main() -> None:
     parser.add_argument("--config", default="config.yaml")
     parser.add_argument("--profile")
     parser.add_argument("--task")
-    parser.add_argument("--start", help="only frames from this time on, for example 2014-01-07")
-    parser.add_argument("--end", help="only frames before this time")
+    parser.add_argument("--start", type=_moment, help="only frames from this time on, for example 2014-01-07")
+    parser.add_argument("--end", type=_moment, help="only frames before this time")
     parser.add_argument(
-        "--verify", action="store_true", help="read every frame first and rebuild those that are damaged"
+        "--verify", action="store_true", help="read every frame (of this span) first and rebuild those that are damaged"
     )
     asked = parser.parse_args()
     cfg = load_config(asked.config, profile=asked.profile, task=asked.task)
     from helpers.synthetic import ensure_synthetic  # a command may reach up, the library above does not
 
     ensure_synthetic(cfg)
+    between = [(asked.start or "1900-01-01", asked.end or "2200-01-01")] if asked.start or asked.end else None
     if asked.verify and store_path(cfg).exists():
-        print("damaged:", ", ".join(verify_store(store_path(cfg))) or "none")
-    given = asked.start or asked.end
-    print(prepare_store(cfg, [(asked.start or "1900-01-01", asked.end or "2200-01-01")] if given else None))
+        print("damaged:", ", ".join(verify_store(store_path(cfg), between)) or "none")
+    print(prepare_store(cfg, between))
     print(open_store(store_path(cfg)))
 
 

@@ -1,7 +1,8 @@
 """The source of frames: an index CSV, and NetCDF files on this disk or on S3, read and reduced one at a time.
 
-A frame is read channel by channel, averaged over `pooling` x `pooling` pixels of physical values, and transformed to
-signed-log values in float16. What is wrong with a file is said in a FrameError, so that a build can list it and go on.
+A frame is read channel by channel, averaged over `pooling` x `pooling` pixels of physical values, transformed to
+signed-log values, and rounded to the codes of the store (`Coding` in helpers/channels.py). What is wrong with a file is
+said in a FrameError, so that a build can list it and go on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -24,7 +25,7 @@ import torch
 from numcodecs import Shuffle
 from torch.nn.functional import avg_pool2d
 
-from helpers.channels import Scaler, standardise, to_signed_log
+from helpers.channels import UNITS, Coding, Scaler, coding_of, from_signed_log, standardise, to_signed_log
 from helpers.shared import raise_if_full
 
 
@@ -54,11 +55,31 @@ class Source:
 
 @dataclass(frozen=True)
 class Index:
-    """A checked index: `table` with the columns path (full) and time (UTC), sorted; counts and notes on the rest."""
+    """A checked index: `table` with the columns path (full) and time (UTC), sorted, and what is said of the rest."""
 
     table: pd.DataFrame
-    missing: int  # rows with present = 0
+    absent: pd.Series  # times of the rows with present = 0
     notes: list[str]
+
+    @property
+    def missing(self) -> int:
+        """Number of rows with present = 0."""
+        return len(self.absent)
+
+    def within(self, between: Sequence[tuple[str, str]] | None) -> Index:
+        """The part in any of the [start, end) spans; None for all."""
+        table = self.table[in_spans(self.table["time"], between)]
+        where = "" if between is None else " from " + " or ".join(f"{start} to {end}" for start, end in between)
+        notes = [*self.notes] if len(table) else [*self.notes, f"the index has not one present frame{where}"]
+        return replace(self, table=table, absent=self.absent[in_spans(self.absent, between)], notes=notes)
+
+
+def in_spans(times: pd.Series, between: Sequence[tuple[str, str]] | None) -> np.ndarray:
+    """Which times lie in any of the [start, end) spans, (N,) bool; None for all."""
+    if between is None:
+        return np.ones(len(times), bool)
+    spans = [(times >= pd.Timestamp(start)) & (times < pd.Timestamp(end)) for start, end in between]
+    return np.logical_or.reduce(spans, dtype=bool)
 
 
 def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
@@ -66,16 +87,11 @@ def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing, a time cannot be read, or two rows name different files for one time.
+        ValueError: it is no such CSV, a cell cannot be used, or two rows name different files for one time.
+        ConnectionError: its server cannot be reached.
     """
     text = str(index_csv)
-    with _described(f"the index {text}"), fsspec.open(text, **(source or Source()).options(text)) as file:
-        table = pd.read_csv(file)
-    if absent := {"path", "timestep", "present"} - set(table):
-        raise ValueError(
-            f"The index {text} has no column {', '.join(sorted(absent))}; it has {', '.join(map(str, table))}. "
-            f"An index is a CSV with the columns path, timestep, present."
-        )
+    table = _read_rows(text, source or Source())
     table["time"] = parse_times(table["timestep"], f"the index {text}")
     notes = []
     if not table["time"].is_monotonic_increasing:
@@ -92,7 +108,36 @@ def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
         )
     folder = text.rsplit("/", 1)[0] if "/" in text else "."
     full = [path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in present["path"]]
-    return Index(present[["time"]].assign(path=full).reset_index(drop=True), len(unique) - len(present), notes)
+    table = present[["time"]].assign(path=full).reset_index(drop=True)
+    return Index(table, unique.loc[unique["present"] != 1, "time"], notes)
+
+
+def _read_rows(text: str, source: Source) -> pd.DataFrame:
+    """The rows as they stand in the file; `present` holds 0 and 1, and where it is 1 there is a path."""
+    form = "An index is a CSV with the columns path, timestep, present."
+    try:
+        with local_copy(text, source) as file:
+            table = pd.read_csv(file, dtype={"path": str, "present": str})
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no index {text}. Check data.index in the config.") from None
+    except FrameError as error:
+        raise FileNotFoundError(f"The index {text}: {error}. Check data.index in the config.") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"The index {text} cannot be read as a table ({error}). {form}") from None
+    if absent := {"path", "timestep", "present"} - set(table):
+        has = ", ".join(map(str, table))
+        raise ValueError(f"The index {text} has no column {', '.join(sorted(absent))}; it has {has}. {form}")
+    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
+    flags = table["present"].str.strip().str.lower().map(known)
+    for column, wrong, wanted in (
+        ("present", flags.isna(), "0 or 1"),
+        ("path", table["path"].isna() & (flags == 1), "the path of the frame"),
+    ):
+        if wrong.any():
+            row = int(np.flatnonzero(wrong)[0])
+            cell = table[column].fillna("").iloc[row]
+            raise ValueError(f'Row {row + 2} of the index {text} has "{cell}" in its column {column}, not {wanted}.')
+    return table.assign(present=flags)
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
@@ -113,55 +158,77 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
     return times.dt.tz_localize(None).astype("datetime64[s]")
 
 
-@contextmanager
-def _described(what: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no {what.removeprefix('the ')}. Check data.index in the config.") from error
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # One frame
 # --------------------------------------------------------------------------------------------------------------------
 def reduce_frame(
-    path: str | Path, channels: Sequence[str], pooling: int, scalers: dict[str, Scaler], native_size: int | None = None
+    path: str | Path,
+    channels: Sequence[str],
+    pooling: int,
+    scalers: dict[str, Scaler],
+    native_size: int | None = None,
+    codings: dict[str, Coding] | None = None,
 ) -> tuple[np.ndarray, float]:
     """Read one NetCDF file and reduce it, one channel in memory at a time.
 
     Args:
         path: a local file with one (y, x) float variable a channel, in physical units.
         native_size: the side that the images must have, in pixels; None accepts any that `pooling` divides.
+        codings: those of the store that the frame is for; None for those of a new store with these scalers.
 
     Returns:
-        (C, H / pooling, W / pooling) float16 signed-log values, and the largest rounding error in normalised units.
+        (C, H / pooling, W / pooling) int16 codes of the signed-log values, and the largest rounding error in normalised
+        units.
 
     Raises:
-        FrameError: not NetCDF4, cut short, a channel missing, a wrong shape, or pixels that are not numbers.
+        FrameError: not NetCDF4, cut short, a channel missing, a wrong shape, or pixels that are not numbers or have no
+            code.
     """
     frame, error = None, 0.0
+    codings = codings or {name: coding_of(name, scalers[name]) for name in channels}
     with open_netcdf(path) as file:
         if absent := [name for name in channels if name not in file]:
             raise FrameError(f"it has no variable {', '.join(absent)} (it has {', '.join(file) or 'none'})")
         for i, name in enumerate(channels):
             exact = to_signed_log(_pooled(file[name], pooling, native_size), scalers[name])
             if frame is None:
-                frame = np.empty((len(channels), *exact.shape), np.float16)
-            frame[i] = exact
-            difference = standardise(frame[i], scalers[name]) - standardise(exact, scalers[name])
-            error = max(error, float(np.abs(difference).max()))
+                frame = np.empty((len(channels), *exact.shape), np.int16)
+            frame[i] = _encoded(exact, name, scalers[name], codings[name])
+            decoded = codings[name].decode(frame[i])
+            error = max(
+                error, float(np.abs(standardise(decoded, scalers[name]) - standardise(exact, scalers[name])).max())
+            )
     return frame, error
+
+
+def _encoded(signed_log: np.ndarray, name: str, scaler: Scaler, coding: Coding) -> np.ndarray:
+    try:
+        return coding.encode(signed_log)
+    except ValueError:
+        low, high = from_signed_log(np.array(coding.limits), scaler)
+        least, most = from_signed_log(np.array([signed_log.min(), signed_log.max()]), scaler)
+        raise FrameError(
+            f"{name} has a pixel of {most if most > high else least:.6g} {UNITS[name]} (averaged), but the store can "
+            f"keep only {low:.4g} to {high:.4g} {UNITS[name]} of this channel"
+        ) from None
 
 
 @contextmanager
 def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
+    """Open a NetCDF4 file of this disk for reading; whatever goes wrong while it is open is a FrameError.
+
+    Raises:
+        FrameError: it does not exist, is cut short or damaged, is not NetCDF4, or may not be read.
+    """
     try:
         with h5py.File(path, "r") as file:
             yield file
     except FileNotFoundError:
         raise FrameError("the file does not exist") from None
+    except IsADirectoryError:
+        raise FrameError("it is a folder, not a file") from None
     except OSError as error:
-        text = str(error)
+        text = str(error).splitlines()[0]
         if "truncated file" in text or "filter returned failure" in text or "Can't synchronously read" in text:
             raise FrameError(f"the file is cut short or damaged ({text})") from None
         if "signature not found" in text:
@@ -174,7 +241,8 @@ def _pooled(variable: h5py.Dataset, pooling: int, native_size: int | None) -> np
     name, shape = variable.name.lstrip("/"), variable.shape
     fits = len(shape) == 2 and shape[0] == shape[1] and (native_size or shape[0]) == shape[0] and not shape[0] % pooling
     if not fits:
-        wanted = f"{native_size} x {native_size}" if native_size else f"a square with a side divisible by {pooling}"
+        wanted = f"{native_size} x {native_size}" if native_size else "a square"
+        wanted += f" with a side divisible by {pooling}" if shape[0] % pooling else ""
         raise FrameError(f"{name} has the shape {' x '.join(map(str, shape))}, expected {wanted}")
     if packed := {"scale_factor", "add_offset"} & set(variable.attrs):
         raise FrameError(f"{name} is packed ({', '.join(packed)}), expected plain physical values")

@@ -339,6 +339,20 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def flush_to_disk(file: str | Path, below: str | Path) -> None:
+    """Return when a file, and the folders from `below` down to it, would survive a power cut."""
+    file, below = Path(file), Path(below)
+    for path in (file, *(folder for folder in file.parents if folder == below or below in folder.parents)):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        except OSError as error:
+            if path == file or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks: not for folders
+                raise
+        finally:
+            os.close(number)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Locks
 # --------------------------------------------------------------------------------------------------------------------

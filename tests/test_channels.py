@@ -50,6 +50,26 @@ def test_channel_axis_takes_constants_by_name(trailing):
     np.testing.assert_allclose(batch[0].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ORDER)
+def test_codes_lie_within_half_a_step_and_zero_stays_zero(name):
+    scaler, coding = SCALERS[name], ch.coding_of(name, SCALERS[name])
+    assert coding.step <= min(0.008 * (scaler.std + scaler.epsilon), 2**-10) * (1 + 1e-6)
+    low, high = coding.limits
+    assert low <= (-0.45 if name.startswith("aia") else -25) and high >= 6.9
+    signed_log = np.random.default_rng(0).uniform(max(low, -8), min(high, 8), 100_000).astype(np.float32)
+    codes = coding.encode(signed_log)
+    decoded = coding.decode(codes)
+    assert codes.dtype == np.int16 and decoded.dtype == np.float32
+    assert np.abs(decoded.astype(float) - signed_log).max() <= 0.51 * coding.step
+    np.testing.assert_array_equal(coding.decode(torch.from_numpy(codes)).numpy(), decoded)
+    assert coding.decode(coding.encode(np.zeros(1)))[0] == 0
+    if not name.startswith("aia"):  # a sign changes exactly
+        np.testing.assert_array_equal(coding.decode(-codes), -decoded)
+    for outside in (low - coding.step, high + coding.step, np.nan):
+        with pytest.raises(ValueError, match="do not fit Coding"):
+            coding.encode(np.array([0, outside], np.float32))
+
+
 def test_colour_maps_are_sunpy_s():
     assert ch.colormap("aia171").name == "sdoaia171" and ch.colormap("hmi_bx").name == "hmimag"
     for name in ORDER:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,10 +20,12 @@ import pandas as pd
 import pytest
 import torch
 import xarray
+import yaml
+import zarr
 from frame_files import physical_frame, write_index, write_netcdf
 
 from helpers import frames, netcdf
-from helpers.channels import CHANNELS, load_scalers
+from helpers.channels import CHANNELS, ERROR_BOUND, UNITS, coding_of, load_scalers
 from helpers.config import load_config
 from helpers.frames import build_store, open_store, prepare_store, verify_store
 from helpers.netcdf import FrameError, Source, read_index, reduce_frame
@@ -48,7 +51,8 @@ def build(folder: Path, name: str = "store.zarr", **arguments):
 
 def contents(path: Path) -> np.ndarray:
     store = open_store(path)
-    return torch.stack([store.read(when) for when in store.times]).numpy()
+    frames = [store.read(when) for when in store.times]  # each (C, H, W) signed-log
+    return torch.stack(frames).numpy() if frames else np.empty(0)
 
 
 @pytest.fixture
@@ -62,18 +66,107 @@ def test_store_holds_the_pooled_signed_logarithm_and_says_what_it_is(folder):
     report = build(folder)
     assert (report.built, report.missing, report.unreadable) == (5, 1, {})
     with xarray.open_zarr(folder / "store.zarr") as stranger:
-        assert stranger.frames.dims == ("time", "channel", "y", "x") and stranger.frames.dtype == np.float16
+        assert stranger.frames.dims == ("time", "channel", "y", "x")
         assert list(stranger.channel.values) == list(CHANNELS) == stranger.attrs["channels"]
         np.testing.assert_array_equal(stranger.time.values, HOURS.delete(2).values)
         assert stranger.attrs["units"][0] == "DN" and stranger.attrs["units"][-1] == "m/s"
         assert stranger.attrs["pooling"] == 2 and "surya-course" in stranger.attrs["software"]
-        assert stranger.attrs["source"].endswith("index.csv") and "2^-11" in stranger.attrs["rounding"]
-        assert 0 < stranger.attrs["largest_rounding_error_normalised"] == report.rounding < 5e-3
+        assert stranger.attrs["source"].endswith("index.csv") and "half a step" in stranger.attrs["rounding"]
+        assert stranger.attrs["format"] == frames.FORMAT
+        assert 0 < stranger.attrs["largest_rounding_error_normalised"] == report.rounding
+        assert report.rounding <= stranger.attrs["largest_possible_error_normalised"] == ERROR_BOUND < 5e-3
+        assert set(stranger.coords) == {"time", "channel", "step", "offset"} and "formula" in stranger.step.attrs
+        values = stranger.frames * stranger.step + stranger.offset  # what the attributes say, without this project
+        assert values.dtype == np.float32
+        np.testing.assert_array_equal(values, contents(folder / "store.zarr"))
         for row, seed in enumerate((0, 1, 3, 4, 5)):
             images = physical_frame(32, seed)
             for name in CHANNELS:
-                expected = signed_log(images, name, 2)
-                np.testing.assert_allclose(stranger.frames[row].sel(channel=name), expected, rtol=2**-11, atol=1e-6)
+                expected, most = signed_log(images, name, 2), ERROR_BOUND * SCALERS[name].std
+                np.testing.assert_allclose(values[row].sel(channel=name), expected, rtol=0, atol=most)
+
+
+def test_strangers_see_no_number_where_there_is_no_frame(folder):
+    build(folder, between=[("2014-01-07 03:00", "2014-01-07 05:00")])
+    frames._grow(folder / "store.zarr", HOURS[:1].to_numpy())  # a row whose frame was not made yet
+    with xarray.open_zarr(folder / "store.zarr") as stranger:
+        assert stranger.done.values.tolist() == [1, 1, 0]
+        seen = stranger.frames.isnull().all(("channel", "y", "x")).values
+        assert seen.tolist() == [False, False, True]
+
+
+EXTREMES = {"DN": (0, 60_000), "G": (-4000, 4000), "m/s": (-7000, 7000)}
+
+
+def _extreme_frame() -> dict[str, np.ndarray]:
+    """Every channel over all values that an instrument has given, (64, 64) each, dense near 0."""
+    images = {}
+    for name in CHANNELS:
+        low, high = EXTREMES[UNITS[name]]
+        ends = np.geomspace(1e-3, high, 2048)
+        images[name] = np.concatenate([-ends if low else np.linspace(0, high, 2048), ends]).reshape(64, 64)
+        images[name] = images[name].astype(np.float32)
+        assert images[name].min() <= low and images[name].max() >= 0.999 * high
+    return images
+
+
+def test_the_bound_holds_for_every_pixel_of_every_channel(tmp_path):
+    images = _extreme_frame()
+    write_netcdf(tmp_path / "a.nc", images)
+    codes, error = reduce_frame(tmp_path / "a.nc", CHANNELS, 1, SCALERS)
+    assert codes.dtype == np.int16 and 3.9e-3 < error <= ERROR_BOUND < 5e-3
+    for i, name in enumerate(CHANNELS):
+        coding, scaler = coding_of(name, SCALERS[name]), SCALERS[name]
+        exact, stored = signed_log(images, name, 1), coding.decode(codes[i])
+        assert np.abs(stored - exact).max() / (scaler.std + scaler.epsilon) <= ERROR_BOUND, name
+        assert np.abs(stored - exact).max() <= 2**-11 * 1.01, name
+        assert (stored[images[name] == 0] == 0).all() and coding.decode(np.int16(0)) == coding.offset
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "aia94",
+            2e5,
+            r"aia94 has a pixel of 200000 DN \(averaged\), but the store can keep only -64.* to 1.049e\+05 DN",
+        ),
+        ("aia94", -100, r"aia94 has a pixel of -100 DN .* of this channel"),
+        ("aia131", -900, r"aia131 has a pixel of -900 DN"),
+    ],
+)
+def test_a_pixel_outside_the_range_makes_the_frame_unreadable_and_is_named(folder, name, value, said):
+    images = physical_frame(32, 3)
+    images[name][4:6, 6:8] = value
+    bad = write_netcdf(folder / "2014/01/20140107_0300.nc", images)
+    report = build(folder)
+    assert report.built == 4 and list(report.unreadable) == [str(bad)]
+    assert pd.Series(report.unreadable.values()).str.contains(said).all(), report.unreadable
+    assert HOURS[3] not in open_store(folder / "store.zarr")
+
+
+def test_a_store_keeps_its_steps_when_the_scalers_change(folder):
+    build(folder, between=[("2014-01-07", "2014-01-07 02:00")])
+    other = {name: replace(s, std=s.std / 3) for name, s in SCALERS.items()}
+    assert build(folder, scalers=other).built == 3
+    build(folder, "at_once.zarr")
+    np.testing.assert_array_equal(contents(folder / "store.zarr"), contents(folder / "at_once.zarr"))
+
+
+@pytest.mark.parametrize("other", [None, "int16 fixed point, 2"])
+def test_a_store_of_another_format_is_refused(folder, other):
+    build(folder)
+    group = zarr.open_group(folder / "store.zarr", mode="r+", use_consolidated=False)
+    if other:
+        group.attrs["format"] = other
+    else:
+        del group.attrs["format"]
+    frames._consolidate(folder / "store.zarr")
+    for use in (open_store, verify_store, lambda path: build(folder)):
+        with pytest.raises(
+            ValueError, match=f'the format "{other or "float16.*"}", but this version .* reads "int16 .*1"'
+        ):
+            use(folder / "store.zarr")
 
 
 def test_channels_are_read_by_name_in_any_order(folder):
@@ -103,6 +196,8 @@ def test_a_dask_scheduler_elsewhere_can_do_the_work(folder):
     local = {"processes": False, "n_workers": 1, "protocol": "tcp", "dashboard_address": None}
     with LocalCluster(**local, scheduler_port=0) as cluster:
         assert build(folder, dask_address=cluster.scheduler_address).built == 5
+    with pytest.raises(ConnectionError, match="No Dask scheduler answers at nowhere .*data.dask_address"):
+        build(folder, "two.zarr", dask_address="nowhere")
 
 
 def test_an_index_that_grew_keeps_its_rows(folder):
@@ -117,11 +212,14 @@ def test_an_index_that_grew_keeps_its_rows(folder):
     build(folder, "at_once.zarr")
     np.testing.assert_array_equal(contents(folder / "store.zarr"), contents(folder / "at_once.zarr"))
     with xarray.open_zarr(folder / "store.zarr") as stranger:
-        np.testing.assert_array_equal(stranger.sortby("time").frames, contents(folder / "store.zarr"))
+        ordered = stranger.sortby("time")
+        values = ordered.frames * ordered.step + ordered.offset
+        np.testing.assert_array_equal(values, contents(folder / "store.zarr"))
 
 
 def test_only_the_asked_span_is_built(folder):
-    assert build(folder, between=[("2014-01-07 03:00", "2014-01-07 05:00")]).built == 2
+    report = build(folder, between=[("2014-01-07 03:00", "2014-01-07 05:00")])
+    assert (report.built, report.missing) == (2, 0)  # the hour that is not present lies outside
     assert open_store(folder / "store.zarr").times.tolist() == HOURS[3:5].to_pydatetime().tolist()
 
 
@@ -209,9 +307,30 @@ def test_a_damaged_chunk_is_found_and_built_again(folder):
     build(folder)
     before = contents(folder / "store.zarr")
     (folder / "store.zarr/frames/c/2/0/0/0").write_bytes(b"\x00" * 100)
-    assert verify_store(folder / "store.zarr") == ["2014-01-07T03:00:00"]
-    assert build(folder).built == 1
+    with pytest.raises(
+        OSError, match=r"2014-01-07 03:00:00 in .*store.zarr cannot be read .*make cache ARGS=.--verify"
+    ):
+        contents(folder / "store.zarr")
+    (folder / "store.zarr/frames/c/0/0/0/0").unlink()  # as after a power cut
+    with pytest.raises(OSError, match=r"2014-01-07 00:00:00 .* cannot be read \(its file is missing\)"):
+        contents(folder / "store.zarr")
+    assert verify_store(folder / "store.zarr", [("2014-01-07 02:00", "2014-01-08")]) == ["2014-01-07T03:00:00"]
+    assert verify_store(folder / "store.zarr") == ["2014-01-07T00:00:00"]
+    assert build(folder).built == 2
     np.testing.assert_array_equal(contents(folder / "store.zarr"), before)
+
+
+def test_a_frame_is_on_the_disk_before_its_mark(folder, monkeypatch):
+    seen, flush = [], frames.flush_to_disk
+
+    def watch(file, below):
+        flush(file, below)
+        seen.append((Path(file).relative_to(folder / "store.zarr"), frames._done_rows(folder / "store.zarr")))
+
+    monkeypatch.setattr(frames, "flush_to_disk", watch)
+    build(folder)
+    chunks = [(int(file.parts[2]), done) for file, done in seen if file.parts[0] == "frames"]
+    assert chunks == [(row, set(range(row))) for row in range(5)]
 
 
 # ---------------------------------------------------------------------------------------------------- bad indices
@@ -219,6 +338,42 @@ def test_index_without_a_column_is_refused(folder):
     pd.read_csv(folder / "index.csv").drop(columns="present").to_csv(folder / "index.csv", index=False)
     with pytest.raises(ValueError, match="has no column present; it has path, timestep"):
         read_index(folder / "index.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"cannot be read as a table \(No columns.*\). An index is a CSV with the columns"),
+        ('\x89HDF\n"', "cannot be read as a table"),
+        ("path;timestep;present\na.nc;2014-01-07;1\n", "has no column path, present, timestep"),
+        (
+            "path,timestep,present\na.nc,2014-01-07,yes\n",
+            'Row 2 of the index .* has "yes" in its column present, not 0 or 1',
+        ),
+        ("path,timestep,present\na.nc,2014-01-07,\n", 'Row 2 of the index .* has "" in its column present, not 0 or 1'),
+        ("path,timestep,present\n,2014-01-07,0\n,2014-01-08,1\n", 'Row 3 .* "" in its column path, not the path'),
+        ("path,timestep,present\n", "nothing to build: the index has not one present frame"),
+    ],
+)
+def test_an_odd_index_is_described(tmp_path, text, said):
+    (tmp_path / "index.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said):
+        build(tmp_path)
+
+
+def test_times_of_an_index_may_have_zones_and_flags_be_words(folder):
+    index = pd.read_csv(folder / "index.csv")
+    index["timestep"] = pd.to_datetime(index["timestep"]).dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")
+    index["present"] = index["present"] == 1
+    index.to_csv(folder / "index.csv", index=False)
+    read = read_index(folder / "index.csv")
+    assert read.table["time"].tolist() == HOURS.delete(2).tolist() and read.missing == 1
+
+
+def test_a_span_without_frames_is_said(folder):
+    report = build(folder, native_size=32, between=[("2015-01-01", "2015-02-01")])
+    assert (report.built, report.missing) == (0, 0)
+    assert "the index has not one present frame from 2015-01-01 to 2015-02-01" in str(report)
 
 
 def test_unsorted_and_repeated_rows_are_put_in_order_and_said(folder):
@@ -276,6 +431,24 @@ def test_a_store_of_another_kind_is_refused(folder):
     with pytest.raises(ValueError, match="scale factor 0.01 of hmi_m, but data.scalers has 0.5"):
         open_store(path, scalers=other)
     assert build(folder, channels=["hmi_v", "aia171"]).already == 5  # fewer channels, another order: the same store
+
+
+def test_what_is_no_store_is_neither_read_nor_overwritten(folder):
+    path = folder / "store.zarr"
+    path.write_text("my notes")
+    with pytest.raises(FileExistsError, match="store.zarr is there, but is not a frame store"):
+        build(folder)
+    path.unlink()
+    path.mkdir()
+    (path / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="Move it away"):
+        build(folder)
+    (path / "zarr.json").write_text("")  # a power cut on some disks
+    for use in (open_store, lambda path: build(folder)):
+        with pytest.raises(ValueError, match="store.zarr cannot be opened: its zarr.json is damaged"):
+            use(path)
+    with pytest.raises(ValueError, match="Images of 32 pixels cannot be pooled by 3"):
+        build(folder, "three.zarr", pooling=3)
 
 
 def test_store_names_differ_by_channels_and_size():
@@ -367,14 +540,17 @@ def test_a_disk_that_fills_up_stops_the_build_and_loses_nothing(tmp_path):
     assert total == pytest.approx(contents(tmp_path / "alone.zarr").astype(np.float64).sum(), rel=1e-12)
 
 
-@pytest.mark.parametrize("writes", [10, 30])  # while the store is created, while frames are written
-def test_no_space_while_writing_leaves_a_store_that_resumes(folder, monkeypatch, writes):
+@pytest.mark.parametrize(
+    ("part", "writes"),
+    [("/step/c/", 0), ("/time/c/", 0), ("/frames/c/", 2), ("/done/c/", 2)],  # creating, growing, frame, mark
+)
+def test_no_space_while_writing_leaves_a_store_that_resumes(folder, monkeypatch, part, writes):
     import zarr.storage._local as local
 
     put, calls = local._put, []
 
     def full(path, *arguments, **keywords):
-        calls.append(path)
+        calls.extend([path] if part in str(path) else [])
         if len(calls) > writes:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return put(path, *arguments, **keywords)
@@ -383,9 +559,12 @@ def test_no_space_while_writing_leaves_a_store_that_resumes(folder, monkeypatch,
     with pytest.raises(DiskFullError, match="became full .* it goes on"):
         build(folder)
     monkeypatch.undo()
-    left = len(open_store(folder / "store.zarr")) if writes == 30 else 0
-    assert (folder / "store.zarr").exists() == (writes == 30) and left < 5
-    assert build(folder).built == 5 - left
+    assert (folder / "store.zarr").exists() == (part != "/step/c/")
+    if part != "/step/c/":
+        assert len(open_store(folder / "store.zarr")) == writes and len(contents(folder / "store.zarr")) == writes
+    assert build(folder).built == 5 - writes
+    build(folder, "alone.zarr")
+    np.testing.assert_array_equal(contents(folder / "store.zarr"), contents(folder / "alone.zarr"))
 
 
 def test_too_little_space_is_refused_before_writing(folder):
@@ -496,6 +675,7 @@ def test_a_busy_server_and_a_broken_connection_are_tried_again(s3, folder):
     index, endpoint, relay = s3
     relay.faults[_key(index, 1)] = ["503"] * 3
     relay.faults[_key(index, 3)] = ["truncate"]
+    relay.faults[index.removeprefix("s3:/")] = ["503"] * 3
     source = Source(True, endpoint, retries=4, pause_s=0.01)
     report = build_store(index, folder / "s3.zarr", pooling=2, source=source, progress=False)
     assert report.built == 5 and not report.unreadable
@@ -512,6 +692,8 @@ def test_what_cannot_be_fetched_is_reported_by_name_and_the_rest_is_built(s3, fo
     client = boto3.client("s3", endpoint_url="http://{}:{}".format(*relay.moto))
     client.delete_object(Bucket=bucket, Key="2014/01/20140107_0000.nc")
     client.put_object_acl(Bucket=bucket, Key="2014/01/20140107_0400.nc", ACL="private")
+    with pytest.raises(FileNotFoundError, match="The index s3://.*none.csv: there is no such file .* Check data.index"):
+        read_index(f"s3://{bucket}/none.csv", Source(True, endpoint))
     relay.faults[_key(index, 1)] = ["503"] * 50
     relay.faults[_key(index, 3)] = ["truncate always"]
     source = Source(True, endpoint, retries=2, pause_s=0.01)
@@ -532,30 +714,142 @@ def test_a_server_that_cannot_be_reached_stops_the_build(folder):
     index.to_csv(folder / "s3.csv", index=False)
     source = Source(True, "http://127.0.0.1:9", retries=0, pause_s=0.01)
     with pytest.raises(ConnectionError, match="Check the network, and data.endpoint_url"):
+        read_index("s3://bucket/index.csv", source)
+    with pytest.raises(ConnectionError, match="Check the network, and data.endpoint_url"):
         build_store(folder / "s3.csv", folder / "s3.zarr", pooling=2, native_size=32, source=source, progress=False)
 
 
 # ---------------------------------------------------------------------------------------------------- by configuration
-def test_prepare_store_follows_the_config(folder, monkeypatch):
+@pytest.fixture
+def config(folder, monkeypatch):
+    """A configuration with the six frames and a shared folder of its own; call it with further values."""
     monkeypatch.chdir(folder)
-    overrides = {
+    values = {
         "paths.shared": str(folder),
         "data.index": str(folder / "index.csv"),
         "data.store": "{shared}/frames",
         "data.native_size": 32,
         "data.pooling": 2,
         "data.channels": list(THREE),
+        "data.offsets_minutes": [-60, 0],
         "paths.reserve_gb": 0.0,
         "split.train": ["2014-01-07 01:00", "2014-01-07 02:00"],
         "split.val": ["2014-01-07 05:00", "2014-01-07 06:00"],
         "split.test": ["2014-01-08 00:00", "2014-01-09 00:00"],
         "model.patch_size": 4,
     }
-    cfg = load_config(ROOT / "config.yaml", overrides)
+    return lambda **changes: load_config(ROOT / "config.yaml", values | changes)
+
+
+def test_prepare_store_follows_the_config(folder, config):
+    cfg = config()
     report = prepare_store(cfg, progress=False)
-    assert report.built == 4  # 00:00 and 04:00 are the earlier frames of the samples
+    assert (report.built, report.missing) == (4, 0)  # 00:00 and 04:00 are the earlier frames of the samples
     assert report.store == folder / "surya-course/frames" / frames.store_name(THREE, 2, 32) == frames.store_path(cfg)
     whole = prepare_store(cfg, between=[("2014-01-07", "2014-01-08")], progress=False)
-    assert (whole.built, whole.already) == (1, 4)
+    assert (whole.built, whole.already, whole.missing) == (1, 4, 1)
     description = json.loads((report.store / "zarr.json").read_text())["attributes"]
     assert description["channels"] == list(THREE)
+
+
+def test_a_store_that_has_more_channels_is_shared(folder, config):
+    stores, few = folder / "surya-course/frames", config(**{"data.channels": ["hmi_v", "aia171"]})
+    name = frames.store_name
+    assert frames.store_path(few) == stores / name(["aia171", "hmi_v"], 2, 32)  # nothing is there: one of its own
+    three = prepare_store(config(), progress=False)
+    assert frames.store_path(few) == three.store and not three.notes
+    assert frames.store_path(config(**{"data.channels": ["aia94", "hmi_v"]})).name == name(["aia94", "hmi_v"], 2, 32)
+    assert frames.store_path(config(**{"data.pooling": 1})) == stores / name(THREE, 1, 32)
+    whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False)
+    assert frames.store_path(few) == whole.store == stores / name(CHANNELS, 2, 32)  # 13 before any other
+    assert frames.store_path(config()) == three.store  # and the exact one before all
+    report = prepare_store(few, progress=False)
+    assert (report.built, report.already, report.store) == (0, 4, whole.store)
+    assert "for more channels than are needed here: it holds aia94" in str(report)
+    own = stores / name(["aia171", "hmi_v"], 2, 32)
+    build_store(folder / "index.csv", own, ["aia171", "hmi_v"], pooling=2, progress=False)
+    assert frames.store_path(few) == own
+
+
+def test_a_read_only_store_with_more_channels_is_read_and_what_it_lacks_is_built_privately(
+    folder, config, monkeypatch, tmp_path
+):
+    from helpers import shared
+
+    whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shared, "_found", {})
+    for module in (shared, frames):
+        monkeypatch.setattr(module, "is_writable", lambda path: folder / "surya-course" not in (path, *path.parents))
+    few = config(**{"data.channels": ["hmi_v", "aia171"]})
+    report = prepare_store(few, progress=False)
+    assert (report.built, report.already, report.store) == (0, 4, whole.store) and frames.store_path(few) == whole.store
+    day = prepare_store(few, between=[("2014-01-07", "2014-01-08")], progress=False)
+    private = tmp_path / "home/surya-course/frames" / frames.store_name(["hmi_v", "aia171"], 2, 32)
+    assert (day.built, day.store) == (5, private) and frames.store_path(few) == private
+    assert len(open_store(whole.store)) == 4 and not day.notes
+
+
+def test_a_store_that_cannot_be_read_is_not_shared(folder, config, tmp_path):
+    whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False).store
+    table = yaml.safe_load((ROOT / "helpers/data/scalers.yaml").read_text())
+    table["hmi_v"]["sl_scale_factor"] = 0.5
+    (tmp_path / "scalers.yaml").write_text(yaml.safe_dump(table))
+    other = config(**{"data.scalers": str(tmp_path / "scalers.yaml")})
+    assert frames.store_path(config()) == whole != frames.store_path(other)
+    group = zarr.open_group(whole, mode="r+", use_consolidated=False)
+    del group.attrs["format"]
+    frames._consolidate(whole)
+    assert frames.store_path(config()) != whole
+    assert prepare_store(config(), progress=False).built == 4
+
+
+def test_channels_that_are_predicted_are_built_too(folder, config):
+    from helpers.dataset import make_loaders
+
+    cfg = config(
+        **{
+            "data.channels": ["hmi_bz", "aia171"],
+            "labels.kind": "image",
+            "labels.path": None,
+            "labels.target_channels": ["aia94"],
+            "data.offsets_minutes": [0],
+            "model.time_dim": 1,
+            "split.train": ["2014-01-07 00:00", "2014-01-07 02:00"],
+            "split.val": ["2014-01-07 03:00", "2014-01-07 04:00"],
+            "split.test": ["2014-01-07 05:00", "2014-01-07 06:00"],
+            "split.guard_hours": 0.5,
+        }
+    )
+    assert frames.channels_needed(cfg) == ("aia94", "aia171", "hmi_bz")
+    report = prepare_store(cfg, progress=False)
+    assert (
+        report.built == 4
+        and report.missing == 0
+        and report.store.name == frames.store_name(("aia94", "aia171", "hmi_bz"), 2, 32)
+    )
+    assert open_store(report.store).stored_channels == ("aia94", "aia171", "hmi_bz")
+    item = make_loaders(cfg).train.dataset[0]
+    images = physical_frame(32, 0)
+    assert item["ts"].shape == (2, 1, 16, 16) and item["target"].shape == (1, 16, 16)
+    for plane, name in ((item["ts"][0, 0], "hmi_bz"), (item["ts"][1, 0], "aia171"), (item["target"][0], "aia94")):
+        expected = (signed_log(images, name, 2) - SCALERS[name].mean) / SCALERS[name].std
+        np.testing.assert_allclose(plane, expected, rtol=0, atol=ERROR_BOUND)
+
+
+def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, monkeypatch, capsys):
+    cfg = config(
+        **{"synthetic.folder": None, "labels.path": None, "labels.kind": "image", "labels.target_channels": ["hmi_m"]}
+    )
+    store = prepare_store(cfg, [("2014-01-07", "2014-01-08")], progress=False).store
+    for row in (0, 4):
+        (store / f"frames/c/{row}/0/0/0").write_bytes(b"\x00" * 100)
+    monkeypatch.setattr(frames, "load_config", lambda *_, **__: cfg)
+    monkeypatch.setattr(sys, "argv", ["frames", "--verify", "--start", "2014-01-07T14:00+09:00"])  # 05:00 in UTC
+    frames.main()
+    said = capsys.readouterr().out
+    assert "damaged: 2014-01-07T05:00:00\n" in said and "1 built" in said and "0 there already" in said
+    monkeypatch.setattr(sys, "argv", ["frames", "--start", "yesterday"])
+    with pytest.raises(SystemExit):
+        frames.main()
+    assert 'argument --start: "yesterday" is not a time' in capsys.readouterr().err
