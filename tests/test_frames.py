@@ -813,6 +813,7 @@ def test_channels_that_are_predicted_are_built_too(folder, config):
             "labels.kind": "image",
             "labels.path": None,
             "labels.target_channels": ["aia94"],
+            "target.metrics": ["rmse"],
             "data.offsets_minutes": [0],
             "model.time_dim": 1,
             "split.train": ["2014-01-07 00:00", "2014-01-07 02:00"],
@@ -838,9 +839,13 @@ def test_channels_that_are_predicted_are_built_too(folder, config):
 
 
 def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, monkeypatch, capsys):
-    cfg = config(
-        **{"synthetic.folder": None, "labels.path": None, "labels.kind": "image", "labels.target_channels": ["hmi_m"]}
-    )
+    image = {
+        "labels.path": None,
+        "labels.kind": "image",
+        "labels.target_channels": ["hmi_m"],
+        "target.metrics": ["mae"],
+    }
+    cfg = config(**{"synthetic.folder": None, "labels.target_offset_minutes": 60} | image)
     store = prepare_store(cfg, [("2014-01-07", "2014-01-08")], progress=False).store
     for row in (0, 4):
         (store / f"frames/c/{row}/0/0/0").write_bytes(b"\x00" * 100)

@@ -1,0 +1,58 @@
+"""The section "Your own task" of the README, followed to the letter in a copy of the project."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = "synthetic.visits=24 paths.reserve_gb=0 training.epochs=1 split.train=[2014-01-01,2014-01-29]"
+SMALL += " split.val=[2014-01-31,2014-02-08] split.test=[2014-02-10,2014-02-20]"
+
+
+@pytest.fixture(scope="module")
+def section() -> str:
+    return (ROOT / "README.md").read_text().split("## Your own task")[1].split("\n## ")[0]
+
+
+@pytest.fixture
+def project(tmp_path, section):
+    """A copy of the project with the files that the section shows, each under the name in its first line."""
+    folder = tmp_path / "course"
+    for name in ("helpers", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "my_*"))
+    for name in ("config.yaml", "Makefile", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, folder / name)
+    for name, text in re.findall(r"```(?:yaml|python)\n# (\S+)\n(.*?)```", section, re.DOTALL):
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_files_of_the_section_are_complete_tasks(project, monkeypatch):
+    monkeypatch.syspath_prepend(project)
+    names = {
+        path.name for path in (project / "config.local.yaml", project / "helpers/my_hot_corona.py") if path.exists()
+    }
+    assert names == {"config.local.yaml", "my_hot_corona.py"}
+    cfg = load_config(project / "config.yaml", {"target.loss": "mse"}, task="my_hot_corona")
+    assert cfg.data.channels == ["aia171", "aia193", "aia211"] and cfg.num_outputs == 1
+    assert load_config(project / "config.yaml", task="my_wind").labels.lead_minutes == 5760
+
+
+def test_the_commands_of_the_section_run(project, section, make, tmp_path):
+    commands = re.findall(r"^make (run-notebook .*TASK=my_hot_corona)$", section, re.MULTILINE)
+    assert [command.split()[1] for command in commands] == ["NB=baseline", "NB=finetune"]
+    for command in commands:
+        done = make(
+            *shlex.split(command), f"P={SMALL}", cwd=project, PYTHONPATH=str(project), SURYA_SHARED=str(tmp_path)
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for name in ("baseline", "finetune"):
+        run = project / "runs" / f"{name}-my_hot_corona-tiny-001"
+        assert json.loads((run / "summary.json").read_text())["status"] == "finished"
+        assert "bright_mse" in (run / "config.yaml").read_text() and (run / f"{name}.html").exists()
