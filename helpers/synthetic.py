@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
 from helpers.config import Config, load_config
+from helpers.dataset import GOES_CLASSES
 from helpers.encoder import SuryaEncoder
 from helpers.heads import Specformer2D
 from helpers.shared import atomic_write, resolve
@@ -360,10 +361,8 @@ def _write_labels(sun: SyntheticSun, start: pd.Timestamp, hours: int, path: Path
 def goes_class(flux: float) -> str:
     """GOES class of a soft X-ray flux in W/m^2: 2.5e-5 -> "M2.5"."""
     flux = float(f"{flux:.1e}")  # rounded first, so that 9.99e-7 is C1.0 and not B10.0
-    letter, unit = next(
-        (pair for pair in (("X", 1e-4), ("M", 1e-5), ("C", 1e-6), ("B", 1e-7)) if flux >= pair[1]), ("A", 1e-8)
-    )
-    return f"{letter}{flux / unit:.1f}"
+    letter = max((letter for letter, unit in GOES_CLASSES.items() if flux >= unit), key=GOES_CLASSES.get, default="A")
+    return f"{letter}{flux / GOES_CLASSES[letter]:.1f}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
