@@ -187,7 +187,7 @@ def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         means = np.array([[prediction[g].mean(), target[g].mean()] for g in groups])
         axes[0, 0].plot(*means.T, "o-", ms=4, color=color, label=name)
         if threshold is not None:
-            tried = np.linspace(prediction.min(), prediction.max(), 60)
+            tried = np.linspace(float(prediction.min()), float(prediction.max()), 60)
             scores = [tss(*(prediction - value, target - threshold), 0.0) for value in tried]
             axes[0, 1].plot(tried, scores, color=color, label=name)
     axes[0, 0].axline((means[0, 0], means[0, 0]), slope=1, color="k", lw=0.8)
@@ -227,6 +227,7 @@ def plot_sensitivity(physical: Tensor | np.ndarray, channels: Sequence[str], sen
         sensitivity: (C, gy, gx) from `helpers.diagnostics.input_sensitivity`.
     """
     values = np.asarray(sensitivity.detach().float())
+    values = values / max(values.mean(), np.finfo(values.dtype).tiny)  # a model of zeros looks nowhere
     by_channel = values.mean((1, 2))
     top = int(by_channel.argmax())
     image = np.asarray(physical)[top]
@@ -235,12 +236,11 @@ def plot_sensitivity(physical: Tensor | np.ndarray, channels: Sequence[str], sen
     left.set_title(f"{channels[top]}, the channel that counts most", fontsize=9)
     show_channel(right, image, channels[top])
     height, width = image.shape
-    shares = values.mean(0) / values.mean()
     box = (-0.5, width - 0.5, -0.5, height - 0.5)
-    shown = right.imshow(shares, origin="lower", cmap="viridis", alpha=0.75, extent=box, vmin=0)
+    shown = right.imshow(values.mean(0), origin="lower", cmap="viridis", alpha=0.75, extent=box, vmin=0)
     fig.colorbar(shown, ax=right, shrink=0.8, label="sensitivity / its mean")
     right.set_title("where it looks", fontsize=9)
-    bars.barh(np.arange(len(channels)), by_channel / by_channel.sum(), color="0.4")
+    bars.barh(np.arange(len(channels)), by_channel / len(channels), color="0.4")
     bars.set_yticks(np.arange(len(channels)), channels, fontsize=8)
     bars.invert_yaxis()
     bars.set_title("share of each channel", fontsize=9)

@@ -289,8 +289,10 @@ def test_trust_in_numbers_and_images(cfg, found, tmp_path):
     drawn(figure)
     reliable, score = figure.axes
     assert score.get_ylabel() == "tss" and len(reliable.lines[0].get_xdata()) == 8
-    at = np.interp(500, score.lines[0].get_xdata(), score.lines[0].get_ydata())
-    assert at == pytest.approx(found["baseline"].metrics(cfg)["tss"], abs=0.15)
+    tried, scores = score.lines[0].get_data()
+    prediction, target = found["baseline"].prediction[:, 0], found["baseline"].target[:, 0]
+    hits, alarms = (prediction >= tried[30])[target >= 500], (prediction >= tried[30])[target < 500]
+    assert scores[30] == pytest.approx(hits.double().mean() - alarms.double().mean())
     translation = image_task(tmp_path, "translation")
     figure = plots.plot_trust({"val": image_predictions(translation)}, translation)
     drawn(figure)
