@@ -72,6 +72,7 @@ class Pretraining(_Section):
     suns: Count
     samples: Count
     held_out: Count
+    noise: Annotated[float, Field(ge=1)]
     epochs: Count
     batch_size: Count
     lr: Positive
@@ -195,10 +196,15 @@ class Training(_Section):
 
     lr: Positive
     epochs: Count
-    precision: Literal["fp32", "bf16"]
+    regime: Literal["lora", "probe", "full", "scratch"]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    precision: Literal["fp32", "bf16", "fp16"]
+    deterministic: bool
     batch_size: Count
     accumulation: Count
     weight_decay: Annotated[float, Field(ge=0)]
+    head_lr: Positive | None
+    head_weight_decay: Annotated[float, Field(ge=0)]
     warmup: Share
     schedule: Literal["cosine", "constant"]
     gradient_clip: Positive
@@ -207,6 +213,20 @@ class Training(_Section):
     max_train_samples: Count | None
     max_val_samples: Count | None
     augment: list[Literal["flip_lr", "flip_ud", "rot180"]]
+
+
+class Diagnostics(_Section):
+    """Limits of the verdict on a training curve, and how much `learning_rate.ipynb` trains."""
+
+    range_lrs: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    range_steps: Count
+    sweep_lrs: Annotated[list[Positive], Field(min_length=1)]
+    sweep_epochs: Count
+    precision_seeds: Annotated[list[int], Field(min_length=2)]
+    diverged: Positive
+    erratic: Positive
+    flat: Positive
+    overfitting: Positive
 
 
 class Tracking(_Section):
@@ -235,6 +255,7 @@ class Config(_Section):
     head: Head
     lora: Lora
     training: Training
+    diagnostics: Diagnostics
     tracking: Tracking
 
     def to_dict(self) -> dict[str, Any]:
@@ -456,7 +477,10 @@ def _nearest(key: str) -> str:
     inside = [known for known in _SCHEMA if known.startswith(f"{key}.")]
     if inside:
         return f"is a section with the keys {', '.join(name.split('.', 1)[1] for name in inside)}, not a value"
-    same_leaf = [known for known in _SCHEMA if known.split(".")[-1] == key.split(".")[-1]]
+    section, _, leaf = key.rpartition(".")
+    if (short := f"{section}." + "".join(word[:1] for word in leaf.split("_"))) in _SCHEMA:  # learning_rate: lr
+        return f"unknown key; did you mean {short}?"
+    same_leaf = [known for known in _SCHEMA if known.split(".")[-1] == leaf]
     cutoff = 0.0 if same_leaf else 0.5
     near = difflib.get_close_matches(key, same_leaf or _SCHEMA, n=1, cutoff=cutoff)
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"

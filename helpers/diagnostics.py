@@ -1,16 +1,24 @@
-"""Looking into a model: what its input becomes on the way, and what moves its output."""
+"""Looking into a model, what its input becomes and what moves its output; and into its training, curve by curve."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from einops import reduce
 from torch import Tensor, nn
 
+from helpers.config import Config
+from helpers.dataset import Loaders
 from helpers.heads import LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.tasks import compute_loss
+from helpers.training import make_accelerator, parameter_groups
 
 
 def input_sensitivity(model: nn.Module, batch: Mapping[str, Any], patch_size: int, output: int = 0) -> Tensor:
@@ -84,3 +92,94 @@ def _stages(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     elif isinstance(model, Specformer1D):
         stages.append((f"{model.pooling} pooling", model.pool, "b l d -> b d"))
     return stages
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Learning rates, read off curves
+# --------------------------------------------------------------------------------------------------------------------
+def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
+    """Learning-rate range test (Smith 2015, arXiv:1506.01186): raise the rate at every step and watch the loss.
+
+    The rate grows geometrically from the first to the last number of `diagnostics.range_lrs` in
+    `diagnostics.range_steps` steps. The test stops early when the smoothed loss is four times its lowest. Afterwards
+    the model has the weights that it had.
+
+    Returns:
+        One row a step: `lr`, `loss` of that batch, and `smoothed` (exponential mean, corrected for its start).
+    """
+    accelerator = make_accelerator(cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    first, last = cfg.diagnostics.range_lrs
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
+    train, rows, mean = accelerator.prepare(loaders.train), [], 0.0
+    model.to(accelerator.device).train()
+    batches = chain.from_iterable(repeat(train))
+    for step, batch in enumerate(islice(batches, cfg.diagnostics.range_steps)):
+        lr = first * (last / first) ** (step / max(1, cfg.diagnostics.range_steps - 1))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        with accelerator.autocast():
+            loss = compute_loss(model(batch), batch["target"], loaders, cfg)
+        mean = 0.9 * mean + 0.1 * loss.item()
+        rows.append({"lr": lr, "loss": loss.item(), "smoothed": mean / (1 - 0.9 ** (step + 1))})
+        if not rows[-1]["smoothed"] <= 4 * min(row["smoothed"] for row in rows):  # NaN, too
+            break
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.load_state_dict(before, strict=False)
+    return pd.DataFrame(rows)
+
+
+def suggest_lr(table: pd.DataFrame) -> float:
+    """A tenth of the rate at which the smoothed loss of a `range_test` was lowest: there it was about to blow up."""
+    return float(table["lr"][table["smoothed"].idxmin()] / 10)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a training curve says.
+
+    Attributes:
+        word: healthy, too small (flat), too large (erratic), diverged or overfitting.
+        numbers: what was measured, with the limit that it was held against: {name: (value, limit)}.
+        advice: what to do next.
+    """
+
+    word: str
+    numbers: dict[str, tuple[float, float]]
+    advice: str
+
+    def __str__(self) -> str:
+        numbers = ", ".join(f"{name} {value:.2f} (limit {limit:g})" for name, (value, limit) in self.numbers.items())
+        return f"{self.word}: {numbers}. {self.advice}"
+
+
+def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Verdict:
+    """Read a training curve by stated rules; the first that holds is the verdict.
+
+    All numbers are shares of the validation loss before training (epoch 0). *rise* is the highest training loss;
+    *jumps* the mean rise of the training loss from one epoch to the next; *fall* how much the training loss has fallen;
+    *turn* how far the validation loss ends above its lowest.
+
+    Args:
+        table: `history.table` of `helpers.training.fit`: `train_loss` and `val_loss` by epoch, from epoch 0.
+        cfg: `diagnostics` has the limits.
+        diverged: the run stopped because the loss was no longer finite.
+    """
+    limits, start = cfg.diagnostics, table["val_loss"].iloc[0]
+    train, val = table["train_loss"].dropna() / start, table["val_loss"] / start
+    rise = math.inf if diverged or not np.isfinite(train).all() or train.empty else train.max()
+    jumps = train.diff().clip(lower=0).mean() if len(train) > 1 else 0.0
+    fall = 1 - train.iloc[-2:].mean() if len(train) else 0.0
+    turn = val.iloc[-2:].mean() - val.min()
+    rules = [  # number, limit, whether it is beyond, word, advice
+        ("rise", rise, limits.diverged, rise > limits.diverged, "diverged", "Divide training.lr by ten."),
+        ("jumps", jumps, limits.erratic, jumps > limits.erratic, "too large (erratic)", "Divide training.lr by three."),
+        ("fall", fall, limits.flat, fall < limits.flat, "too small (flat)", "Triple training.lr, or train longer."),
+        ("turn", turn, limits.overfitting, turn > limits.overfitting, "overfitting",
+         "Keep the best epoch; raise lora.dropout or weight_decay, lower lora.rank, or get more samples."),
+    ]  # fmt: skip
+    numbers = {name: (float(value), limit) for name, value, limit, _, _, _ in rules}
+    word, advice = next(((w, a) for *_, beyond, w, a in rules if beyond), ("healthy", "Nothing to mend."))
+    return Verdict(word, numbers, advice)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helpers.config import Config
 from helpers.encoder import SuryaEncoder
 
 QKV = ("q", "k", "v")
@@ -105,6 +106,17 @@ def apply_lora(
             adapted = LoRALinear(layer, rank, alpha, dropout, parts).train(layer.training)
             setattr(encoder.backbone.get_submodule(parent), leaf, adapted)
     loralib.mark_only_lora_as_trainable(encoder)
+    return model
+
+
+def adapt(model: nn.Module, cfg: Config) -> nn.Module:
+    """Choose what trains by `training.regime`, in place, and return the model.
+
+    lora: adapters by `apply_lora` with the settings of `lora`, and the head. probe: the head alone. full, scratch: all.
+    """
+    if cfg.training.regime == "lora":
+        return apply_lora(model, **cfg.lora.model_dump())
+    _encoder_of(model).requires_grad_(cfg.training.regime != "probe")
     return model
 
 

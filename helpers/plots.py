@@ -140,6 +140,52 @@ def plot_history(history: History, cfg: Config) -> Figure:
     return fig
 
 
+def plot_range_test(table: pd.DataFrame, suggested: float, used: float) -> Figure:
+    """Loss against learning rate of `helpers.diagnostics.range_test`, with the suggested and the configured rate."""
+    fig, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
+    axis.plot(table["lr"], table["loss"], color="0.8", lw=0.8, label="each batch")
+    axis.plot(table["lr"], table["smoothed"], color=SPLIT_COLORS["train"], label="smoothed")
+    axis.axvline(suggested, color="k", ls="--", lw=0.8, label=f"suggested: {suggested:.1e}")
+    axis.axvline(used, color="tab:red", ls=":", lw=1.2, label=f"training.lr: {used:.1e}")
+    low = table["smoothed"].min()
+    axis.set(xscale="log", ylim=(0, 5 * low), xlabel="learning rate, rising at every step", ylabel="training loss")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    return fig
+
+
+def plot_curves(tables: Mapping[str, pd.DataFrame], notes: Mapping[str, str]) -> Figure:
+    """Training curves side by side on one scale.
+
+    Args:
+        tables: `history.table` of each training, by its label.
+        notes: a word for each label, for the title.
+    """
+    fig, axes = plt.subplots(
+        1, len(tables), figsize=(3 * len(tables), 3), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, (label, table) in zip(axes[0], tables.items(), strict=True):
+        axis.plot(table.index, table["train_loss"], ".-", color=SPLIT_COLORS["train"], label="train")
+        axis.plot(table.index, table["val_loss"], ".-", color=SPLIT_COLORS["val"], label="validation")
+        axis.set_title(f"{label}\n{notes[label]}", fontsize=9)
+        axis.set(yscale="log", xlabel="epoch")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("loss")
+    axes[0, 0].legend(fontsize=8)
+    return fig
+
+
+def plot_block_memory(kept: Mapping[str, Mapping[str, int]]) -> Figure:
+    """What each block keeps for the backward pass, in MB: one group of bars a label (`StepMemory.by_block`)."""
+    fig, axis = plt.subplots(figsize=(7, 3), layout="constrained")
+    table = pd.DataFrame(kept) / 1e6
+    table.plot.bar(ax=axis, rot=0, width=0.8)
+    axis.set(ylabel="kept until the backward pass [MB]")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8)
+    return fig
+
+
 def plot_predictions(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target."""
     return find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)(found, cfg)

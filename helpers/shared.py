@@ -147,14 +147,15 @@ def find_checkpoint(cfg: Config) -> Path | None:
     """The local file of `model.checkpoint`, downloaded into the shared Hugging Face cache if nobody did before.
 
     Args:
-        cfg: `model.checkpoint` is a path, "hf://owner/name/file", or null (random weights: None is returned).
+        cfg: `model.checkpoint` is a path, "hf://owner/name/file", or null (random weights: None is returned, as for
+            `training.regime: scratch`).
 
     Raises:
         FileNotFoundError: no such file here or on the hub, or no network.
         PermissionError: the repository is gated.
         DiskFullError: the disk has no room for it.
     """
-    if cfg.model.checkpoint is None:
+    if cfg.model.checkpoint is None or cfg.training.regime == "scratch":
         return None
     if not cfg.model.checkpoint.startswith("hf://"):
         path = Path(resolve(cfg, cfg.model.checkpoint))

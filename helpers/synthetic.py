@@ -38,7 +38,7 @@ FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
 MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
 MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
-VERSION = 2  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+VERSION = 3  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,27 @@ class _Response:
 
     quiet: float
     active: float
+    noise: float  # standard deviation in a dark pixel; the faint hot channels are the noisy ones, as in AIA
     power: float  # of the field (or of the heating for hot channels)
     hot: bool
     limb: float  # > 0 brightens towards the limb (corona), < 0 darkens (photosphere)
 
 
 _RESPONSES = {
-    "aia94": _Response(0.6, 18, 1.2, True, 0.5),
-    "aia131": _Response(3.0, 70, 1.0, True, 0.5),
-    "aia171": _Response(90, 900, 0.7, False, 0.6),
-    "aia193": _Response(100, 1500, 0.9, False, 0.7),
-    "aia211": _Response(32, 600, 1.0, False, 0.7),
-    "aia304": _Response(26, 260, 0.8, False, 0.3),
-    "aia335": _Response(2.4, 40, 1.0, True, 0.6),
-    "aia1600": _Response(55, 160, 0.6, False, -0.6),
+    "aia94": _Response(0.6, 18, 2, 1.2, True, 0.5),
+    "aia131": _Response(3.0, 70, 9, 1.0, True, 0.5),
+    "aia171": _Response(90, 900, 30, 0.7, False, 0.6),
+    "aia193": _Response(100, 1500, 45, 0.9, False, 0.7),
+    "aia211": _Response(32, 600, 24, 1.0, False, 0.7),
+    "aia304": _Response(26, 260, 15, 0.8, False, 0.3),
+    "aia335": _Response(2.4, 40, 7, 1.0, True, 0.6),
+    "aia1600": _Response(55, 160, 9, 0.6, False, -0.6),
 }
+_SHOT_NOISE = 0.06  # of the brightness of a pixel
+_HMI_NOISE = {"hmi_m": 4, "hmi_bx": 20, "hmi_by": 20, "hmi_bz": 10, "hmi_v": 180}  # gauss, m/s
 
-
-# Smallest step of each channel, in its unit: powers of two near the noise.
-_STEPS = np.array([1 / 16, 1 / 8, 1, 1, 1 / 2, 1 / 2, 1 / 16, 1, 1, 1, 1, 1, 32], np.float32)[:, None, None]
+# Smallest step of each channel, in its unit: powers of two below the noise.
+_STEPS = np.array([1 / 2, 2, 4, 8, 4, 4, 1, 2, 1, 4, 4, 2, 32], np.float32)[:, None, None]
 
 
 class SyntheticSun:
@@ -128,7 +130,7 @@ class SyntheticSun:
         flares = 3.5e-6 * (now["heating"][visible] ** 2).sum()
         return float((QUIET_FLUX + flares) * 10 ** rng.normal(0, FLARE_NOISE_DEX))
 
-    def frame(self, hour: float, side: int) -> np.ndarray:
+    def frame(self, hour: float, side: int, noise_scale: float = 1.0) -> np.ndarray:
         """All channels at `hour` as (13, side, side) float32 in physical units (DN, gauss, m/s); row 0 is the south."""
         rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
         disk = _disk(side)
@@ -142,14 +144,13 @@ class SyntheticSun:
         level = 1 + 0.2 * np.sin(2 * np.pi * hour / self.quiet_period + self.quiet_phase)  # (8,), one a channel
         out = np.empty((len(CHANNELS), side, side), np.float32)
         for c, name in enumerate(CHANNELS):
-            noise = rng.standard_normal((side, side), np.float32)
+            noise = noise_scale * rng.standard_normal((side, side), np.float32)
             if name in _RESPONSES:
                 image = _euv(_RESPONSES[name], disk, quiet * level[c], cool, hot)
-                out[c] = np.maximum(image * (1 + 0.06 * noise), 0)
-            elif name == "hmi_v":
-                out[c] = np.where(disk.on, 1900 * disk.x + 180 * noise, 0)
+                out[c] = np.maximum(image + np.hypot(_RESPONSES[name].noise, _SHOT_NOISE * image) * noise, 0)
             else:
-                out[c] = np.where(disk.on, field[name] * (radial if name == "hmi_m" else 1) + 4 * noise, 0)
+                signal = {"hmi_v": 1900 * disk.x, "hmi_m": field["hmi_m"] * radial}.get(name, field.get(name))
+                out[c] = np.where(disk.on, signal + _HMI_NOISE[name] * noise, 0)
         return _quantised(out)
 
     def _active(self, hour: float, disk: _Disk) -> tuple[dict[str, np.ndarray], dict, dict, np.ndarray]:
@@ -377,13 +378,14 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
 
     Returns:
         Mean squared errors in normalised units on Suns that were not trained on: `before`, `after`, `persistence` (the
-        last frame stays) and `mean_frame` (the average training frame), and the `seconds` of training.
+        last frame stays) and `mean_frame` (their own average frame: the best constant), and the `seconds` of training.
     """
     settings = cfg.synthetic.pretraining
     torch.manual_seed(settings.seed)
-    frames = _forecast_samples(cfg, settings.samples, settings.seed)  # (N, 13, 3, H, W) normalised float16
+    frames = _forecast_samples(
+        cfg, settings.samples, settings.seed, settings.noise
+    )  # (N, 13, 3, H, W) normalised float16
     held_out = _forecast_samples(cfg, settings.held_out, settings.seed + settings.suns)
-    mean_frame = frames[:, :, 2].float().mean(0)
     model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
     report = {"before": _forecast_error(model, held_out)}
     started = time.perf_counter()
@@ -406,7 +408,7 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
     report |= {"seconds": time.perf_counter() - started, "after": _forecast_error(model, held_out)}
     future = held_out[:, :, 2].float()
     report["persistence"] = F.mse_loss(held_out[:, :, 1].float(), future).item()
-    report["mean_frame"] = F.mse_loss(mean_frame.expand_as(future), future).item()
+    report["mean_frame"] = F.mse_loss(future.mean(0).expand_as(future), future).item()
     state = {key.removeprefix("encoder."): value.detach().clone() for key, value in model.state_dict().items()}
     state["embedding.pos_embed"] = (
         model.encoder.embedding.pos_embed.clone()
@@ -416,20 +418,26 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
     return report
 
 
-def _forecast_samples(cfg: Config, count: int, seed: int) -> Tensor:
-    """Frames at -60, 0 and +60 minutes of random hours of `suns` Suns, (count, 13, 3, H, W) normalised float16."""
+def _forecast_samples(cfg: Config, count: int, seed: int, noise: float = 1.0) -> Tensor:
+    """Frames at -60, 0 and +60 minutes of random hours of `suns` Suns, (count, 13, 3, H, W) normalised float16.
+
+    Each sample is drawn with 1 to `noise` times the usual noise: an encoder that has to find the signal under it reads
+    a patch as a whole, and serves a fine-tune better.
+    """
     suns = cfg.synthetic.pretraining.suns
-    jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.pooling) for i in range(count)]
+    jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.pooling, noise) for i in range(count)]
     with _processes(cfg.synthetic.workers) as pool:
         samples = list(tqdm(pool.map(_forecast_sample, jobs, chunksize=8), "pretraining frames", count, unit="sample"))
     return torch.from_numpy(np.stack(samples))
 
 
-def _forecast_sample(job: tuple[int, int, int, int]) -> np.ndarray:
-    seed, number, side, pooling = job
+def _forecast_sample(job: tuple[int, int, int, int, float]) -> np.ndarray:
+    seed, number, side, pooling, noise = job
     sun = SyntheticSun(10_000 + seed, 60 * 24)  # far from the seeds of the course
-    hour = np.random.default_rng([seed, number]).uniform(1, 59 * 24)
-    frames = torch.from_numpy(np.stack([sun.frame(hour + step, side) for step in (-1, 0, 1)], axis=1))  # (13, 3, N, N)
+    rng = np.random.default_rng([seed, number])
+    hour, scale = rng.uniform(1, 59 * 24), noise ** rng.uniform()
+    images = [sun.frame(hour + step, side, scale) for step in (-1, 0, 1)]
+    frames = torch.from_numpy(np.stack(images, axis=1))  # (13, 3, N, N)
     scaler = stack_scalers(load_scalers(), CHANNELS, trailing=3)
     return normalise(F.avg_pool2d(frames, pooling), scaler).half().numpy()
 

@@ -1,11 +1,12 @@
-"""The training loop that both notebooks share: precision, accumulation, schedule, best epoch, early stop."""
+"""The training loop that the notebooks share: device, precision, accumulation, schedule, best epoch, early stop."""
 
 from __future__ import annotations
 
 import copy
 import math
+import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -42,9 +43,24 @@ class History:
         return pd.DataFrame(self.rows).set_index("epoch")
 
 
+class Diverged(FloatingPointError):
+    """The loss is no longer finite. `history` has the epochs before; the model holds the best of them again."""
+
+    def __init__(self, message: str, history: History) -> None:
+        super().__init__(message)
+        self.history = history
+
+
 def seed_everything(cfg: Config) -> None:
-    """Seed Python, NumPy and torch, so that new layers start the same in every run of this configuration."""
+    """Seed Python, NumPy and torch, so that new layers start the same in every run of this configuration.
+
+    With `training.deterministic` every later operation is the same bit for bit, too, or raises where the device has no
+    such way; slower on a GPU.
+    """
     set_seed(cfg.seed)
+    if cfg.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.training.deterministic)
 
 
 def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> None:
@@ -55,7 +71,7 @@ def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> Non
     """
     if not isinstance(model, FeatureModel):
         return
-    accelerator = _accelerator(cfg)
+    accelerator = make_accelerator(cfg)
     model.to(accelerator.device)
     with accelerator.autocast():
         model.fit_features(loaders.train, limit=cfg.head.feature_batches)
@@ -78,11 +94,11 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
 
     Raises:
         ValueError: nothing to train, an output that does not have the target's shape, or a metric that cannot choose.
-        FloatingPointError: the loss is no longer finite; the message says what to change.
+        Diverged: the loss is no longer finite; says at which step, what to change, and which weights the model has now.
     """
     settings = cfg.training
-    accelerator = _accelerator(cfg)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=settings.lr)
+    accelerator = make_accelerator(cfg)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
     inner = model  # accelerate may wrap it for several processes
     model, optimizer, train = accelerator.prepare(model, optimizer, loaders.train)
     steps = math.ceil(len(train) / settings.accumulation) * settings.epochs
@@ -110,10 +126,12 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
             elif epoch - history.best_epoch >= settings.patience:
                 history.stopped = f"no better validation {key} for {settings.patience} epochs"
                 break
+    except _NotFinite as error:
+        raise Diverged(_what_diverged(error, history, cfg), history) from None
     finally:
         bar.close()
         accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the model its own forward back
-    inner.load_state_dict(kept, strict=False)
+        inner.load_state_dict(kept, strict=False)
     return history
 
 
@@ -123,7 +141,7 @@ def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Pred
 
     Of images, the metrics of the split and of each image are kept, and a few examples.
     """
-    accelerator = _accelerator(cfg)
+    accelerator = make_accelerator(cfg)
     model = model.to(accelerator.device)
     loader = _in_order(getattr(loaders, split), cfg) if split == "train" else getattr(loaders, split)
     collector = Collector(loaders, cfg, _times(loader.dataset))
@@ -160,25 +178,77 @@ def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Conf
     return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
 
 
-def _accelerator(cfg: Config) -> Accelerator:
-    """A fresh Accelerator: another cell of the same notebook may ask for another precision."""
-    AcceleratorState._reset_state()
-    precision = {"fp32": "no", "bf16": "bf16"}[cfg.training.precision]
+# --------------------------------------------------------------------------------------------------------------------
+# Device, precision, optimiser
+# --------------------------------------------------------------------------------------------------------------------
+def make_accelerator(cfg: Config) -> Accelerator:
+    """A fresh Accelerator on `training.device` in `training.precision`: another cell may ask for another one.
+
+    Raises:
+        ValueError: the machine has no such device, or the device cannot compute in that precision.
+    """
+    device = choose_device(cfg.training.device)
+    if cfg.training.precision == "fp16" and device.type != "cuda":
+        raise ValueError(
+            f"training.precision: fp16 needs a GPU, and this runs on {device}: its small range needs loss scaling, "
+            "which exists for CUDA alone. Set training.precision to bf16 or fp32."
+        )
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    precision = {"fp32": "no"}.get(cfg.training.precision, cfg.training.precision)
     return Accelerator(mixed_precision=precision, gradient_accumulation_steps=cfg.training.accumulation)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices decay, vectors (biases, norms) do not."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
+def choose_device(wanted: str) -> torch.device:
+    """The device that `training.device` means: for "auto" the GPU with the most free memory, or the CPU.
+
+    Raises:
+        ValueError: there is no such device; the message lists those there are.
+    """
+    count = torch.cuda.device_count()
+    there = ["cpu", *(f"cuda:{number}" for number in range(count))]
+    if wanted == "auto":
+        free = [torch.cuda.mem_get_info(number)[0] for number in range(count)]
+        return torch.device(_emptiest(free))
+    if (name := {"cuda": "cuda:0"}.get(wanted, wanted)) not in there:
+        raise ValueError(f"training.device is {wanted!r}, and this machine has {', '.join(there)}. Or write auto.")
+    return torch.device(name)
+
+
+def _emptiest(free: Sequence[int]) -> str:
+    """The GPU with the most free bytes, said aloud where there is a choice; without GPUs the CPU."""
+    if not free:
+        return "cpu"
+    number = max(range(len(free)), key=free.__getitem__)
+    if len(free) > 1:
+        listed = ", ".join(f"cuda:{i} {size / 1e9:.1f}" for i, size in enumerate(free))
+        print(f"training on cuda:{number}, which has the most free memory (GB free: {listed})")
+    return f"cuda:{number}"
+
+
+def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
+    """What trains, for the optimiser: encoder (adapters too) and head apart; matrices decay, vectors do not.
+
+    Raises ValueError when nothing requires a gradient.
+    """
+    settings, groups = cfg.training, {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            inside, matrix = name.startswith("encoder."), parameter.ndim > 1
+            groups.setdefault((inside, matrix), []).append(parameter)
+    if not groups:
         raise ValueError("No parameter of the model requires a gradient, so there is nothing to train.")
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    head = (settings.head_lr or settings.lr, settings.head_weight_decay)
+    rates = {True: (settings.lr, settings.weight_decay), False: head}
+    return [
+        {"params": found, "lr": rates[inside][0], "weight_decay": rates[inside][1] if matrix else 0.0}
+        for (inside, matrix), found in sorted(groups.items(), reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Inside the loop
+# --------------------------------------------------------------------------------------------------------------------
 def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
     """Share of the learning rate at each optimiser step: a linear rise, then half a cosine or nothing."""
     warmup = round(cfg.training.warmup * steps)
@@ -205,10 +275,13 @@ def _epoch(
 ) -> float:
     """One pass over the training split; the mean loss."""
     model.train()
-    total, count = torch.zeros((), device=accelerator.device), 0
-    for batch in train:
+    total, count = 0.0, 0
+    for step, batch in enumerate(train, 1):
         with accelerator.accumulate(model):
             loss = compute_loss(model(batch), batch["target"], loaders, cfg)
+            value = loss.item()
+            if not math.isfinite(value):
+                raise _NotFinite(value, step)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), cfg.training.gradient_clip)
@@ -216,16 +289,24 @@ def _epoch(
             optimizer.zero_grad()
             if accelerator.sync_gradients:
                 schedule.step()
-        total += loss.detach() * len(batch["target"])
+        total += value * len(batch["target"])
         count += len(batch["target"])
         bar.update()
-    mean = (total / count).item()
-    if not math.isfinite(mean):
-        raise FloatingPointError(
-            f"The training loss became {mean}. Lower training.lr (now {cfg.training.lr}) or lengthen training.warmup; "
-            "if it happens in the first epoch already, look for NaN in the inputs with one batch of the loader."
-        )
-    return mean
+    return total / count
+
+
+class _NotFinite(Exception):
+    """Carries the loss and the number of the batch in its epoch."""
+
+
+def _what_diverged(error: _NotFinite, history: History, cfg: Config) -> str:
+    loss, step = error.args
+    epoch = history.rows[-1]["epoch"] + 1
+    return (
+        f"The training loss became {loss} at batch {step} of epoch {epoch}. The model has the weights of epoch "
+        f"{history.best_epoch} again, its best. Lower training.lr (now {cfg.training.lr}) or lengthen training.warmup; "
+        "if it happens in the first batches, look for NaN in the inputs with one batch of the loader."
+    )
 
 
 def _check_judged(row: Mapping[str, float], key: str) -> None:

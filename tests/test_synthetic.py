@@ -65,19 +65,20 @@ def test_frames_have_the_channels_units_and_darkness_of_sdo():
     frame = SyntheticSun(1, 500).frame(200, 64)
     assert frame.shape == (13, 64, 64) and frame.dtype == np.float32 and np.isfinite(frame).all()
     image = dict(zip(CHANNELS, frame, strict=True))
+    clear = dict(zip(CHANNELS, SyntheticSun(1, 500).frame(200, 64, noise_scale=0), strict=True))
     r = radius(64)
     for name in (name for name in CHANNELS if name.startswith("hmi")):
         assert not image[name][r > 1].any() and image[name][r < 0.9].std() > 3, name  # no field beyond the limb
         assert image[name].min() < 0 < image[name].max()
     for name in (name for name in CHANNELS if name.startswith("aia")):
-        assert image[name].min() >= 0 and image[name][r < 0.9].mean() > 3 * image[name][r > 1.18].mean(), name
+        assert image[name].min() >= 0 and clear[name][r < 0.9].mean() > 3 * clear[name][r > 1.18].mean(), name
     assert image["aia171"][(r > 1) & (r < 1.05)].mean() > 10  # but a corona
     assert image["hmi_v"][:, :32][r[:, :32] < 1].mean() < -300  # the east limb comes towards us
 
 
 def test_the_same_sun_at_two_sizes_is_the_same_sun():
     sun = SyntheticSun(2, 500)
-    fine, coarse = (sun.frame(200, side)[CHANNEL["hmi_bz"]] for side in (128, 32))
+    fine, coarse = (sun.frame(200, side, noise_scale=0)[CHANNEL["hmi_bz"]] for side in (128, 32))
     pooled = fine.reshape(32, 4, 32, 4).mean((1, 3))
     assert np.corrcoef(pooled.ravel(), coarse.ravel())[0, 1] > 0.8
 
@@ -320,7 +321,7 @@ def test_the_tiny_checkpoint_forecasts_suns_it_has_never_seen(tiny):
 
 def test_pretraining_lowers_the_error_and_writes_a_checkpoint(config, tmp_path):
     small = {"patch_size": 8, "embed_dim": 32, "depth": 3, "n_spectral_blocks": 1, "num_heads": 2}
-    settings = {"suns": 8, "samples": 64, "held_out": 16, "epochs": 3, "batch_size": 8, "lr": 5e-3}
+    settings = {"suns": 8, "samples": 64, "held_out": 16, "noise": 1.5, "epochs": 6, "batch_size": 8, "lr": 5e-3}
     overrides = {f"model.{key}": value for key, value in small.items()}
     overrides |= {f"synthetic.pretraining.{key}": value for key, value in settings.items()}
     cfg = config(**overrides)
@@ -331,6 +332,6 @@ def test_pretraining_lowers_the_error_and_writes_a_checkpoint(config, tmp_path):
     loaded = load_filtered(model, tmp_path / "small.pt")
     assert loaded.parameters_loaded == loaded.parameters_total and not loaded.missing
     samples = forecast_samples(range(700_000, 700_008), 32, 1)
-    assert forecast_error(model, samples) < 0.8 * report["before"]
+    assert forecast_error(model, samples) < 0.9 * report["before"]
     second = pretrain(cfg, tmp_path / "again.pt")
     assert second["after"] == pytest.approx(report["after"], rel=1e-3)  # seeded

@@ -12,14 +12,25 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
+from helpers import training
 from helpers.config import load_config
 from helpers.dataset import Loaders
 from helpers.encoder import SuryaEncoder
 from helpers.heads import Specformer1D
-from helpers.lora import apply_lora
+from helpers.lora import adapt, apply_lora
 from helpers.metrics import compute_metrics
+from helpers.shared import find_checkpoint
 from helpers.tracking import start_run
-from helpers.training import Predictions, fit, metrics_table, predict, reference_predictions, seed_everything
+from helpers.training import (
+    Diverged,
+    Predictions,
+    fit,
+    metrics_table,
+    parameter_groups,
+    predict,
+    reference_predictions,
+    seed_everything,
+)
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (2, 1, 8, 8)  # C, T, H, W
@@ -232,7 +243,8 @@ def test_decay_is_for_matrices_alone(config):
     loaders = numbers()
     for name in ("train", "val"):
         getattr(loaders, name).dataset.ts.zero_()  # no gradient for the weight, and no other change than its decay
-    overrides = {"training.weight_decay": 0.5, "training.lr": 0.01, "training.epochs": 1, "training.gradient_clip": 1e9}
+    overrides = {"training.head_weight_decay": 0.5, "training.lr": 0.01, "training.epochs": 1}
+    overrides["training.gradient_clip"] = 1e9
     fit(model, loaders, config(**overrides))
     assert model.head.weight.tolist() == [[pytest.approx(1e3 * (1 - 0.005) ** 4)] * 2]
     assert model.head.bias.item() == pytest.approx(1e3 - 4 * 0.01, rel=1e-6)  # four steps of Adam, each of lr
@@ -294,9 +306,89 @@ def test_the_forward_comes_back_after_a_failure_too(config):
 def test_nan_in_the_training_inputs(config):
     loaders = numbers()
     loaders.train.dataset.ts[3] = torch.nan
-    pattern = r"training loss became nan. Lower training.lr \(now 0.05\) .* look for NaN in the inputs"
-    with pytest.raises(FloatingPointError, match=pattern):
+    pattern = (
+        r"training loss became nan at batch [1-4] of epoch 1. .* weights of epoch 0 .* Lower training.lr \(now 0.05\)"
+    )
+    with pytest.raises(Diverged, match=pattern) as raised:
         fit(Linear(), loaders, config())
+    assert list(raised.value.history.table.index) == [0]
+
+
+def test_a_run_that_diverges_later_leaves_the_best_weights_and_its_history(config):
+    model, loaders = Linear(), numbers()
+    cfg, seen, healthy = config(**{"training.epochs": 9}), [], Linear.forward
+
+    def forward(self, batch):
+        seen.append(self.training)
+        broken = self.training and sum(seen) > 3 * len(loaders.train)  # in the fourth epoch
+        return healthy(self, batch) * (math.nan if broken else 1)
+
+    model.forward = forward.__get__(model)
+    with pytest.raises(Diverged, match=r"batch 1 of epoch 4. The model has the weights of epoch 3 again") as raised:
+        fit(model, loaders, cfg)
+    table = raised.value.history.table
+    assert list(table.index) == [0, 1, 2, 3] and table["val_rmse"].idxmin() == 3
+    assert predict(model, loaders, "val", cfg).metrics(cfg)["rmse"] == pytest.approx(table["val_rmse"][3])
+
+
+# ---------------------------------------------------------------------------------------------------- device, regime
+def test_fp16_needs_a_gpu(config):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    with pytest.raises(ValueError, match=r"training.precision: fp16 needs a GPU, and this runs on cpu"):
+        fit(Linear(), numbers(), config(**{"training.precision": "fp16"}))
+
+
+def test_a_device_that_is_not_there_is_named_with_those_that_are(config):
+    with pytest.raises(ValueError, match=r"training.device is 'cuda:7', and this machine has cpu"):
+        fit(Linear(), numbers(), config(**{"training.device": "cuda:7"}))
+    with pytest.raises(ValueError, match=r"training.device"):
+        config(**{"training.device": "gpu"})
+
+
+def test_the_gpu_with_the_most_free_memory_is_taken_and_named(capsys):
+    assert training._emptiest([]) == "cpu" and training._emptiest([5]) == "cuda:0" and not capsys.readouterr().out
+    assert training._emptiest([20_000_000_000, 71_500_000_000, 3]) == "cuda:1"
+    assert "cuda:1, which has the most free memory (GB free: cuda:0 20.0, cuda:1 71.5" in capsys.readouterr().out
+
+
+ENCODER = {"img_size": 32, "patch_size": 8, "in_chans": 2, "time_dim": 1, "embed_dim": 16, "depth": 2}
+
+
+@pytest.mark.parametrize("regime", ["lora", "probe", "full", "scratch"])
+def test_one_word_chooses_what_trains(config, regime):
+    cfg = config(**{"training.regime": regime, "model.checkpoint": str(ROOT / "helpers/data/surya.tiny.pt")})
+    model = adapt(Specformer1D(SuryaEncoder(**ENCODER, n_spectral_blocks=1, num_heads=2), pooling="mean"), cfg)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    head = {name for name, _ in model.named_parameters() if not name.startswith("encoder.")}
+    adapters = {name for name, _ in model.named_parameters() if "lora_" in name}
+    everything = {name for name, _ in model.named_parameters()}
+    assert bool(adapters) == (regime == "lora")
+    assert trains == {"lora": head | adapters, "probe": head}.get(regime, everything)
+    assert (find_checkpoint(cfg) is None) == (regime == "scratch")
+
+
+def test_adapters_and_head_have_rates_and_decays_of_their_own(config):
+    cfg = config(**{"training.head_lr": 0.3, "training.weight_decay": 0.1, "training.head_weight_decay": 0.2})
+    model = adapt(Specformer1D(SuryaEncoder(**ENCODER, n_spectral_blocks=1, num_heads=2), pooling="mean"), cfg)
+    names = {id(p): name for name, p in model.named_parameters()}
+    settings = {
+        names[id(p)]: (group["lr"], group["weight_decay"])
+        for group in parameter_groups(model, cfg)
+        for p in group["params"]
+    }
+    assert settings["encoder.backbone.blocks_attention.0.attn.qkv.lora_A"] == (0.05, 0.1)
+    for name, found in settings.items():
+        if not name.startswith("encoder."):
+            assert found == (0.3, 0.2 if model.get_parameter(name).ndim > 1 else 0.0)
+    assert len(settings) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_deterministic_is_switched_on_and_off(config):
+    seed_everything(config(**{"training.deterministic": True}))
+    assert torch.are_deterministic_algorithms_enabled()
+    seed_everything(config())
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_nan_in_the_validation_inputs(config):

@@ -16,30 +16,27 @@ from helpers.config import Config, load_config
 from helpers.dataset import Loaders, make_loaders
 from helpers.encoder import SuryaEncoder
 from helpers.heads import linear_baseline, specformer
-from helpers.lora import apply_lora
+from helpers.lora import adapt
 from helpers.shared import find_checkpoint
 from helpers.synthetic import ensure_synthetic
 from helpers.training import fit, predict, reference_predictions, seed_everything, standardise_features
 
 
-def deep(cfg: Config, pretrained: bool, train: str) -> nn.Module:
-    """Surya with its head, as in finetune.ipynb; `train` is lora, head or all."""
+def deep(cfg: Config) -> nn.Module:
+    """Surya with its head, as in finetune.ipynb."""
     model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
-    if pretrained:
-        channels = cfg.data.channels, cfg.model.checkpoint_channels
-        load_filtered(model, find_checkpoint(cfg), *channels, decoder_channels=cfg.head.decoder_channels)
-    if train == "lora":
-        return apply_lora(model, **cfg.lora.model_dump())
-    model.encoder.requires_grad_(train == "all")
-    return model
+    channels = cfg.data.channels, cfg.model.checkpoint_channels
+    load_filtered(model, find_checkpoint(cfg), *channels, decoder_channels=cfg.head.decoder_channels)
+    return adapt(model, cfg)
 
 
-MODELS = {
-    "linear baseline": ("baseline", linear_baseline),
-    "random weights, LoRA": ("finetune", lambda cfg: deep(cfg, False, "lora")),
-    "random weights, all trained": ("finetune", lambda cfg: deep(cfg, False, "all")),
-    "Surya, head only": ("finetune", lambda cfg: deep(cfg, True, "head")),
-    "Surya, LoRA": ("finetune", lambda cfg: deep(cfg, True, "lora")),
+MODELS = {  # name: experiment, how its model is built, and what differs from the config
+    "linear baseline": ("baseline", linear_baseline, {}),
+    "random weights, LoRA": ("finetune", deep, {"model.checkpoint": None}),
+    "random weights, all trained": ("finetune", deep, {"training.regime": "scratch"}),
+    "Surya, head only": ("finetune", deep, {"training.regime": "probe"}),
+    "Surya, all trained": ("finetune", deep, {"training.regime": "full"}),
+    "Surya, LoRA": ("finetune", deep, {}),
 }
 
 
@@ -67,8 +64,8 @@ def one_sun(seed: int, task: str, overrides: dict, names: list[str]) -> list[dic
     floors = reference_predictions(unseen, "test", cfg)
     rows = [{"model": name, **floor.metrics(cfg)} for name, floor in floors.items()]
     for name in names:
-        experiment, build = MODELS[name]
-        cfg = load_config(profile="tiny", task=task, experiment=experiment, overrides=overrides)
+        experiment, build, differs = MODELS[name]
+        cfg = load_config(profile="tiny", task=task, experiment=experiment, overrides=overrides | differs)
         seed_everything(cfg)
         loaders, started = make_loaders(cfg), time.perf_counter()
         model = build(cfg)

@@ -1,0 +1,154 @@
+"""Verdicts on curves that were made to be each kind, the range test, and the memory of a step."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from helpers import diagnostics
+from helpers.config import load_config
+from helpers.encoder import SuryaEncoder
+from helpers.heads import specformer
+from helpers.lora import adapt
+from helpers.memory import estimate_memory, measure_memory, memory_options
+
+EPOCHS = np.arange(1, 13)
+TRAIN = {  # training and validation loss by epoch, in units of the loss before training
+    "healthy": (0.2 + 0.8 * np.exp(-EPOCHS / 3), 0.3 + 0.7 * np.exp(-EPOCHS / 3)),
+    "too small (flat)": (1 - 0.004 * EPOCHS, 1 - 0.004 * EPOCHS),
+    "too large (erratic)": (0.8 + 0.25 * (-1.0) ** EPOCHS, 0.9 + 0.2 * (-1.0) ** EPOCHS),
+    "diverged": (1.2**EPOCHS, 1.1**EPOCHS),
+    "overfitting": (0.05 + 0.8 * np.exp(-EPOCHS / 3), 0.4 + 0.5 * np.exp(-EPOCHS) + 0.04 * EPOCHS),
+}
+
+
+def curve(kind: str, seed: int, scale: float) -> pd.DataFrame:
+    """A history with 2% noise, whatever the size of the loss."""
+    noise = np.random.default_rng(seed).normal(1, 0.02, (2, len(EPOCHS)))
+    train, val = np.array(TRAIN[kind]) * noise * scale
+    table = pd.DataFrame({"train_loss": [np.nan, *train], "val_loss": [scale, *val]})
+    return table.rename_axis("epoch")
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 300.0])
+@pytest.mark.parametrize("kind", TRAIN)
+def test_a_curve_made_to_be_of_one_kind_is_judged_so(kind, scale):
+    cfg = load_config()
+    assert [diagnostics.judge_curve(curve(kind, seed, scale), cfg).word for seed in range(20)] == [kind] * 20
+
+
+def test_the_verdict_shows_its_numbers_and_limits():
+    said = str(diagnostics.judge_curve(curve("overfitting", 0, 1.0), load_config()))
+    assert said.startswith("overfitting: rise ") and "turn 0." in said and "(limit 0.15)" in said
+    assert "weight_decay" in said
+
+
+def test_a_run_that_stopped_at_nan_has_diverged_whatever_came_before():
+    table = curve("healthy", 0, 1.0)
+    assert diagnostics.judge_curve(table, load_config(), diverged=True).word == "diverged"
+    assert diagnostics.judge_curve(table.iloc[:1], load_config(), diverged=True).word == "diverged"
+
+
+# ---------------------------------------------------------------------------------------------------- range test
+def quadratic(cfg):
+    """A model whose loss falls fastest at a known rate: one weight, Adam's steps are as long as the rate."""
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, 1))
+
+        def forward(self, batch):
+            return batch["ts"].mean((1, 2, 3, 4))[:, None] * self.weight
+
+    class Found:  # what compute_loss reads of Loaders
+        target_mean, target_std = torch.zeros(1), torch.ones(1)
+        train = torch.utils.data.DataLoader(
+            [{"ts": torch.ones(1, 1, 2, 2), "target": torch.ones(1)} for _ in range(16)], batch_size=4
+        )
+
+    return Line(), Found()
+
+
+def test_the_range_test_covers_its_rates_finds_the_blow_up_and_puts_the_weights_back():
+    cfg = load_config(overrides={"diagnostics.range_lrs": [1e-4, 100.0], "diagnostics.range_steps": 120})
+    model, loaders = quadratic(cfg)
+    table = diagnostics.range_test(model, loaders, cfg)
+    assert table["lr"][0] == pytest.approx(1e-4) and len(table) < 120  # stopped when it blew up
+    np.testing.assert_allclose(table["lr"][1:].values / table["lr"][:-1].values, 1e6 ** (1 / 119))
+    assert torch.equal(model.weight, torch.zeros(1, 1))
+    assert 1e-3 < diagnostics.suggest_lr(table) < table["lr"].iloc[-1] / 10
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+LARGE = {  # activations of some hundred MB, so that what libraries keep for themselves is small beside them
+    "data.native_size": 1024,
+    "data.pooling": 2,
+    "model.patch_size": 16,
+    "model.embed_dim": 384,
+    "model.depth": 6,
+    "model.num_heads": 6,
+    "training.device": "cpu",
+}
+
+
+def model_and_batch(batch_size: int, **changes):
+    cfg = load_config(overrides=LARGE | {"training.batch_size": batch_size} | changes)
+    model = adapt(specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg), cfg)
+    return model, {"ts": torch.rand(batch_size, 13, 2, cfg.data.image_size, cfg.data.image_size)}, cfg
+
+
+@pytest.mark.parametrize(
+    ("regime", "recompute", "precision"),
+    [("lora", False, "fp32"), ("lora", True, "fp32"), ("lora", False, "bf16"), ("full", True, "fp32")],
+)
+def test_the_estimate_is_what_a_real_step_allocates(regime, recompute, precision):
+    layers = list(range(LARGE["model.depth"])) if recompute else []
+    changes = {"training.regime": regime, "training.precision": precision, "model.checkpoint_layers": layers}
+    model, batch, cfg = model_and_batch(1, **changes)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    estimate = estimate_memory(model, batch, cfg)
+    assert measure_memory(model, batch, cfg) == pytest.approx(estimate.step, rel=0.2)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert estimate.optimizer == 8 * trained and estimate.weights >= 4 * sum(p.numel() for p in model.parameters())
+
+
+RESIDENT = """
+import resource, sys
+sys.path.insert(0, {tests!r})
+from test_diagnostics import model_and_batch, estimate_memory
+from helpers.memory import _step
+small, batch, cfg = model_and_batch(1, **{{"data.native_size": 128}})
+_step(small, batch, "fp32")  # what libraries allocate once
+model, batch, cfg = model_and_batch(3)
+before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+_step(model.train(), batch, "fp32")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+
+
+def test_the_estimate_is_what_the_process_grows_by():
+    model, batch, cfg = model_and_batch(3)
+    estimate = estimate_memory(model, batch, cfg).step
+    code = RESIDENT.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == pytest.approx(estimate, rel=0.2)
+
+
+def test_recomputation_one_sample_and_bf16_save_what_they_promise():
+    model, batch, cfg = model_and_batch(4)
+    table = memory_options(model, batch, cfg)
+    assert table.loc["as configured", "saves"] == 0
+    assert table.loc["training.batch_size: 1", "saves"] > 0.6
+    assert table.loc["model.checkpoint_layers: all", "saves"] > 0.4
+    assert 0.2 < table.loc["training.precision: bf16", "saves"] < 0.6
+    by_block = estimate_memory(model, batch, cfg).by_block
+    assert list(by_block) == ["embedding", *(f"block {i}" for i in range(6))]
+    kept = estimate_memory(model, batch, cfg, recompute=True).by_block
+    assert all(kept[name] < by_block[name] / 4 for name in kept if name != "embedding")
