@@ -229,6 +229,22 @@ class Diagnostics(_Section):
     overfitting: Positive
 
 
+class CompareEpochs(_Section):
+    """Epochs of each experiment; null: as configured for its notebook."""
+
+    baseline: Count | None
+    finetune: Count | None
+
+
+class Compare(_Section):
+    """What `compare.ipynb` trains where runs are missing, and how it judges them."""
+
+    seeds: Annotated[list[int], Field(min_length=2)]
+    train_samples: Annotated[list[Count | None], Field(min_length=1)]
+    epochs: CompareEpochs
+    draws: Count
+
+
 class Tracking(_Section):
     """Weights & Biases."""
 
@@ -256,6 +272,7 @@ class Config(_Section):
     lora: Lora
     training: Training
     diagnostics: Diagnostics
+    compare: Compare
     tracking: Tracking
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from einops import reduce
@@ -158,20 +157,20 @@ class Verdict:
 def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Verdict:
     """Read a training curve by stated rules; the first that holds is the verdict.
 
-    All numbers are shares of the validation loss before training (epoch 0). *rise* is the highest training loss;
-    *jumps* the mean rise of the training loss from one epoch to the next; *fall* how much the training loss has fallen;
-    *turn* how far the validation loss ends above its lowest.
+    All numbers are shares of the same loss before training (epoch 0). *rise* is the highest training loss; *jumps* the
+    mean rise of the training loss from one epoch to the next; *fall* how much the training loss has fallen; *turn* how
+    far the validation loss ends above its lowest.
 
     Args:
         table: `history.table` of `helpers.training.fit`: `train_loss` and `val_loss` by epoch, from epoch 0.
         cfg: `diagnostics` has the limits.
         diverged: the run stopped because the loss was no longer finite.
     """
-    limits, start = cfg.diagnostics, table["val_loss"].iloc[0]
-    train, val = table["train_loss"].dropna() / start, table["val_loss"] / start
-    rise = math.inf if diverged or not np.isfinite(train).all() or train.empty else train.max()
-    jumps = train.diff().clip(lower=0).mean() if len(train) > 1 else 0.0
-    fall = 1 - train.iloc[-2:].mean() if len(train) else 0.0
+    limits = cfg.diagnostics
+    train, val = (table[name] / table[name].iloc[0] for name in ("train_loss", "val_loss"))
+    rise = math.inf if diverged else train.max()
+    jumps = train.iloc[1:].diff().clip(lower=0).mean() if len(train) > 2 else 0.0
+    fall = 1 - train.iloc[-2:].mean()
     turn = val.iloc[-2:].mean() - val.min()
     rules = [  # number, limit, whether it is beyond, word, advice
         ("rise", rise, limits.diverged, rise > limits.diverged, "diverged", "Divide training.lr by ten."),

@@ -28,6 +28,7 @@ from helpers.metrics import tss
 from helpers.tasks import ImageExample, ImagePredictions, Predictions
 from helpers.training import History
 
+EXPERIMENT_COLORS = {"baseline": "0.35", "finetune": "tab:red"}
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 
 
@@ -172,6 +173,46 @@ def plot_curves(tables: Mapping[str, pd.DataFrame], notes: Mapping[str, str]) ->
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("loss")
     axes[0, 0].legend(fontsize=8)
+    return fig
+
+
+def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
+    """Validation metric against epoch of every run (a thin line) and its mean over seeds, one colour an experiment.
+
+    Args:
+        runs: of `helpers.comparison.comparable_runs`.
+    """
+    key = f"val_{cfg.target.metrics[0]}"
+    counts = sorted(runs["training samples"].unique())
+    fig, axes = plt.subplots(
+        1, len(counts), figsize=(4.5 * len(counts), 3.2), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, count in zip(axes[0], counts, strict=True):
+        for experiment, group in runs[runs["training samples"] == count].groupby("experiment"):
+            tables = [pd.read_csv(f"{folder}/history.csv", index_col="epoch")[key] for folder in group["folder"]]
+            color = EXPERIMENT_COLORS[experiment]
+            for table in tables:
+                axis.plot(table.index, table, color=color, lw=0.6, alpha=0.6)
+            mean = pd.concat(tables, axis=1).mean(axis=1)
+            axis.plot(mean.index, mean, color=color, label=f"{experiment}, {len(tables)} seeds")
+        axis.set(xlabel="epoch", title=f"{count:.0f} training samples")
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(f"validation {cfg.target.metrics[0]} [{cfg.target.unit}]")
+    axes[0, 0].legend(fontsize=8)
+    return fig
+
+
+def plot_scaling(runs: pd.DataFrame, cfg: Config) -> Figure:
+    """Test metric against number of training samples, mean and standard deviation over seeds."""
+    key = f"test_{cfg.target.metrics[0]}"
+    fig, axis = plt.subplots(figsize=(5, 3.4), layout="constrained")
+    for experiment, group in runs.groupby("experiment"):
+        by = group.groupby("training samples")[key]
+        color = EXPERIMENT_COLORS[experiment]
+        axis.errorbar(by.mean().index, by.mean(), by.std(), fmt="o-", color=color, capsize=3, label=experiment)
+    axis.set(xlabel="training samples", ylabel=f"test {cfg.target.metrics[0]} [{cfg.target.unit}]", xscale="log")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
     return fig
 
 

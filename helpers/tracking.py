@@ -207,6 +207,14 @@ def latest_run(runs: str | Path, **wanted: str | None) -> dict[str, Any] | None:
     return None if table.empty else table.iloc[-1].dropna().to_dict()
 
 
+def sync_command(runs: str | Path) -> str:
+    """The command that uploads the offline runs in the folder `runs` to Weights & Biases, or that there is none."""
+    found = sorted(Path(runs).glob("*/wandb/offline-run-*"))
+    if not found:
+        return f"No run in {runs} waits for an upload."
+    return f"wandb sync {Path(runs)}/*/wandb/offline-run-*   # {len(found)} runs"
+
+
 def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
     """The latest finished run of each experiment on the very data of `cfg`, for a fair comparison.
 

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 from helpers.config import Config, find_named
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class History:
-    """One row an epoch (epoch 0 is before training) and which epoch was kept."""
+    """One row an epoch (epoch 0 is before training, on a part of the training split) and which epoch was kept."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
@@ -110,7 +110,10 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
         for epoch in range(settings.epochs + 1):
             bar.set_description(f"epoch {epoch}/{settings.epochs}")
             started = time.perf_counter()
-            loss = _epoch(model, train, optimizer, schedule, loaders, cfg, accelerator, bar) if epoch else math.nan
+            if epoch:
+                loss = _epoch(model, train, optimizer, schedule, loaders, cfg, accelerator, bar)
+            else:
+                loss = _loss_before(model, loaders, cfg, accelerator)
             judged = _judge(model, loaders, "val", cfg, accelerator)
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss, **judged}
             row["seconds"] = time.perf_counter() - started
@@ -292,6 +295,20 @@ def _epoch(
         total += value * len(batch["target"])
         count += len(batch["target"])
         bar.update()
+    return total / count
+
+
+@torch.no_grad()
+def _loss_before(model: nn.Module, loaders: Loaders, cfg: Config, accelerator: Accelerator) -> float:
+    """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
+    loader = _in_order(loaders.train, cfg)
+    count = min(len(loader.dataset), len(loaders.val.dataset))
+    chosen = torch.linspace(0, len(loader.dataset) - 1, count).round().long().tolist()
+    part = DataLoader(Subset(loader.dataset, chosen), loader.batch_size, generator=torch.Generator())
+    total = sum(
+        compute_loss(output, target, loaders, cfg).item() * len(target)
+        for output, target, _ in _outputs(model, part, cfg, accelerator)
+    )
     return total / count
 
 

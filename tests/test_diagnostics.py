@@ -18,7 +18,7 @@ from helpers.lora import adapt
 from helpers.memory import estimate_memory, measure_memory, memory_options
 
 EPOCHS = np.arange(1, 13)
-TRAIN = {  # training and validation loss by epoch, in units of the loss before training
+TRAIN = {  # training and validation loss by epoch, each in units of its value before training
     "healthy": (0.2 + 0.8 * np.exp(-EPOCHS / 3), 0.3 + 0.7 * np.exp(-EPOCHS / 3)),
     "too small (flat)": (1 - 0.004 * EPOCHS, 1 - 0.004 * EPOCHS),
     "too large (erratic)": (0.8 + 0.25 * (-1.0) ** EPOCHS, 0.9 + 0.2 * (-1.0) ** EPOCHS),
@@ -31,7 +31,7 @@ def curve(kind: str, seed: int, scale: float) -> pd.DataFrame:
     """A history with 2% noise, whatever the size of the loss."""
     noise = np.random.default_rng(seed).normal(1, 0.02, (2, len(EPOCHS)))
     train, val = np.array(TRAIN[kind]) * noise * scale
-    table = pd.DataFrame({"train_loss": [np.nan, *train], "val_loss": [scale, *val]})
+    table = pd.DataFrame({"train_loss": [scale, *train], "val_loss": [3 * scale, *(3 * val)]})  # harder samples
     return table.rename_axis("epoch")
 
 

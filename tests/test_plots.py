@@ -106,7 +106,7 @@ def test_labels_without_unit_or_threshold(cfg, found):
 
 def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
     rows = [
-        {"epoch": i, "lr": 0.1 / (i + 1), "train_loss": 1 / i if i else float("nan"), "val_loss": 1 / (i + 1)}
+        {"epoch": i, "lr": 0.1 / (i + 1), "train_loss": 1 / (i + 0.5), "val_loss": 1 / (i + 1)}
         | {"val_mae": 50.0 - i, "val_rmse": 60.0 - i, "seconds": 1.0}
         for i in range(6)
     ]

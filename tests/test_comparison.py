@@ -1,0 +1,116 @@
+"""Which runs are compared, and what a difference between them is worth, on runs whose truth is known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from helpers import comparison
+from helpers.config import load_config
+from helpers.tracking import start_run, sync_command
+
+ROOT = Path(__file__).parents[1]
+DAYS = 30
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    fixed = {"paths.runs": str(tmp_path / "runs"), "tracking.wandb": "disabled", "target.metrics": ["rmse"]}
+    return lambda experiment="finetune", **overrides: load_config(
+        tmp_path / "config.yaml", fixed | overrides, experiment=experiment
+    )
+
+
+def leave_run(cfg, error: float, samples: int = 100, days: int = DAYS) -> str:
+    """A finished run whose predictions miss by `error` (standard deviation) on `days` days of three frames."""
+    times = pd.date_range("2015-01-01", periods=days, freq="1D").repeat(3)
+    truth = np.random.default_rng(0).normal(size=len(times))
+    miss = np.random.default_rng([cfg.seed, cfg.experiment == "baseline"]).normal(0, error, len(times))
+    with start_run(cfg) as run:
+        table = pd.DataFrame({"timestamp": times, "target_0": truth, "prediction_0": truth + miss})
+        table.to_csv(run.folder / "predictions_test.csv", index=False)
+        run.summary({"test_rmse": error, "seconds": 10.0 + cfg.seed, "trained parameters": 7, "step MB": 3.0})
+        run.summary({comparison.SAMPLES: samples})
+    return run.name
+
+
+def runs_of(config, baseline: float, finetune: float, seeds=(0, 1, 2)):
+    for seed in seeds:
+        leave_run(config("baseline", seed=seed), baseline)
+        leave_run(config(seed=seed), finetune)
+    return comparison.comparable_runs({name: config(name) for name in ("baseline", "finetune")})
+
+
+def test_a_clear_gain_is_found_with_its_interval(config):
+    difference = comparison.paired_difference(runs_of(config, 1.0, 0.5), config())
+    assert 0.3 < difference.low < difference.value < difference.high < 0.7
+    assert difference.value == pytest.approx(0.5, abs=0.15) and difference.blocks == DAYS
+    assert str(difference).startswith("The fine-tune is better than the baseline. rmse: 0.")
+
+
+def test_a_loss_is_said_as_plainly(config):
+    difference = comparison.paired_difference(runs_of(config, 0.5, 1.0), config())
+    assert difference.high < 0 and "is WORSE than the baseline" in str(difference)
+
+
+def test_equal_models_are_within_noise(config):
+    difference = comparison.paired_difference(runs_of(config, 0.7, 0.7), config())
+    assert difference.within_noise and str(difference).startswith("The difference is WITHIN NOISE")
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says(config):
+    """Two equally good models, many times: 95% of the intervals hold zero."""
+    cfg, seeds = config(**{"compare.draws": 100}), range(30)
+    runs = runs_of(config, 0.7, 0.7, seeds)
+    found = [comparison.paired_difference(runs[runs["seed"] == seed], cfg) for seed in seeds]
+    assert sum(difference.low <= 0 <= difference.high for difference in found) >= 25
+
+
+def test_only_runs_that_differ_in_seed_and_samples_are_compared(config):
+    name = leave_run(config(), 0.5)
+    fewer = leave_run(config(**{"training.max_train_samples": 60}), 0.6, samples=60)
+    leave_run(config(**{"training.lr": 0.5}), 0.4)
+    leave_run(config(**{"data.channels": ["aia94", "hmi_m"]}), 0.4)
+    again = leave_run(config(), 0.5)  # the same seed again: the newest counts
+    found = comparison.comparable_runs({"finetune": config()})
+    assert set(found["name"]) == {fewer, again} and name not in set(found["name"])
+    assert comparison.contains(found, config()) and not comparison.contains(found, config(seed=5))
+    assert comparison.contains(found, config(**{"training.max_train_samples": 60}))
+    assert not comparison.contains(found, config(**{"training.max_train_samples": 61}))
+
+
+def test_runs_on_other_test_samples_and_lonely_runs_are_refused(config):
+    leave_run(config("baseline"), 0.5)
+    configs = {name: config(name) for name in ("baseline", "finetune")}
+    with pytest.raises(ValueError, match="No seed has a finished run of both"):
+        comparison.paired_difference(comparison.comparable_runs(configs), config())
+    leave_run(config(), 0.5, days=DAYS - 1)
+    with pytest.raises(ValueError, match="tested on different samples"):
+        comparison.paired_difference(comparison.comparable_runs(configs), config())
+
+
+def test_the_table_has_mean_and_spread_over_seeds(config):
+    table = comparison.summary_table(runs_of(config, 1.0, 0.5))
+    row = table.loc[("finetune", 100)]
+    assert row["seeds"] == 3 and row["seconds"] == "11 ± 1" and row["test_rmse"] == "0.5 ± 0"
+
+
+def test_the_plan_has_every_experiment_seed_and_number_of_samples(config):
+    overrides = {"compare.seeds": [3, 4], "compare.train_samples": [50, None], "compare.epochs.finetune": 7}
+    planned = comparison.plan(config(**overrides))
+    assert len(planned) == 8
+    assert ("finetune", {"seed": 4, "training.max_train_samples": None, "training.epochs": 7}) in planned
+    assert all(config(experiment, **changes) for experiment, changes in planned)
+
+
+def test_the_command_for_weights_and_biases_names_the_runs_that_wait(config, tmp_path):
+    assert "No run in" in sync_command(tmp_path / "runs")
+    with start_run(config(**{"tracking.wandb": "offline"})) as run:
+        run.summary({"test_rmse": 1.0})
+    assert sync_command(tmp_path / "runs").startswith(f"wandb sync {tmp_path / 'runs'}/*/wandb/offline-run-*   # 1 run")
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert written["experiment"] == json.loads((run.folder / "summary.json").read_text())["experiment"]
