@@ -193,7 +193,7 @@ def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
             color = EXPERIMENT_COLORS[experiment]
             for table in tables:
                 axis.plot(table.index, table, color=color, lw=0.6, alpha=0.6)
-            mean = pd.concat(tables, axis=1).mean(axis=1)
+            mean = pd.concat(tables, axis=1).dropna().mean(axis=1)  # up to the epoch that all seeds reached
             axis.plot(mean.index, mean, color=color, label=f"{experiment}, {len(tables)} seeds")
         axis.set(xlabel="epoch", title=f"{count:.0f} training samples")
         axis.grid(alpha=0.3)
@@ -210,7 +210,7 @@ def plot_scaling(runs: pd.DataFrame, cfg: Config) -> Figure:
         by = group.groupby("training samples")[key]
         color = EXPERIMENT_COLORS[experiment]
         axis.errorbar(by.mean().index, by.mean(), by.std(), fmt="o-", color=color, capsize=3, label=experiment)
-    axis.set(xlabel="training samples", ylabel=f"test {cfg.target.metrics[0]} [{cfg.target.unit}]", xscale="log")
+    axis.set(xlabel="training samples", ylabel=f"test {cfg.target.metrics[0]} [{cfg.target.unit}]")
     axis.legend(fontsize=8)
     axis.grid(alpha=0.3)
     return fig

@@ -352,5 +352,5 @@ def test_a_pair_that_stops_mirroring_is_found(pair, change, told):
 def test_prose_and_model_may_differ_in_a_pair(pair):
     first, second = pair
     cell_with(second, "# Fine-tune", "markdown").source += "\n\nMore words."
-    cell_with(second, "apply_lora(", "code").source += "\nmodel.encoder.train()"
+    cell_with(second, "adapt(model, cfg)", "code").source += "\nmodel.encoder.train()"
     assert mirror_faults(first, second) == []
