@@ -39,9 +39,10 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(shared, "_found", {})
 
-    def config(folder=None, checkpoint=None, reserve_gb=0.0):
+    def config(folder=None, checkpoint=None, reserve_gb=0.0, regime="lora"):
         paths = SimpleNamespace(shared=folder and str(folder), reserve_gb=reserve_gb)
-        return SimpleNamespace(paths=paths, root=tmp_path, model=SimpleNamespace(checkpoint=checkpoint))
+        model, training = SimpleNamespace(checkpoint=checkpoint), SimpleNamespace(regime=regime)
+        return SimpleNamespace(paths=paths, root=tmp_path, model=model, training=training)
 
     return config
 
@@ -112,6 +113,7 @@ def test_a_local_checkpoint_and_a_missing_one(machine, tmp_path):
     (tmp_path / "tiny.pt").touch()
     assert find_checkpoint(machine(checkpoint="tiny.pt")) == tmp_path / "tiny.pt"
     assert find_checkpoint(machine(checkpoint=None)) is None
+    assert find_checkpoint(machine(checkpoint="none.pt", regime="scratch")) is None
     with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pt .model.checkpoint.*hf://nasa-ibm"):
         find_checkpoint(machine(checkpoint="none.pt"))
 
@@ -160,9 +162,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from helpers.shared import find_checkpoint
 for name in sys.argv[2:]:
-    paths = SimpleNamespace(shared=sys.argv[1], reserve_gb=0.0)
+    paths, training = SimpleNamespace(shared=sys.argv[1], reserve_gb=0.0), SimpleNamespace(regime="lora")
+    model = SimpleNamespace(checkpoint=name)
     try:
-        print(find_checkpoint(SimpleNamespace(paths=paths, root=Path(), model=SimpleNamespace(checkpoint=name))))
+        print(find_checkpoint(SimpleNamespace(paths=paths, root=Path(), model=model, training=training)))
     except OSError as error:
         print(type(error).__name__, error)
 """
