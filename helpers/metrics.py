@@ -79,6 +79,25 @@ def _contingency(prediction: Tensor, target: Tensor, threshold: float | None) ->
     return torch.stack([tp, fp, tn, fn])
 
 
+def event_probability(prediction: Tensor, spread: float, threshold: float) -> Tensor:
+    """Chance that the truth reaches the threshold, if it lies around the prediction as a normal distribution.
+
+    Args:
+        prediction: (N,) in target units.
+        spread: standard deviation of target minus prediction, of another split than the one that is judged.
+        threshold: of an event, in target units.
+    """
+    return torch.special.ndtr((prediction.double() - threshold) / max(spread, 1e-12))
+
+
+def brier_skill(probability: Tensor, event: Tensor) -> Tensor:
+    """1 minus the mean squared error of the probabilities over that of always saying the share of events; (N,) both.
+
+    1 is perfect, 0 is no better than the share (Brier 1950; Murphy 1973); NaN without both kinds.
+    """
+    return r2(probability.double(), event.double())
+
+
 class PixelCorrelation(torchmetrics.PearsonCorrCoef):
     """Pearson's correlation over all pixels of all images; 0 for a constant prediction, NaN for a constant target."""
 

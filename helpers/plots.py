@@ -24,7 +24,7 @@ from helpers.channels import (
     to_signed_log,
 )
 from helpers.config import KINDS, Config, find_named
-from helpers.metrics import tss
+from helpers.metrics import brier_skill, event_probability, tss
 from helpers.tasks import ImageExample, ImagePredictions, Predictions
 from helpers.training import History
 
@@ -257,17 +257,16 @@ def plot_scatter(found: Mapping[str, Predictions], cfg: Config, output: int = 0)
 def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """How far a prediction can be trusted: what was true, on average, where the model said so much.
 
-    For numbers with events and for masks also the score against the threshold from which on a prediction counts.
+    For numbers with events and for masks also the score against the threshold from which on a prediction counts; for
+    events the reliability diagram of their probability.
     """
     return {"scalar": _trust_numbers, "mask": _trust_masks, "image": _trust_images}[cfg.labels.kind](found, cfg)
 
 
 def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
     threshold = cfg.target.event_threshold
-    fig, axes = plt.subplots(
-        1, 1 if threshold is None else 2, figsize=(5 if threshold is None else 9, 3.6), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    panels = 1 if threshold is None else 3
+    fig, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 3.8), squeeze=False, layout="constrained")
     for name, p in found.items():
         color, prediction, target = SPLIT_COLORS.get(name), p.prediction[:, 0], p.target[:, 0]
         groups = [group for group in prediction.argsort(stable=True).tensor_split(8) if len(group)]
@@ -282,10 +281,33 @@ def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
     if threshold is not None:
         axes[0, 1].axvline(threshold, color="k", lw=0.8, ls="--", label="threshold of an event")
         axes[0, 1].set(xlabel="a prediction counts as an event from", ylabel="tss")
+        _reliability_of_events(axes[0, 2], found, threshold)
     for axis in axes.flat:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return fig
+
+
+def _reliability_of_events(axis: plt.Axes, found: Mapping[str, Predictions], threshold: float) -> None:
+    """Observed share of events against their forecast probability, larger points for more samples.
+
+    The probability takes the spread of the errors in the first entry of `found`, which is the validation split.
+    """
+    first = next(iter(found.values()))
+    spread = float((first.target[:, 0] - first.prediction[:, 0]).std())
+    for name, p in found.items():
+        chance = event_probability(p.prediction[:, 0], spread, threshold)
+        event = (p.target[:, 0] >= threshold).double()
+        fifth = (chance * 5).long().clamp(max=4)
+        bins = [(chance[fifth == i].mean(), event[fifth == i].mean(), (fifth == i).sum()) for i in fifth.unique()]
+        x, y, counts = np.array(bins, dtype=float).T
+        skill, color = float(brier_skill(chance, event)), SPLIT_COLORS.get(name)
+        axis.plot(x, y, "-", color=color, label=f"{name}, Brier skill {skill:.2f}")
+        axis.scatter(x, y, 200 * counts / counts.sum() + 8, color=color)
+        axis.axhline(float(event.mean()), color=color, lw=0.8, ls=":")
+    axis.axline((0, 0), slope=1, color="k", lw=0.8)
+    axis.set(xlabel="forecast probability of an event", ylabel="observed share (dotted: of all)")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
 
 
 def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config, output: int = 0) -> Figure:

@@ -9,7 +9,7 @@ import torch
 from torchmetrics.classification import BinaryAveragePrecision
 
 from helpers.config import KINDS
-from helpers.metrics import METRICS, ImageMetrics, compute_metrics
+from helpers.metrics import METRICS, ImageMetrics, brier_skill, compute_metrics, event_probability
 from helpers.plots import PLOTS
 from helpers.tasks import LOSSES
 
@@ -189,3 +189,17 @@ def test_the_names_that_the_config_allows_are_those_there_are():
             assert (metrics[name].compute if kind == "scalar" else metrics[name].of_images) is not None, name
         assert set(allowed["loss"]) <= set(LOSSES) and set(allowed["figure"]) <= set(PLOTS)
     assert set(LOSSES) == {name for kind in KINDS.values() for name in kind["loss"]}
+
+
+def test_the_probability_of_an_event_is_calibrated_where_errors_are_normal():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(200_000, generator=generator)
+    target = prediction + 0.7 * torch.randn(200_000, generator=generator)
+    chance, event = event_probability(prediction, 0.7, 1.0), target >= 1.0
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        inside = (chance >= low) & (chance < low + 0.2)
+        assert event[inside].double().mean() == pytest.approx(chance[inside].mean().item(), abs=0.01)
+    assert 0.3 < brier_skill(chance, event) < 1 and brier_skill(event.double(), event) == 1
+    share = torch.full_like(chance, event.double().mean())
+    assert brier_skill(share, event) == pytest.approx(0, abs=1e-9)
+    assert event_probability(torch.tensor([0.0, 2.0]), 0.0, 1.0).tolist() == [0.0, 1.0]  # a model without errors

@@ -287,12 +287,16 @@ def test_trust_in_masks_is_their_reliability_and_the_score_at_every_threshold(tm
 def test_trust_in_numbers_and_images(cfg, found, tmp_path):
     figure = plots.plot_trust(found, cfg)
     drawn(figure)
-    reliable, score = figure.axes
+    reliable, score, events = figure.axes
     assert score.get_ylabel() == "tss" and len(reliable.lines[0].get_xdata()) == 8
     tried, scores = score.lines[0].get_data()
     prediction, target = found["baseline"].prediction[:, 0], found["baseline"].target[:, 0]
     hits, alarms = (prediction >= tried[30])[target >= 500], (prediction >= tried[30])[target < 500]
     assert scores[30] == pytest.approx(hits.double().mean() - alarms.double().mean())
+    lines = [line for line in events.lines if "Brier" in str(line.get_label())]
+    assert len(lines) == len(found)
+    chance, share = lines[0].get_data()
+    assert min(chance) >= 0 and max(chance) <= 1 and set(np.round(share, 9)) <= set(np.round(share.clip(0, 1), 9))
     translation = image_task(tmp_path, "translation")
     figure = plots.plot_trust({"val": image_predictions(translation)}, translation)
     drawn(figure)
