@@ -11,6 +11,9 @@ import math
 import netrc
 import os
 import re
+import socket
+import subprocess
+import urllib.request
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -28,15 +31,8 @@ from helpers.tasks import ImagePredictions, Predictions, predictions_from_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_OWN = (
-    "name",
-    "experiment",
-    "task",
-    "profile",
-    "status",
-    "started",
-    "finished",
-)  # keys of summary.json besides metrics
+_OWN = ("name", "experiment", "task", "profile", "status", "started", "finished")  # what runs are chosen by
+UPLOAD_SECONDS = 30  # how long the start and the end of a run wait for Weights & Biases
 
 
 class Run:
@@ -53,11 +49,17 @@ class Run:
         self._step = 0
         self._metrics: dict[str, Any] = {}
         self._about = {"name": self.name, "experiment": experiment, "task": cfg.task, "profile": cfg.profile}
-        self._about["started"] = _now()
+        self._about |= {"started": _now(), "commit": commit_of(cfg.root)}
         with atomic_write(folder / "config.yaml") as path:
             path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
         self._write_summary("running")
-        self._wandb = _start_wandb(cfg, folder, experiment)
+        self._wandb = _start_wandb(cfg, folder, experiment, self._about["commit"])
+
+    def describe(self, **origin: str) -> None:
+        """Note where the numbers come from, such as the fingerprints of data and checkpoint."""
+        self._about |= origin
+        self._write_summary("running")
+        self._online(lambda run: run.config.update(origin))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Append one row to history.csv, on disk at once, so that a killed kernel leaves what was measured.
@@ -274,8 +276,12 @@ def wandb_mode(cfg: Config) -> str:
     return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_entry() else "offline"
 
 
+def _server() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
 def _has_netrc_entry() -> bool:
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    host = urlparse(_server()).hostname
     try:
         logins = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
     except (OSError, netrc.NetrcParseError):
@@ -283,23 +289,55 @@ def _has_netrc_entry() -> bool:
     return logins.authenticators(host) is not None
 
 
-def _start_wandb(cfg: Config, folder: Path, experiment: str) -> Any:
-    """A Weights & Biases run, or None where it is disabled or fails; the slow import waits until it is wanted."""
+def commit_of(folder: Path) -> str:
+    """The git commit of the code in `folder`, with "+changes" where tracked files differ from it."""
+    try:
+        commit, changes = (
+            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "not in git"
+    return commit.strip() + ("+changes" if changes else "")
+
+
+def _answers(url: str, seconds: float = 3.0) -> bool:
+    """Whether anybody listens there; with a proxy that is the proxy's to find out."""
+    if urllib.request.getproxies():
+        return True
+    address = urlparse(url)
+    port = address.port or {"http": 80}.get(address.scheme, 443)
+    try:
+        socket.create_connection((address.hostname, port), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def _start_wandb(cfg: Config, folder: Path, experiment: str, commit: str) -> Any:
+    """A Weights & Biases run, or None where it is disabled or fails; the slow import waits until it is wanted.
+
+    A server that does not answer costs seconds, never the training: the run is offline then.
+    """
     mode = wandb_mode(cfg)
     if mode == "disabled":
         return None
+    if mode == "online" and not _answers(_server()):
+        print(f"{_server()} does not answer, so this run is offline. Later: wandb sync {folder}/wandb/offline-run-*")
+        mode = "offline"
     try:
         import wandb
 
         # only what a comparison of runs needs: no copy of the console or the code, no polling of the machine
         settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, save_code=False, init_timeout=30,
+            silent=True, console="off", disable_git=True, save_code=False,
+            init_timeout=UPLOAD_SECONDS, finish_timeout=UPLOAD_SECONDS, finish_timeout_raises=False,
             x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True,
         )  # fmt: skip
         return wandb.init(
             project=cfg.tracking.project, entity=cfg.tracking.entity, name=folder.name, dir=str(folder), mode=mode,
-            group=f"{cfg.task}-{cfg.profile}", job_type=experiment, config=cfg.to_dict(), settings=settings,
-            reinit="create_new",
+            group=f"{cfg.task}-{cfg.profile}", job_type=experiment, settings=settings,
+            config={**cfg.to_dict(), "commit": commit}, reinit="create_new",
         )  # fmt: skip
     except Exception as error:  # no network, a wrong key, a full disk: the local history goes on
         warnings.warn(f"Weights & Biases did not start ({error}); this run is kept in {folder} alone.", stacklevel=4)

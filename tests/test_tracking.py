@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -112,6 +114,7 @@ def test_runs_are_found_by_experiment_task_and_profile(cfg):
 
 def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd):
     with start_run(with_wandb(cfg, "offline"), experiment="baseline") as run:
+        run.describe(data_fingerprint="d1", checkpoint_fingerprint="none")
         run.log({"loss": 0.125}, step=0)
         run.log({"loss": 0.0625}, step=1)
         figure = Figure()
@@ -125,6 +128,10 @@ def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd):
         time.sleep(0.1)
     start = next(record.run for record in records if record.HasField("run"))
     assert (start.display_name, start.run_group, start.job_type) == (run.name, "flare-tiny", "baseline")
+    noted = {item.key: item.value_json for record in records for item in record.config.update}
+    noted |= {item.key: item.value_json for item in start.config.update}
+    assert noted["data_fingerprint"] == '"d1"' and json.loads(noted["commit"]) == run._about["commit"]
+    assert json.loads(noted["training"])["lr"] == cfg.training.lr
     rows = [{item.key or item.nested_key[0]: item.value_json for item in record.history.item} for record in records]
     assert [row["loss"] for row in rows if "loss" in row] == ["0.125", "0.0625"]
     assert any("curves" in row for row in rows)
@@ -176,6 +183,49 @@ class TestWandbMayFail:
             run.log({"loss": 1.0}, step=0)
             run.log({"loss": 0.5}, step=1)
         assert len(pd.read_csv(run.folder / "history.csv")) == 2
+
+
+def test_a_server_that_is_not_there_costs_seconds_and_the_run_is_offline(cfg, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    started = time.monotonic()
+    with start_run(with_wandb(cfg, "online")) as run:
+        run.log({"loss": 1.0}, step=0)
+    assert time.monotonic() - started < 20
+    said = capsys.readouterr().out
+    assert "http://127.0.0.1:9 does not answer, so this run is offline. Later: wandb sync" in said
+    assert list(run.folder.glob("wandb/offline-run-*"))
+
+
+def test_a_server_that_never_replies_does_not_hold_the_training_up(cfg, monkeypatch):
+    monkeypatch.setattr(tracking, "UPLOAD_SECONDS", 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+        started = time.monotonic()
+        with pytest.warns(UserWarning, match="Weights & Biases"), start_run(with_wandb(cfg, "online")) as run:
+            run.log({"loss": 1.0}, step=0)
+        assert time.monotonic() - started < 40
+    assert len(pd.read_csv(run.folder / "history.csv")) == 1
+    for path in (path for path in run.folder.rglob("*") if path.is_file()):
+        assert b"k" * 40 not in path.read_bytes(), f"{path} holds the key"
+
+
+def test_a_run_says_which_code_data_and_weights_made_it(cfg, tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    assert start_run(cfg)._about["commit"] == tracking.commit_of(cfg.root)
+    assert tracking.commit_of(tmp_path / "elsewhere") == "not in git"
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    for words in (["init", "-q"], ["add", "config.yaml"], ["commit", "-qm", "one"]):
+        subprocess.run([*git, *words], check=True)
+    clean = tracking.commit_of(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    assert tracking.commit_of(tmp_path) == clean + "+changes"
+    with start_run(cfg) as run:
+        run.describe(data_fingerprint="abc", checkpoint_fingerprint="none")
+    about = json.loads((run.folder / "summary.json").read_text())
+    assert (about["data_fingerprint"], about["checkpoint_fingerprint"]) == ("abc", "none") and about["commit"]
 
 
 def test_auto_is_online_only_for_who_is_logged_in(cfg, tmp_path, monkeypatch):
