@@ -12,6 +12,7 @@ parameters, so a loader that drops what does not match leaves a half-random mode
 Files are read memory-mapped and with weights_only=True: nothing in a checkpoint can run code.
 """
 
+import copy
 import hashlib
 import json
 import pickle
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from helpers.channels import CHANNELS
 from helpers.encoder import SuryaEncoder
 from helpers.heads import Specformer2D
+from helpers.lora import merge_lora
 from helpers.shared import atomic_write
 
 State = Mapping[str, Tensor]
@@ -35,6 +37,7 @@ PATCHES = "embedding.patch_embed.proj.weight"
 POSITIONS = "embedding.pos_embed"
 DECODER = "unembed.unembed.0."
 ADAPTER_FORMAT = "surya-course-adapter-1"
+STATE_FORMAT = "surya-course-state-1"
 
 
 class CheckpointError(ValueError):
@@ -106,6 +109,7 @@ def load_filtered(
     """
     total = sum(p.numel() for p in model.parameters())
     if source is None:
+        getattr(model, "encoder", model).loaded_from = "none"
         return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
     encoder = getattr(model, "encoder", model)
@@ -131,6 +135,7 @@ def load_filtered(
             report.adapted[key] = how
         else:
             report.loaded.append(key)
+    encoder.loaded_from = fingerprint(state)
     known = {*copies, *report.missing}
     report.fresh = [key for key in model.state_dict() if key.removeprefix("encoder.") not in known]
     return report
@@ -390,7 +395,7 @@ def save_adapter(
     path: str | Path,
     model: nn.Module,
     config: Mapping[str, Any],
-    fingerprint: str,
+    fingerprint: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write what was trained, without the frozen weights: a few MB in place of the whole model. Others see all or
@@ -400,15 +405,16 @@ def save_adapter(
         path: file to write.
         model: any model of the course.
         config: the settings of the run, as plain values (others are written as text).
-        fingerprint: of the checkpoint that the encoder was filled from.
+        fingerprint: of the checkpoint that the encoder was filled from; None: as `load_filtered` has noted.
         extra: more plain values, such as metrics or the target's scaling.
 
     Returns:
         The path.
     """
     plain = json.loads(json.dumps({"config": dict(config), "extra": dict(extra or {})}, default=str))
-    state = {key: tensor.detach().cpu().clone() for key, tensor in _trained(model).items()}
-    contents = {"format": ADAPTER_FORMAT, "fingerprint": fingerprint, **plain, "state": state}
+    state = {key: tensor.detach().cpu().clone() for key, tensor in trained_state(model).items()}
+    origin = fingerprint or loaded_from(model) or "none"
+    contents = {"format": ADAPTER_FORMAT, "fingerprint": origin, **plain, "state": state}
     with atomic_write(path) as temporary:
         torch.save(contents, temporary)
     return Path(path)
@@ -421,7 +427,7 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
     Args:
         path: a file of `save_adapter`.
         model: built with the same settings, with `load_filtered` and `apply_lora` done.
-        fingerprint: of the checkpoint that the model's encoder was filled from; None skips the comparison.
+        fingerprint: of the checkpoint that the model's encoder was filled from; None: as `load_filtered` has noted.
 
     Returns:
         {"config", "extra", "fingerprint"} as they were saved.
@@ -434,12 +440,14 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
         raise CheckpointError(
             f"{name} is no adapter file of this course; a whole checkpoint is read with load_filtered."
         )
-    if fingerprint is not None and fingerprint != contents["fingerprint"]:
+    holds = fingerprint or loaded_from(model)
+    if holds != contents["fingerprint"] and _has_frozen(model):
         raise CheckpointError(
-            f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds {fingerprint}: "
-            "its adapters mean nothing on other weights. Fill the model from the checkpoint that the run used."
+            f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds "
+            f"{holds or 'none that load_filtered put there'}: its adapters mean nothing on other weights. Fill the "
+            "model from the checkpoint that the run used (load_filtered), then load this file."
         )
-    state, targets = contents["state"], _trained(model)
+    state, targets = contents["state"], trained_state(model)
     missing, lost = [k for k in targets if k not in state], [k for k in state if k not in targets]
     if missing or lost:
         raise CheckpointError(
@@ -459,8 +467,53 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
     return {key: contents[key] for key in ("config", "extra", "fingerprint")}
 
 
-def _trained(model: nn.Module) -> dict[str, Tensor]:
-    """Everything outside the encoder, buffers too, and what trains inside it."""
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors themselves, by name: everything outside the encoder, buffers too, and what trains inside it."""
     inside = "" if isinstance(model, SuryaEncoder) else "encoder."
     tensors = model.state_dict(keep_vars=True)
     return {key: t for key, t in tensors.items() if not key.startswith(inside) or t.requires_grad}
+
+
+def loaded_from(model: nn.Module) -> str | None:
+    """The fingerprint that `load_filtered` has noted; "none" for random weights, None where it was not called."""
+    return getattr(getattr(model, "encoder", model), "loaded_from", None)
+
+
+def _has_frozen(model: nn.Module) -> bool:
+    """Whether the encoder has weights that an adapter file does not hold."""
+    encoder = getattr(model, "encoder", model)
+    return isinstance(encoder, SuryaEncoder) and not all(p.requires_grad for p in encoder.parameters())
+
+
+def export_merged(path: str | Path, model: nn.Module) -> Path:
+    """Write the whole model in float32 with every adapter added to its weight, for use without this course.
+
+    A plain state dict with the keys of the model without adapters: `load_state_dict` of such a model reads it, and
+    `load_filtered` takes the encoder from it. The model itself does not change.
+    """
+    merged = merge_lora(copy.deepcopy(model).float())
+    with atomic_write(path) as temporary:
+        torch.save({key: tensor.detach().cpu() for key, tensor in merged.state_dict().items()}, temporary)
+    return Path(path)
+
+
+def save_state(path: str | Path, contents: Mapping[str, Any]) -> None:
+    """Write what a training needs to go on (plain values and tensors); others see the old file or the new one, whole.
+
+    Raises:
+        DiskFullError: the disk became full; the old file is still there.
+    """
+    with atomic_write(path) as temporary:
+        torch.save({"format": STATE_FORMAT, **contents}, temporary)
+
+
+def load_state(path: str | Path) -> dict[str, Any]:
+    """What `save_state` wrote.
+
+    Raises:
+        CheckpointError: no such file, or another one.
+    """
+    contents = _read(Path(path))
+    if not isinstance(contents, Mapping) or contents.get("format") != STATE_FORMAT:
+        raise CheckpointError(f"{path} does not hold the state of a training.")
+    return dict(contents)

@@ -5,7 +5,7 @@ Only runs that differ in nothing but experiment, seed and number of training sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,17 +15,17 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from torch import nn
 
 from helpers.config import Config, find_named
-from helpers.dataset import make_loaders
-from helpers.memory import estimate_memory
 from helpers.metrics import METRICS, compute_metrics
 from helpers.tasks import ImagePredictions, Predictions, predictions_from_table
-from helpers.tracking import list_runs, runs_folder, start_run
-from helpers.training import fit, predict, seed_everything, standardise_features
+from helpers.tracking import list_runs, runs_folder
 
-VARIED = {"": ("experiment", "seed", "profile"), "training": ("max_train_samples",)}  # may differ between compared runs
+VARIED = {  # what may differ between compared runs, by section
+    "": ("experiment", "seed", "profile"),
+    "model": ("checkpoint_layers",),
+    "training": ("max_train_samples", "device", "processes", "loader_workers", "resume", "save_every_steps"),
+}
 IRRELEVANT = ("paths", "tracking", "diagnostics", "compare", "synthetic")  # cannot change a score
 SAMPLES = "training samples"
 
@@ -39,25 +39,6 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
             changes["training.epochs"] = epochs
         runs.append((experiment, changes))
     return runs
-
-
-def train_run(cfg: Config, build: Callable[[Config], nn.Module]) -> str:
-    """What the notebooks do, without figures: train one model, judge it, leave a finished run; returns its name."""
-    seed_everything(cfg)
-    loaders = make_loaders(cfg)
-    model = build(cfg)
-    standardise_features(model, loaders, cfg)
-    with start_run(cfg) as run:
-        history = fit(model, loaders, cfg, run=run)
-        for split in ("val", "test"):
-            found = predict(model, loaders, split, cfg)
-            found.table().to_csv(run.folder / f"predictions_{split}.csv", index=False)
-            run.summary({f"{split}_{name}": value for name, value in found.metrics(cfg).items()})
-        memory = estimate_memory(model, next(iter(loaders.val)), cfg)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        cost = {"seconds": history.table["seconds"].sum(), "trained parameters": trained, "step MB": memory.total / 1e6}
-        run.summary({**cost, SAMPLES: len(loaders.train.dataset)})
-    return run.name
 
 
 def comparable_runs(configs: Mapping[str, Config]) -> pd.DataFrame:
@@ -87,7 +68,8 @@ def contains(runs: pd.DataFrame, cfg: Config) -> bool:
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """What must be equal."""
     kept = {key: value for key, value in config.items() if key not in IRRELEVANT and key not in VARIED[""]}
-    return {**kept, "training": {k: v for k, v in kept["training"].items() if k not in VARIED["training"]}}
+    inside = {name: {k: v for k, v in kept[name].items() if k not in VARIED[name]} for name in ("model", "training")}
+    return {**kept, **inside}
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:

@@ -168,7 +168,7 @@ class Model(_Section):
     rpe: bool
     nglo: Annotated[int, Field(ge=0, le=1)]
     drop_rate: Share
-    checkpoint_layers: list[int]
+    checkpoint_layers: list[int] | Literal["auto"]
 
 
 class Head(_Section):
@@ -198,7 +198,9 @@ class Training(_Section):
     epochs: Count
     regime: Literal["lora", "probe", "full", "scratch"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    processes: Count
     precision: Literal["fp32", "bf16", "fp16"]
+    frozen_dtype: Literal["fp32", "bf16"]
     deterministic: bool
     batch_size: Count
     accumulation: Count
@@ -209,6 +211,8 @@ class Training(_Section):
     schedule: Literal["cosine", "constant"]
     gradient_clip: Positive
     patience: Count
+    save_every_steps: Count
+    resume: str | None
     loader_workers: NotNegative
     max_train_samples: Count | None
     max_val_samples: Count | None
@@ -282,6 +286,7 @@ class Config(_Section):
     def encoder_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `SuryaEncoder` for this configuration."""
         own = self.model.model_dump(exclude={"checkpoint", "checkpoint_channels"})
+        own |= {"checkpoint_layers": ()} if own["checkpoint_layers"] == "auto" else {}  # `fit` sees what fits
         return {"img_size": self.data.image_size, "in_chans": len(self.data.channels), **own}
 
     @property
@@ -577,7 +582,9 @@ def _offsets(offsets: list[int], frames: int) -> str | None:
     return None
 
 
-def _layers_in_range(layers: list[int], depth: int) -> str | None:
+def _layers_in_range(layers: list[int] | str, depth: int) -> str | None:
+    if layers == "auto":
+        return None
     wrong = [layer for layer in layers if not 0 <= layer < depth]
     return f"blocks are numbered 0 to {depth - 1}, got {wrong}" if wrong else None
 
@@ -665,6 +672,17 @@ def _decoder(kind: str, targets: list[str], wanted: list[str], known: list[str])
     return None
 
 
+def _processes(count: int, batch: int, device: str) -> str | None:
+    if batch % count:
+        return (
+            f"{count} processes cannot share batches of {batch} samples equally; set training.batch_size to a multiple "
+            f"of {count} (and training.accumulation lower by the same factor, to keep the effective batch)"
+        )
+    if count > 1 and device.startswith("cuda:"):
+        return f"{count} processes do not fit on {device} alone; set training.device: auto"
+    return None
+
+
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     (("data.native_size", "data.pooling", "model.patch_size"), _grid),
     (("data.offsets_minutes", "model.time_dim"), _offsets),
@@ -697,6 +715,15 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
         ("lora.targets", "lora.qkv"),
         lambda targets, qkv: (
             "qkv is a target, but lora.qkv chooses none of q, k, v" if "qkv" in targets and not qkv else None
+        ),
+    ),
+    (("training.processes", "training.batch_size", "training.device"), _processes),
+    (
+        ("training.frozen_dtype", "training.precision"),
+        lambda held, precision: (
+            f"weights held in {held} are computed with in {held}; set training.precision: {held}, or hold them in fp32"
+            if held not in ("fp32", precision)
+            else None
         ),
     ),
     (

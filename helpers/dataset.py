@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from helpers.channels import AUGMENTATION_SIGNS, Scaler, denormalise, load_scalers, normalise, stack_scalers
 from helpers.config import Config
@@ -267,7 +267,8 @@ class SolarDataset(Dataset):
         matching: which frames and label make a sample.
         between: [start, end) of the sample times.
         max_samples: take the first so many of one seeded permutation, so that smaller subsets lie within larger ones.
-        seed: of the permutation and of the augmentation.
+        seed: of the permutation and of the augmentation, which also depends on the epoch (`set_epoch`) and the sample
+            alone, so that it is the same with any number of workers, and in a training that was interrupted.
         augment: names of `AUGMENTATIONS`, each applied to every second sample at random.
 
     Raises:
@@ -293,7 +294,7 @@ class SolarDataset(Dataset):
         if max_samples is not None:
             chosen = np.random.default_rng(seed).permutation(self.found)[:max_samples]
             self.samples = self.samples.iloc[np.sort(chosen)].reset_index(drop=True)
-        self.augment, self._seed, self._generator = tuple(augment), seed, None
+        self.augment, self._seed, self._epoch = tuple(augment), seed, 0
         self._masks: dict[str, Tensor] | None = None
         scalers = scalers or load_scalers()
         self._inputs = _Planes(store, store.channels, scalers)
@@ -309,7 +310,7 @@ class SolarDataset(Dataset):
         offsets = self.matching.offsets_minutes
         ts = self._inputs.read([time + pd.Timedelta(o, "min") for o in offsets])  # codes
         target = self._read_target(index)
-        for name in self._draw():
+        for name in self._draw(index):
             ts = self._inputs.turn(ts, name)
             if self._outputs is not None:
                 target = self._outputs.turn(target, name)
@@ -352,14 +353,15 @@ class SolarDataset(Dataset):
         pooled = avg_pool2d(denormalise(target, self._target_scaler), self.labels.pooling)
         return normalise(pooled, self._target_scaler)  # (C, H / pooling, W / pooling)
 
-    def _draw(self) -> list[str]:
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentations of this epoch from now on; Accelerate's loaders call it."""
+        self._epoch = epoch
+
+    def _draw(self, index: int) -> list[str]:
         if not self.augment:
             return []
-        if self._generator is None:  # one stream of random numbers for each worker process
-            worker = get_worker_info()
-            self._generator = torch.Generator().manual_seed(worker.seed if worker else self._seed)
-        drawn = torch.rand(len(self.augment), generator=self._generator) < 0.5
-        return [name for name, yes in zip(self.augment, drawn.tolist(), strict=True) if yes]
+        drawn = np.random.default_rng((self._seed, self._epoch, index)).random(len(self.augment)) < 0.5
+        return [name for name, yes in zip(self.augment, drawn, strict=True) if yes]
 
     @property
     def times_needed(self) -> np.ndarray:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from helpers.config import Config
 from helpers.dataset import Loaders
+from helpers.devices import make_accelerator
 from helpers.heads import LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.tasks import compute_loss
-from helpers.training import make_accelerator, parameter_groups
+from helpers.training import parameter_groups
 
 
 def input_sensitivity(model: nn.Module, batch: Mapping[str, Any], patch_size: int, output: int = 0) -> Tensor:

@@ -113,10 +113,16 @@ def adapt(model: nn.Module, cfg: Config) -> nn.Module:
     """Choose what trains by `training.regime`, in place, and return the model.
 
     lora: adapters by `apply_lora` with the settings of `lora`, and the head. probe: the head alone. full, scratch: all.
+    What is frozen is held in `training.frozen_dtype`.
     """
     if cfg.training.regime == "lora":
-        return apply_lora(model, **cfg.lora.model_dump())
-    _encoder_of(model).requires_grad_(cfg.training.regime != "probe")
+        apply_lora(model, **cfg.lora.model_dump())
+    else:
+        _encoder_of(model).requires_grad_(cfg.training.regime != "probe")
+    if cfg.training.frozen_dtype == "bf16":
+        for parameter in _encoder_of(model).parameters():
+            if not parameter.requires_grad and parameter.is_floating_point():  # the spectral filters are complex
+                parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
 

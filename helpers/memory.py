@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from helpers.config import Config
-from helpers.training import make_accelerator
+from helpers.devices import free_memory, make_accelerator
+from helpers.encoder import SuryaEncoder
 
 ADAM_BYTES = 8  # two float32 moments of each trained parameter
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,6 +109,40 @@ def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> i
         peak = live.peak
     model.zero_grad()
     return peak
+
+
+def recompute_if_needed(
+    model: nn.Module, shape: tuple[int, ...], cfg: Config, device: torch.device, free: int | None = None
+) -> None:
+    """Let as few blocks of the encoder as possible recompute their activations, so that a training step fits; says so.
+
+    Args:
+        model: on its device, with what trains chosen; its encoder's `checkpoint_layers` is set.
+        shape: (B, C, T, H, W) of the images of one step on this device.
+        free: bytes to fit into; None asks the device. A tenth is left for what libraries keep for themselves.
+    """
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(encoder, SuryaEncoder):
+        return
+    free = free_memory(device) if free is None else free
+    batch = {"ts": torch.empty(shape, device="meta")}
+
+    def needed(count: int) -> StepMemory:
+        encoder.backbone.checkpoint_layers = frozenset(range(count))
+        return estimate_memory(model, batch, cfg, batch_size=shape[0])
+
+    kept = estimate = needed(0)
+    count, blocks = 0, list(kept.by_block.values())[1:]  # the first entry is the embedding
+    while (excess := estimate.optimizer + estimate.step - 0.9 * free) > 0 and count < len(blocks):
+        while excess > 0 and count < len(blocks):  # a block that recomputes keeps little but its input
+            excess -= blocks[count]
+            count += 1
+        estimate = needed(count)
+    if count:
+        sizes = f"{(kept.optimizer + kept.step) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}"
+        print(f"{count} of {len(blocks)} blocks recompute their activations: a step would add {sizes}.")
+    if excess > 0:
+        print(f"Even so it may not fit: lower training.batch_size, which is {cfg.training.batch_size}.")
 
 
 def memory_options(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> pd.DataFrame:

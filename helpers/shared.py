@@ -266,14 +266,17 @@ def _what_to_free(path: Path) -> str:
     return f"The biggest folders that could be freed{'' if complete else ' (of those seen in 3 s)'}: {listed}."
 
 
-def raise_if_full(error: BaseException, path: Path) -> None:
-    """Raise DiskFullError when `error` (or what caused it) means that the disk or your quota of it is full."""
+def raise_if_full(error: BaseException, path: Path, then: str = "Run this again then: it goes on.") -> None:
+    """Raise DiskFullError when `error` (or what caused it) means that the disk or your quota of it is full.
+
+    `then` says what to do when there is space again.
+    """
     while error is not None:
         number = getattr(error, "errno", None)
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise DiskFullError(
                 f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
-                f"been removed, the rest is still there. {_what_to_free(path)} Run this again then: it goes on."
+                f"been removed, the rest is still there. {_what_to_free(path)} {then}"
             ) from error
         error = error.__cause__ or error.__context__
 

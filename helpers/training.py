@@ -1,32 +1,62 @@
-"""The training loop that the notebooks share: device, precision, accumulation, schedule, best epoch, early stop."""
+"""The training loop that the notebooks share: device, precision, accumulation, schedule, best epoch, resume.
+
+Read `fit` and `_Training.train_epoch` first: they are the loop, the rest is what it calls.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import hashlib
 import math
 import os
+import random
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from helpers import processes
+from helpers.checkpoint import (
+    CheckpointError,
+    load_state,
+    loaded_from,
+    save_adapter,
+    save_state,
+    trained_state,
+)
 from helpers.config import Config, find_named
 from helpers.dataset import Loaders
+from helpers.devices import make_accelerator, one_of_several
 from helpers.heads import FeatureModel
+from helpers.memory import recompute_if_needed
 from helpers.metrics import METRICS
+from helpers.shared import raise_if_full, resolve
 from helpers.tasks import Collector, ImagePredictions, Predictions, check_shapes, compute_loss, to_target_units
 
 if TYPE_CHECKING:
     from helpers.tracking import Run
+
+STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
+BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapter` reads them
+# Settings that may differ between a run and the one that goes on from its state.
+_FREE = (
+    "paths.", "tracking.", "diagnostics.", "compare.", "synthetic.workers", "synthetic.pretraining",
+    "data.dask_address", "data.build_workers", "data.retries", "data.memory_cache_gb", "training.resume",
+    "training.save_every_steps", "training.device", "training.loader_workers",
+)  # fmt: skip
 
 
 @dataclass
@@ -46,7 +76,15 @@ class History:
 class Diverged(FloatingPointError):
     """The loss is no longer finite. `history` has the epochs before; the model holds the best of them again."""
 
-    def __init__(self, message: str, history: History) -> None:
+    def __init__(self, message: str, history: History | None = None) -> None:
+        super().__init__(message)
+        self.history = history
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or the stop button. `history` has the epochs before; the model holds the best of them."""
+
+    def __init__(self, message: str, history: History | None = None) -> None:
         super().__init__(message)
         self.history = history
 
@@ -86,56 +124,30 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     Args:
         model: takes the batch dict, returns (B, K) or (B, C, H, W).
         loaders: of `helpers.dataset.make_loaders`.
-        cfg: `training` and `target` are read.
-        run: gets one row an epoch as it happens; None keeps the history in memory alone.
+        cfg: `training` and `target` are read. With `training.resume` it goes on where that run stopped.
+        run: gets one row an epoch as it happens; its folder gets the best weights and the state from which an
+            interrupted training can go on. None keeps everything in memory alone.
 
     Returns:
         The `History`; `history.table` has the learning rate, losses, validation metrics and seconds of each epoch.
 
     Raises:
         ValueError: nothing to train, an output that does not have the target's shape, or a metric that cannot choose.
+        CheckpointError: no state to resume, or one of another model, configuration or data.
         Diverged: the loss is no longer finite; says at which step, what to change, and which weights the model has now.
+        Interrupted: Ctrl-C; the training stopped after a whole step, and the message says how to go on.
+        DiskFullError: the disk of the run is full; its last good state is still there.
     """
-    settings = cfg.training
-    accelerator = make_accelerator(cfg)
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
-    inner = model  # accelerate may wrap it for several processes
-    model, optimizer, train = accelerator.prepare(model, optimizer, loaders.train)
-    steps = math.ceil(len(train) / settings.accumulation) * settings.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer.optimizer, _learning_rate_shape(cfg, steps))
-    key, better = cfg.target.metrics[0], find_named(cfg.target.metrics[0], METRICS).higher_is_better
-    history, best, kept = History(), -math.inf, {}
-    bar = tqdm(total=settings.epochs * len(train), unit="batch", disable=not accelerator.is_main_process)
-    try:
-        for epoch in range(settings.epochs + 1):
-            bar.set_description(f"epoch {epoch}/{settings.epochs}")
+    if run is not None:
+        run.describe(data_fingerprint=_data_fingerprint(loaders), checkpoint_fingerprint=loaded_from(model) or "none")
+    if cfg.training.processes > 1 and not one_of_several():
+        return processes.launch(fit, model, loaders, cfg, run)
+    with _Training(model, loaders, cfg, run) as training:
+        while not training.finished:
             started = time.perf_counter()
-            if epoch:
-                loss = _epoch(model, train, optimizer, schedule, loaders, cfg, accelerator, bar)
-            else:
-                loss = _loss_before(model, loaders, cfg, accelerator)
-            judged = _judge(model, loaders, "val", cfg, accelerator)
-            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": loss, **judged}
-            row["seconds"] = time.perf_counter() - started
-            history.rows.append(row)
-            if run is not None and accelerator.is_main_process:
-                run.log(row, step=epoch)
-            bar.set_postfix({"train loss": f"{loss:.3f}", f"val {key}": f"{row[f'val_{key}']:.3f}"})
-            if epoch == 0:
-                _check_judged(row, key)
-            score = row[f"val_{key}"] * (1 if better else -1)
-            if score > best:
-                best, history.best_epoch, kept = score, epoch, _trainable_copy(inner)
-            elif epoch - history.best_epoch >= settings.patience:
-                history.stopped = f"no better validation {key} for {settings.patience} epochs"
-                break
-    except _NotFinite as error:
-        raise Diverged(_what_diverged(error, history, cfg), history) from None
-    finally:
-        bar.close()
-        accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # gives the model its own forward back
-        inner.load_state_dict(kept, strict=False)
-    return history
+            loss = training.train_epoch() if training.at.epoch else training.loss_before()
+            training.end_epoch(loss, training.judge(), time.perf_counter() - started)
+    return training.history
 
 
 @torch.no_grad()
@@ -182,53 +194,8 @@ def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Conf
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Device, precision, optimiser
+# The optimiser
 # --------------------------------------------------------------------------------------------------------------------
-def make_accelerator(cfg: Config) -> Accelerator:
-    """A fresh Accelerator on `training.device` in `training.precision`: another cell may ask for another one.
-
-    Raises:
-        ValueError: the machine has no such device, or the device cannot compute in that precision.
-    """
-    device = choose_device(cfg.training.device)
-    if cfg.training.precision == "fp16" and device.type != "cuda":
-        raise ValueError(
-            f"training.precision: fp16 needs a GPU, and this runs on {device}: its small range needs loss scaling, "
-            "which exists for CUDA alone. Set training.precision to bf16 or fp32."
-        )
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    precision = {"fp32": "no"}.get(cfg.training.precision, cfg.training.precision)
-    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=cfg.training.accumulation)
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device that `training.device` means: for "auto" the GPU with the most free memory, or the CPU.
-
-    Raises:
-        ValueError: there is no such device; the message lists those there are.
-    """
-    count = torch.cuda.device_count()
-    there = ["cpu", *(f"cuda:{number}" for number in range(count))]
-    if wanted == "auto":
-        free = [torch.cuda.mem_get_info(number)[0] for number in range(count)]
-        return torch.device(_emptiest(free))
-    if (name := {"cuda": "cuda:0"}.get(wanted, wanted)) not in there:
-        raise ValueError(f"training.device is {wanted!r}, and this machine has {', '.join(there)}. Or write auto.")
-    return torch.device(name)
-
-
-def _emptiest(free: Sequence[int]) -> str:
-    """The GPU with the most free bytes, said aloud where there is a choice; without GPUs the CPU."""
-    if not free:
-        return "cpu"
-    number = max(range(len(free)), key=free.__getitem__)
-    if len(free) > 1:
-        listed = ", ".join(f"cuda:{i} {size / 1e9:.1f}" for i, size in enumerate(free))
-        print(f"training on cuda:{number}, which has the most free memory (GB free: {listed})")
-    return f"cuda:{number}"
-
-
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     """What trains, for the optimiser: encoder (adapters too) and head apart; matrices decay, vectors do not.
 
@@ -250,8 +217,359 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Inside the loop
+# The loop
 # --------------------------------------------------------------------------------------------------------------------
+@dataclass
+class _Position:
+    """Where a training stands: the epoch that is to be done, and what is done of it already."""
+
+    epoch: int = 0
+    batches: int = 0
+    loss: float = 0.0  # summed over the samples of these batches
+    samples: int = 0
+
+
+class _Training:
+    """One call of `fit`: what the loop needs, and all that a later process needs to go on. Use it with `with`.
+
+    At the end, whatever happened, the model has its own forward and the weights of its best epoch.
+    """
+
+    def __init__(self, model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None) -> None:
+        self.loaders, self.cfg, self.run = loaders, cfg, run
+        self.accelerator = make_accelerator(cfg)
+        if one_of_several():
+            set_seed(cfg.seed, device_specific=True)  # another dropout in each process
+        self.recorded = broadcast_object_list([run is not None])[0]  # the first process has the run, the others may not
+        self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
+        if cfg.model.checkpoint_layers == "auto":
+            share = cfg.training.batch_size // self.accelerator.num_processes
+            recompute_if_needed(model, (share, *loaders.train.dataset[0]["ts"].shape), cfg, self.accelerator.device)
+        optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
+        self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)
+        steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_shape(cfg, steps))
+        self.key = cfg.target.metrics[0]
+        self.sign = 1 if find_named(self.key, METRICS).higher_is_better else -1
+        self.at, self.history, self.score, self.best = _Position(), History(), -math.inf, {}
+        self.order: Tensor | None = None  # state of the loader's generator at the start of the epoch
+        self.saved = "nothing was saved yet"
+        self.stop = _Stop()
+        if cfg.training.resume:
+            self._resume(cfg.training.resume)
+        total = cfg.training.epochs * len(self.train)
+        done = max(self.at.epoch - 1, 0) * len(self.train) + self.at.batches
+        hidden = not self.accelerator.is_main_process
+        self.bar = tqdm(total=total, initial=min(done, total), unit="batch", disable=hidden)
+
+    @property
+    def finished(self) -> bool:
+        return self.at.epoch > self.cfg.training.epochs or bool(self.history.stopped)
+
+    def train_epoch(self) -> float:
+        """One pass over the training split, or over what is left of it; the mean loss."""
+        self.model.train()
+        for batch in self._batches():
+            with self.accelerator.accumulate(self.model):
+                loss, size = self._loss(batch)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients:
+                    self._clip_gradients()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            self._count(size)
+            if self.accelerator.sync_gradients:
+                self._end_step()
+        return self.at.loss / self.at.samples
+
+    def _batches(self) -> DataLoader:
+        """The batches of this epoch that are not done yet, in the order that the seed and the epoch decide."""
+        self.bar.set_description(f"epoch {self.at.epoch}/{self.cfg.training.epochs}")
+        if (generator := self.loaders.train.generator) is not None:
+            self.order = generator.get_state()
+        batches = skip_first_batches(self.train, self.at.batches) if self.at.batches else self.train
+        batches.set_epoch(self.at.epoch)
+        return batches
+
+    def _loss(self, batch: dict) -> tuple[Tensor, int]:
+        """The loss of this process's share of a batch, and the number of samples of the whole batch.
+
+        The mean over the processes is the mean over the samples of the batch, each once: where the last batch of an
+        epoch does not divide, Accelerate fills the shares with samples that do not count.
+        """
+        count, index = self.accelerator.num_processes, self.accelerator.process_index
+        whole = self.loaders.train.batch_size
+        left = len(self.loaders.train.dataset) - self.at.batches * whole
+        size, share = min(whole, left), whole // count
+        own = min(max(size - index * share, 0), share)
+        output, target = self.model(batch), batch["target"]
+        loss = compute_loss(output[: max(own, 1)], target[: max(own, 1)], self.loaders, self.cfg) * (own * count / size)
+        own_state = torch.stack([loss.detach(), loss.new_tensor(float(self.stop.asked))])
+        value, stop = self.accelerator.reduce(own_state, "mean").tolist()
+        self.stop.agreed = stop > 0
+        if not math.isfinite(value):
+            raise _NotFinite(f"The training loss became {value}")
+        self.at.loss += value * size
+        return loss, size
+
+    def _clip_gradients(self) -> None:
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.training.gradient_clip)
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # with a scaler the step is left out instead
+            raise _NotFinite(f"The gradient became {float(norm)}")
+
+    def _count(self, size: int) -> None:
+        self.at.batches += 1
+        self.at.samples += size
+        self.bar.update()
+
+    def _end_step(self) -> None:
+        """After each optimiser step: the next learning rate, a state now and then, and a wish to stop."""
+        self.schedule.step()
+        due = self.schedule.last_epoch % self.cfg.training.save_every_steps == 0
+        if due or self.stop.agreed:
+            self.save()
+        if self.stop.agreed:
+            raise KeyboardInterrupt
+
+    def loss_before(self) -> float:
+        """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
+        loader = _in_order(self.loaders.train, self.cfg)
+        count = min(len(loader.dataset), len(self.loaders.val.dataset))
+        chosen = torch.linspace(0, len(loader.dataset) - 1, count).round().long().tolist()
+        part = DataLoader(Subset(loader.dataset, chosen), loader.batch_size, generator=torch.Generator())
+        return _judge(self.model, part, self.loaders, self.cfg, self.accelerator)["loss"]
+
+    def judge(self) -> dict[str, float]:
+        """Loss and metrics of the validation split."""
+        judged = _judge(self.model, self.loaders.val, self.loaders, self.cfg, self.accelerator)
+        return {f"val_{name}": value for name, value in judged.items()}
+
+    def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
+        """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""
+        epoch, rate = self.at.epoch, self.optimizer.param_groups[0]["lr"]
+        row = {"epoch": epoch, "lr": rate, "train_loss": loss, **judged, "seconds": seconds}
+        self._log(row)
+        self.bar.set_postfix({"train loss": f"{loss:.3f}", f"val {self.key}": f"{row[f'val_{self.key}']:.3f}"})
+        if epoch == 0:
+            _check_judged(row, self.key)
+        score = row[f"val_{self.key}"] * self.sign
+        if score > self.score:
+            self.score, self.history.best_epoch = score, epoch
+            self._keep()
+        elif epoch - self.history.best_epoch >= self.cfg.training.patience:
+            self.history.stopped = f"no better validation {self.key} for {self.cfg.training.patience} epochs"
+        self.at = _Position(epoch + 1)
+        self.save()
+
+    def _log(self, row: dict[str, float]) -> None:
+        self.history.rows.append(row)
+        if self.run is not None and self.accelerator.is_main_process:
+            self.run.log(row, step=row["epoch"])
+
+    def _keep(self) -> None:
+        """Keep the present weights as the best: of a 366M model with LoRA they are about one per cent."""
+        self.best = {key: tensor.detach().clone() for key, tensor in trained_state(self.inner).items()}
+        if self.run is not None and self.accelerator.is_main_process:
+            extra = {"epoch": self.history.best_epoch, **self.loaders.scale}
+            save_adapter(self.run.folder / BEST, self.inner, self.cfg.to_dict(), extra=extra)
+
+    # ------------------------------------------------------------------------------------------------ stop and go on
+    def save(self) -> None:
+        """Write the whole state into the run's folder, in place of the one before."""
+        if not self.recorded:
+            return
+        randomness = gather_object([_random_state()])
+        if self.accelerator.is_main_process:
+            generator = self.loaders.train.generator
+            between = generator.get_state() if generator is not None else None
+            state = {
+                "config": _settings(self.cfg),
+                "data": _data_fingerprint(self.loaders),
+                "checkpoint": loaded_from(self.inner),
+                "model": _on_cpu(trained_state(self.inner)),
+                "best": _on_cpu(self.best),
+                "score": self.score,
+                "optimizer": self.optimizer.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+                "random": randomness,
+                "order": self.order if self.at.batches else between,
+                "position": dataclasses.asdict(self.at),
+                "history": dataclasses.asdict(self.history),
+            }
+            save_state(self.run.folder / STATE, state)
+            self.saved = f"the last good state is {self.run.folder / STATE} ({self._where()})"
+
+    def _where(self) -> str:
+        if not self.at.batches:
+            return f"after epoch {self.at.epoch - 1}"
+        return f"after batch {self.at.batches} of epoch {self.at.epoch}"
+
+    def _resume(self, name: str) -> None:
+        """Take everything from the state of the run `name`; what follows is as if it had never stopped."""
+        state = _read_state(name, self.cfg, self.loaders, self.inner, self.accelerator.num_processes)
+        own = trained_state(self.inner)
+        with torch.no_grad():
+            for key, tensor in state["model"].items():
+                own[key].copy_(tensor)
+        self.best, self.score = {key: tensor.clone() for key, tensor in state["best"].items()}, state["score"]
+        self.optimizer.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if (order := state["order"]) is not None:
+            self.order = order
+            self.loaders.train.generator.set_state(order)
+        self.at = _Position(**state["position"])
+        rows = state["history"].pop("rows")
+        self.history = History(**state["history"])
+        for row in rows:
+            self._log(row)
+        if self.accelerator.is_main_process:
+            print(f"going on with {name}, {self._where()}")
+        _set_random_state(state["random"][self.accelerator.process_index])
+        self.save()  # under the new name: this run, too, may be interrupted before its first step
+
+    def __enter__(self) -> Self:
+        self.stop.listen()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        self.stop.no_longer()
+        self.bar.close()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)  # gives the model its own forward back
+        self.inner.load_state_dict(self.best, strict=False)
+        if isinstance(error, _NotFinite):
+            raise Diverged(self._what_diverged(error), self.history) from None
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted(f"Interrupted. {self._what_remains()}", self.history) from None
+        if isinstance(error, OSError) and self.run is not None:
+            raise_if_full(error, self.run.folder, self._what_remains())
+
+    def _what_remains(self) -> str:
+        epoch = self.history.best_epoch
+        weights = f"The model has the weights of epoch {epoch}, its best so far" if self.best else "Nothing is trained"
+        if self.run is None or not self.history.rows:
+            return f"{weights}. {'Without a run' if self.run is None else 'Yet'} nothing was saved to go on from."
+        return f"{weights}; {self.saved}. {how_to_go_on(self.run.name, self.cfg)}"
+
+    def _what_diverged(self, error: _NotFinite) -> str:
+        where = f"at batch {self.at.batches + 1} of epoch {self.at.epoch}"
+        best = f"The model has the weights of epoch {self.history.best_epoch} again, its best"
+        state = f"; {self.saved}" if self.run is not None else ""
+        return (
+            f"{error} {where}. {best}{state}. Lower training.lr (now {self.cfg.training.lr}) or lengthen "
+            "training.warmup; if it happens in the first batches, look for NaN in the inputs with one batch of the "
+            "loader."
+        )
+
+
+class _NotFinite(Exception):
+    """What is no longer a number."""
+
+
+class _Stop:
+    """Ctrl-C during the training: `asked` here, `agreed` among all processes. The training ends after a whole step.
+
+    A second Ctrl-C ends it at once, but in one of several processes: there the first process decides.
+    """
+
+    def __init__(self) -> None:
+        self.asked = self.agreed = False
+        self._before: Any = None
+
+    def listen(self) -> None:
+        """Signals reach the main thread alone; elsewhere Ctrl-C is not ours to handle."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGINT, self._ask)
+
+    def no_longer(self) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _ask(self, *_: object) -> None:
+        if self.asked and not one_of_several():
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def how_to_go_on(name: str, cfg: Config) -> str:
+    """What to type to go on with the interrupted run `name`."""
+    words = f"NB={cfg.experiment} TASK={cfg.task} PROFILE={cfg.profile}"
+    return (
+        f'To go on: make run-notebook {words} P="training.resume={name}" with the other parameters of the run, or in '
+        f'the notebook parameters = {{"training.resume": "{name}"}}, and run all cells.'
+    )
+
+
+def _read_state(name: str, cfg: Config, loaders: Loaders, model: nn.Module, count: int) -> dict[str, Any]:
+    """The state of the run `name`, if this training may go on from it."""
+    path = Path(resolve(cfg, cfg.paths.runs, write=True), name, STATE)
+    if not path.is_file():
+        there = sorted(found.parent.name for found in path.parents[1].glob(f"*/{STATE}"))
+        raise CheckpointError(
+            f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
+        )
+    state = load_state(path)
+    before, now = state["config"], _settings(cfg)
+    differing = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
+    reasons = [
+        (differing, f"other settings: {', '.join(differing)}"),
+        (state["data"] != _data_fingerprint(loaders), "other frames or labels in the training or validation split"),
+        (state["checkpoint"] != loaded_from(model), "another checkpoint under the model"),
+        (set(state["model"]) != set(trained_state(model)), "another model"),
+        (len(state["random"]) != count, f"{len(state['random'])} process(es), and now there are {count}"),
+    ]
+    if found := [reason for wrong, reason in reasons if wrong]:
+        raise CheckpointError(
+            f"The run {name} (training.resume) cannot be gone on with, because it had {'; '.join(found)}. Take back "
+            "what differs, or start a new run without training.resume."
+        )
+    return state
+
+
+def _settings(cfg: Config) -> dict[str, Any]:
+    """What shapes a training, dotted key to value."""
+
+    def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    return {key: value for key, value in leaves(cfg.to_dict()) if not key.startswith(_FREE)}
+
+
+def _data_fingerprint(loaders: Loaders) -> str:
+    """Of the times of training and validation and the mean of the training targets."""
+    digest = hashlib.sha256(repr([_times(loaders.train.dataset), _times(loaders.val.dataset)]).encode())
+    digest.update(loaders.target_mean.double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - a dataset of one's own may draw from it
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+
+
 def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
     """Share of the learning rate at each optimiser step: a linear rise, then half a cosine or nothing."""
     warmup = round(cfg.training.warmup * steps)
@@ -266,66 +584,9 @@ def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
     return share
 
 
-def _epoch(
-    model: nn.Module,
-    train: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    loaders: Loaders,
-    cfg: Config,
-    accelerator: Accelerator,
-    bar: tqdm,
-) -> float:
-    """One pass over the training split; the mean loss."""
-    model.train()
-    total, count = 0.0, 0
-    for step, batch in enumerate(train, 1):
-        with accelerator.accumulate(model):
-            loss = compute_loss(model(batch), batch["target"], loaders, cfg)
-            value = loss.item()
-            if not math.isfinite(value):
-                raise _NotFinite(value, step)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), cfg.training.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                schedule.step()
-        total += value * len(batch["target"])
-        count += len(batch["target"])
-        bar.update()
-    return total / count
-
-
-@torch.no_grad()
-def _loss_before(model: nn.Module, loaders: Loaders, cfg: Config, accelerator: Accelerator) -> float:
-    """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
-    loader = _in_order(loaders.train, cfg)
-    count = min(len(loader.dataset), len(loaders.val.dataset))
-    chosen = torch.linspace(0, len(loader.dataset) - 1, count).round().long().tolist()
-    part = DataLoader(Subset(loader.dataset, chosen), loader.batch_size, generator=torch.Generator())
-    total = sum(
-        compute_loss(output, target, loaders, cfg).item() * len(target)
-        for output, target, _ in _outputs(model, part, cfg, accelerator)
-    )
-    return total / count
-
-
-class _NotFinite(Exception):
-    """Carries the loss and the number of the batch in its epoch."""
-
-
-def _what_diverged(error: _NotFinite, history: History, cfg: Config) -> str:
-    loss, step = error.args
-    epoch = history.rows[-1]["epoch"] + 1
-    return (
-        f"The training loss became {loss} at batch {step} of epoch {epoch}. The model has the weights of epoch "
-        f"{history.best_epoch} again, its best. Lower training.lr (now {cfg.training.lr}) or lengthen training.warmup; "
-        "if it happens in the first batches, look for NaN in the inputs with one batch of the loader."
-    )
-
-
+# --------------------------------------------------------------------------------------------------------------------
+# Judging
+# --------------------------------------------------------------------------------------------------------------------
 def _check_judged(row: Mapping[str, float], key: str) -> None:
     """Raise where the validation before training says already that no epoch could be chosen."""
     if not math.isfinite(row["val_loss"]):
@@ -342,14 +603,16 @@ def _check_judged(row: Mapping[str, float], key: str) -> None:
 
 
 @torch.no_grad()
-def _judge(model: nn.Module, loaders: Loaders, split: str, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
-    """Loss and metrics of a split."""
+def _judge(
+    model: nn.Module, loader: DataLoader, loaders: Loaders, cfg: Config, accelerator: Accelerator
+) -> dict[str, float]:
+    """Loss and metrics over all samples of a loader, each once, however many processes share them."""
     collector, total, count = Collector(loaders, cfg, detailed=False), 0.0, 0
-    for output, target, batch in _outputs(model, getattr(loaders, split), cfg, accelerator):
+    for output, target, batch in _outputs(model, loader, cfg, accelerator):
         total += compute_loss(output, target, loaders, cfg).item() * len(target)
         count += len(target)
         collector.add(to_target_units(output, loaders, cfg), target, batch)
-    return {f"{split}_{name}": value for name, value in {"loss": total / count, **collector.metrics()}.items()}
+    return {"loss": total / count, **collector.metrics()}
 
 
 def _outputs(
@@ -362,8 +625,10 @@ def _outputs(
             output = model(batch).float()
         check_shapes(output, batch["target"], cfg)
         output, target = accelerator.gather_for_metrics((output, batch["target"]))
-        times = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
-        yield output.cpu().contiguous(), target.cpu(), {**batch, "timestamp": times}
+        batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
+        if accelerator.num_processes > 1:
+            del batch["ts"]  # only this process's share
+        yield output.cpu().contiguous(), target.cpu(), batch
 
 
 def _in_order(loader: DataLoader, cfg: Config) -> DataLoader:
@@ -381,8 +646,3 @@ def _in_order(loader: DataLoader, cfg: Config) -> DataLoader:
 
 def _times(data: Dataset) -> list[str]:
     return [time.isoformat() for time in data.samples["time"]]
-
-
-def _trainable_copy(model: nn.Module) -> dict[str, Tensor]:
-    """The trained weights alone: of a 366M model with LoRA that is about one per cent."""
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -11,7 +11,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
-from helpers.checkpoint import CheckpointError, fingerprint, load_adapter, load_filtered, save_adapter
+from helpers.checkpoint import (
+    CheckpointError,
+    export_merged,
+    fingerprint,
+    load_adapter,
+    load_filtered,
+    save_adapter,
+)
+from helpers.config import load_config
 from helpers.encoder import SuryaEncoder, fourier_positions
 from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.lora import apply_lora, lora_state_dict, merge_lora
@@ -415,14 +423,56 @@ def test_an_adapter_on_another_checkpoint_or_model_is_refused(file: Path, tmp_pa
         load_adapter(path, target, "b" * 16)
     wider = apply_lora(Specformer1D(encoder(), pooling="attention"), rank=4)
     with pytest.raises(CheckpointError, match=r"lora_A of shape \(2, 16\), and the model's is \(4, 16\): rank"):
-        load_adapter(path, wider)
+        load_adapter(path, wider, "a" * 16)
     with pytest.raises(CheckpointError, match="adapter.pt was trained with another model.*apply_lora"):
-        load_adapter(path, Specformer1D(encoder(), pooling="attention"))
+        load_adapter(path, Specformer1D(encoder(), pooling="attention"), "a" * 16)
     with pytest.raises(CheckpointError, match="surya.test.pt is no adapter file of this course"):
         load_adapter(file, target)
     with pytest.raises(CheckpointError, match="does not exist"):
         load_adapter(tmp_path / "absent.pt", target)
     assert same(before, bits(target))
+
+
+def test_the_checkpoint_under_an_adapter_is_noted_and_compared_by_itself(file: Path, state: dict, tmp_path: Path):
+    model, same_weights, other, bare = (trained(seed=seed) for seed in range(4))
+    for m in (model, same_weights):
+        load_filtered(m, file)
+    load_filtered(other, {**state, FILTER: state[FILTER] + 1})
+    path = save_adapter(tmp_path / "adapter.pt", model, {})
+    assert load_adapter(path, same_weights)["fingerprint"] == fingerprint(file)
+    with pytest.raises(CheckpointError, match=f"trained on the checkpoint {fingerprint(file)}, and the model holds"):
+        load_adapter(path, other)
+    with pytest.raises(CheckpointError, match="the model holds none that load_filtered put there"):
+        load_adapter(path, bare)
+
+
+def test_an_adapter_of_the_full_model_takes_a_few_megabytes(tmp_path: Path):
+    cfg = load_config(profile="surya")
+    with torch.device("meta"):
+        encoder = SuryaEncoder(**cfg.encoder_arguments() | {"img_size": 4096})
+        model = apply_lora(Specformer1D(encoder), **cfg.lora.model_dump())
+    model.to_empty(device="cpu")  # room for 366 million weights, of which the file needs none
+    assert sum(p.numel() for p in model.encoder.parameters()) > 360e6
+    path = save_adapter(tmp_path / "adapter.pt", model, cfg.to_dict())
+    assert path.stat().st_size < 15e6
+    kept = torch.load(path, weights_only=True)["state"]
+    assert set(lora_state_dict(model)) <= set(kept) and kept["head.1.weight"].shape == (1, 1280)
+
+
+def test_a_merged_copy_works_without_adapters(file: Path, tmp_path: Path):
+    model = trained()
+    load_filtered(model, file)
+    before, batch = bits(model), {"ts": torch.randn(1, 13, 2, 64, 64)}
+    path = export_merged(tmp_path / "merged.pt", model)
+    plain = Specformer1D(encoder(), pooling="attention")
+    plain.load_state_dict(torch.load(path, weights_only=True))  # every key, and none is left
+    expected = model.eval()(batch)
+    torch.testing.assert_close(plain.eval()(batch), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert same(before, bits(model))
+    qkv = "backbone.blocks_attention.0.attn.qkv.weight"
+    assert not torch.equal(plain.encoder.state_dict()[qkv], torch.load(file, weights_only=True)[qkv])
+    report = load_filtered(Specformer1D(encoder(), pooling="attention"), path)
+    assert not report.missing and not report.adapted
 
 
 MEMORY = """

@@ -75,7 +75,9 @@ def test_only_runs_that_differ_in_seed_and_samples_are_compared(config):
     fewer = leave_run(config(**{"training.max_train_samples": 60}), 0.6, samples=60)
     leave_run(config(**{"training.lr": 0.5}), 0.4)
     leave_run(config(**{"data.channels": ["aia94", "hmi_m"]}), 0.4)
-    again = leave_run(config(), 0.5)  # the same seed again: the newest counts
+    leave_run(config(), 0.5)
+    changes = {"training.resume": name, "training.device": "cpu", "model.checkpoint_layers": [0]}  # change no score
+    again = leave_run(config(**changes), 0.5)  # the same seed again: the newest counts
     found = comparison.comparable_runs({"finetune": config()})
     assert set(found["name"]) == {fewer, again} and name not in set(found["name"])
     assert comparison.contains(found, config()) and not comparison.contains(found, config(seed=5))

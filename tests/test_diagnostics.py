@@ -15,7 +15,7 @@ from helpers.config import load_config
 from helpers.encoder import SuryaEncoder
 from helpers.heads import specformer
 from helpers.lora import adapt
-from helpers.memory import estimate_memory, measure_memory, memory_options
+from helpers.memory import estimate_memory, measure_memory, memory_options, recompute_if_needed
 
 EPOCHS = np.arange(1, 13)
 TRAIN = {  # training and validation loss by epoch, each in units of its value before training
@@ -152,3 +152,37 @@ def test_recomputation_one_sample_and_bf16_save_what_they_promise():
     assert list(by_block) == ["embedding", *(f"block {i}" for i in range(6))]
     kept = estimate_memory(model, batch, cfg, recompute=True).by_block
     assert all(kept[name] < by_block[name] / 4 for name in kept if name != "embedding")
+
+
+def test_auto_recomputes_no_block_more_than_the_memory_asks_for(capsys):
+    model, batch, cfg = model_and_batch(6)
+    shape, cpu = (cfg.training.batch_size, *batch["ts"].shape[1:]), torch.device("cpu")
+    backbone = model.encoder.backbone
+
+    def needed(layers) -> int:
+        backbone.checkpoint_layers = frozenset(layers)
+        estimate = estimate_memory(model, batch, cfg)
+        return estimate.optimizer + estimate.step
+
+    none, every = needed(()), needed(range(6))
+    recompute_if_needed(model, shape, cfg, cpu, free=2 * none)
+    assert backbone.checkpoint_layers == frozenset() and not capsys.readouterr().out
+    free = int((none + every) / 2 / 0.9)
+    recompute_if_needed(model, shape, cfg, cpu, free=free)
+    chosen = backbone.checkpoint_layers
+    assert 0 < len(chosen) < 6 and needed(chosen) <= 0.9 * free < needed(range(len(chosen) - 1))
+    assert f"{len(chosen)} of 6 blocks recompute" in capsys.readouterr().out
+    recompute_if_needed(model, shape, cfg, cpu, free=every // 2)
+    assert backbone.checkpoint_layers == frozenset(range(6))
+    assert "Even so it may not fit: lower training.batch_size" in capsys.readouterr().out
+    recompute_if_needed(nn.Linear(2, 1), shape, cfg, cpu, free=1)  # no encoder, nothing to recompute
+
+
+def test_weights_held_in_bf16_are_counted_so():
+    sizes = []
+    for held in ("fp32", "bf16"):
+        changes = {"training.frozen_dtype": held, "training.precision": "bf16"}
+        model, batch, cfg = model_and_batch(1, **changes)
+        sizes.append(estimate_memory(model, batch, cfg).weights)
+    real = sum(p.numel() for p in model.parameters() if not p.requires_grad and not p.is_complex())
+    assert sizes[0] - sizes[1] == 2 * real

@@ -8,13 +8,11 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from small_training import Linear, numbers, small_config
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.data import DataLoader, Dataset
 
-from helpers import training
-from helpers.config import load_config
-from helpers.dataset import Loaders
+from helpers import devices
 from helpers.encoder import SuryaEncoder
 from helpers.heads import Specformer1D
 from helpers.lora import adapt, apply_lora
@@ -33,7 +31,6 @@ from helpers.training import (
 )
 
 ROOT = Path(__file__).parents[1]
-SHAPE = (2, 1, 8, 8)  # C, T, H, W
 
 
 @pytest.fixture(autouse=True)
@@ -47,69 +44,7 @@ def one_thread():
 
 @pytest.fixture
 def config(tmp_path):
-    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
-    small = {
-        "training.lr": 0.05,
-        "training.epochs": 6,
-        "training.batch_size": 8,
-        "training.warmup": 0.0,
-        "training.schedule": "constant",
-        "training.weight_decay": 0.0,
-        "target.metrics": ["rmse"],
-        "target.event_threshold": None,
-        "tracking.wandb": "disabled",
-        "paths.runs": str(tmp_path / "runs"),
-    }
-    return lambda **overrides: load_config(tmp_path / "config.yaml", small | overrides)
-
-
-class Numbers(Dataset):
-    """Images whose two channel means give the target, linearly; targets like solar-wind speeds."""
-
-    def __init__(self, times, outputs: int = 1, seed: int = 0):
-        generator = torch.Generator().manual_seed(seed)
-        self.samples = pd.DataFrame({"time": times})
-        self.ts = torch.randn(len(times), *SHAPE, generator=generator)
-        self.ts += 2 * torch.randn(len(times), 2, 1, 1, 1, generator=generator)
-        a, b = self.ts.mean((2, 3, 4)).T
-        self.targets = torch.stack([400 + 50 * a - 30 * b, 20 * b], 1)[:, :outputs]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        time = self.samples["time"].iloc[i].isoformat()
-        return {"ts": self.ts[i], "target": self.targets[i], "timestamp": time}
-
-
-def numbers(batch_size: int = 8, shuffle: bool = True, outputs: int = 1, train_samples: int = 32) -> Loaders:
-    times = {"train": "2014-01-01", "val": "2014-03-01", "test": "2014-05-01"}
-    counts = {"train": train_samples, "val": 12, "test": 11}
-    sets = {
-        name: Numbers(pd.date_range(start, periods=counts[name], freq="6h"), outputs, seed)
-        for seed, (name, start) in enumerate(times.items())
-    }
-    loaders = {
-        name: DataLoader(
-            data, batch_size, shuffle=shuffle and name == "train", generator=torch.Generator().manual_seed(0)
-        )
-        for name, data in sets.items()
-    }
-    targets = sets["train"].targets
-    return Loaders(**loaders, target_mean=targets.mean(0), target_std=targets.std(0, correction=0), report="")
-
-
-class Linear(nn.Module):
-    """The channel means, then a line: it can learn `Numbers` exactly."""
-
-    def __init__(self, outputs: int = 1):
-        super().__init__()
-        self.head = nn.Linear(2, outputs)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, batch):
-        return self.head(batch["ts"].mean((2, 3, 4)))
+    return lambda **overrides: small_config(tmp_path, **overrides)
 
 
 # ---------------------------------------------------------------------------------------------------- learning
@@ -348,8 +283,8 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(config):
 
 
 def test_the_gpu_with_the_most_free_memory_is_taken_and_named(capsys):
-    assert training._emptiest([]) == "cpu" and training._emptiest([5]) == "cuda:0" and not capsys.readouterr().out
-    assert training._emptiest([20_000_000_000, 71_500_000_000, 3]) == "cuda:1"
+    assert devices._emptiest([]) == "cpu" and devices._emptiest([5]) == "cuda:0" and not capsys.readouterr().out
+    assert devices._emptiest([20_000_000_000, 71_500_000_000, 3]) == "cuda:1"
     assert "cuda:1, which has the most free memory (GB free: cuda:0 20.0, cuda:1 71.5" in capsys.readouterr().out
 
 
@@ -367,6 +302,29 @@ def test_one_word_chooses_what_trains(config, regime):
     assert bool(adapters) == (regime == "lora")
     assert trains == {"lora": head | adapters, "probe": head}.get(regime, everything)
     assert (find_checkpoint(cfg) is None) == (regime == "scratch")
+
+
+def test_frozen_weights_held_in_bf16_train_as_well_and_do_not_change(config):
+    tables = []
+    for held in ("fp32", "bf16"):
+        cfg = config(
+            **{"training.frozen_dtype": held, "training.precision": "bf16", "training.epochs": 8, "training.lr": 0.01}
+        )
+        seed_everything(cfg)
+        encoder = SuryaEncoder(**ENCODER | {"img_size": 8, "patch_size": 2}, n_spectral_blocks=1, num_heads=2)
+        model = adapt(Specformer1D(encoder), cfg)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        tables.append(fit(model, numbers(), cfg).table)
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        assert all(torch.equal(frozen[name], value) for name, value in before.items())
+        dtypes = {p.dtype for p in frozen.values() if not p.is_complex()}
+        assert dtypes == {torch.float32 if held == "fp32" else torch.bfloat16}
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    start = tables[0]["val_rmse"][0]
+    assert tables[0]["val_rmse"].min() < 0.8 * start
+    assert (tables[0]["val_rmse"] - tables[1]["val_rmse"]).abs().max() < 0.1 * start
+    with pytest.raises(ValueError, match="training.frozen_dtype.*held in bf16 are computed with in bf16"):
+        config(**{"training.frozen_dtype": "bf16", "training.precision": "fp32"})
 
 
 def test_adapters_and_head_have_rates_and_decays_of_their_own(config):

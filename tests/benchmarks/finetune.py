@@ -8,35 +8,21 @@ import time
 from dataclasses import replace
 
 import pandas as pd
-from torch import nn
 
 from helpers import frames
-from helpers.checkpoint import load_filtered
 from helpers.config import Config, load_config
 from helpers.dataset import Loaders, make_loaders
-from helpers.encoder import SuryaEncoder
-from helpers.heads import linear_baseline, specformer
-from helpers.lora import adapt
-from helpers.shared import find_checkpoint
 from helpers.synthetic import ensure_synthetic
+from helpers.train import build_model
 from helpers.training import fit, predict, reference_predictions, seed_everything, standardise_features
 
-
-def deep(cfg: Config) -> nn.Module:
-    """Surya with its head, as in finetune.ipynb."""
-    model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
-    channels = cfg.data.channels, cfg.model.checkpoint_channels
-    load_filtered(model, find_checkpoint(cfg), *channels, decoder_channels=cfg.head.decoder_channels)
-    return adapt(model, cfg)
-
-
-MODELS = {  # name: experiment, how its model is built, and what differs from the config
-    "linear baseline": ("baseline", linear_baseline, {}),
-    "random weights, LoRA": ("finetune", deep, {"model.checkpoint": None}),
-    "random weights, all trained": ("finetune", deep, {"training.regime": "scratch"}),
-    "Surya, head only": ("finetune", deep, {"training.regime": "probe"}),
-    "Surya, all trained": ("finetune", deep, {"training.regime": "full"}),
-    "Surya, LoRA": ("finetune", deep, {}),
+MODELS = {  # name: experiment, and what differs from the config
+    "linear baseline": ("baseline", {}),
+    "random weights, LoRA": ("finetune", {"model.checkpoint": None}),
+    "random weights, all trained": ("finetune", {"training.regime": "scratch"}),
+    "Surya, head only": ("finetune", {"training.regime": "probe"}),
+    "Surya, all trained": ("finetune", {"training.regime": "full"}),
+    "Surya, LoRA": ("finetune", {}),
 }
 
 
@@ -64,11 +50,11 @@ def one_sun(seed: int, task: str, overrides: dict, names: list[str]) -> list[dic
     floors = reference_predictions(unseen, "test", cfg)
     rows = [{"model": name, **floor.metrics(cfg)} for name, floor in floors.items()]
     for name in names:
-        experiment, build, differs = MODELS[name]
+        experiment, differs = MODELS[name]
         cfg = load_config(profile="tiny", task=task, experiment=experiment, overrides=overrides | differs)
         seed_everything(cfg)
         loaders, started = make_loaders(cfg), time.perf_counter()
-        model = build(cfg)
+        model = build_model(cfg)
         standardise_features(model, loaders, cfg)
         history = fit(model, loaders, cfg)
         key = "r2" if "r2" in cfg.target.metrics else cfg.target.metrics[0]
