@@ -42,13 +42,13 @@ lab: env  ## open JupyterLab on the same environment
 test: env  ## run the tests [ARGS="tests/test_lora.py -k merge"]
 	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
 
-bench: env  ## list the benchmarks, or run one: B=name [ARGS=..]
-ifdef B
-	@"$(PY)" "tests/benchmarks/$(B:.py=).py" $(ARGS)
-else
+bench: env  ## measure the speed, one table (8 minutes); B=list names other benchmarks, B=name runs one [ARGS=..]
+ifeq ($(B),list)
 	@echo "make bench B=NAME, where NAME is one of:"
 	@for file in tests/benchmarks/*.py; do \
 		printf '  %-28s %s\n' "$$(basename "$$file" .py)" "$$(sed -n '1s/^"""//p' "$$file" | sed 's/"""$$//')"; done
+else
+	@"$(PY)" "tests/benchmarks/$(basename $(or $(B),speed)).py" $(ARGS)
 endif
 
 cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]

@@ -169,6 +169,7 @@ class Model(_Section):
     nglo: Annotated[int, Field(ge=0, le=1)]
     drop_rate: Share
     checkpoint_layers: list[int] | Literal["auto"]
+    compile: bool
 
 
 class Head(_Section):

