@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from helpers.config import Config
 from helpers.devices import free_memory, make_accelerator
 from helpers.encoder import SuryaEncoder
+from helpers.lora import hold_frozen
 
 ADAM_BYTES = 8  # two float32 moments of each trained parameter
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,6 +63,7 @@ def estimate_memory(
     batch_size: int | None = None,
     precision: str | None = None,
     recompute: bool | None = None,
+    frozen_dtype: str | None = None,
 ) -> StepMemory:
     """What one training step of `model` will need, without computing it and without touching the model.
 
@@ -72,6 +74,7 @@ def estimate_memory(
         batch_size: B to ask for instead.
         precision: fp32, bf16 or fp16 to ask for instead.
         recompute: whether all blocks recompute their activations instead of keeping them.
+        frozen_dtype: bf16 to hold the frozen weights in.
     """
     shape = (batch_size or cfg.training.batch_size, *batch["ts"].shape[1:])
     fake = FakeTensorMode()
@@ -79,12 +82,14 @@ def estimate_memory(
         tensors = (*model.parameters(), *model.buffers())
         shadow = copy.deepcopy(model, {id(tensor): fake.from_tensor(tensor) for tensor in tensors}).train()
         ts = torch.empty(shape, device=next(model.parameters()).device)
+        if frozen_dtype == "bf16" and hasattr(shadow, "encoder"):
+            hold_frozen(shadow, torch.bfloat16)
     if recompute is not None and hasattr(shadow, "encoder"):
         shadow.encoder.backbone.checkpoint_layers = frozenset(range(cfg.model.depth)) if recompute else frozenset()
     with fake, _Live() as live:
         by_block = _step(shadow, {**batch, "ts": ts}, precision or cfg.training.precision, live)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = sum(t.numel() * t.element_size() for t in tensors)
+    weights = sum(t.numel() * t.element_size() for t in (*shadow.parameters(), *shadow.buffers()))
     return StepMemory(weights, ADAM_BYTES * trained, live.peak, by_block)
 
 
@@ -154,6 +159,7 @@ def memory_options(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> p
     changes = {
         "as configured": ({}, ""),
         "training.precision: bf16": ({"precision": "bf16"}, "three digits in the products"),
+        "training.frozen_dtype: bf16": ({"frozen_dtype": "bf16"}, "frozen weights rounded to three digits, once"),
         "training.batch_size: 1": ({"batch_size": 1}, "raise training.accumulation by the same factor; slower"),
         "model.checkpoint_layers: all": ({"recompute": True}, "1.4 times the time"),
     }

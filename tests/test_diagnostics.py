@@ -148,6 +148,7 @@ def test_recomputation_one_sample_and_bf16_save_what_they_promise():
     assert table.loc["training.batch_size: 1", "saves"] > 0.6
     assert table.loc["model.checkpoint_layers: all", "saves"] > 0.4
     assert 0.2 < table.loc["training.precision: bf16", "saves"] < 0.6
+    assert 0 < table.loc["training.frozen_dtype: bf16", "saves"] < 0.2
     by_block = estimate_memory(model, batch, cfg).by_block
     assert list(by_block) == ["embedding", *(f"block {i}" for i in range(6))]
     kept = estimate_memory(model, batch, cfg, recompute=True).by_block
@@ -186,4 +187,6 @@ def test_weights_held_in_bf16_are_counted_so():
         sizes.append(estimate_memory(model, batch, cfg).weights)
     matrices = sum(p.numel() for p in model.encoder.parameters() if not p.requires_grad and p.ndim in (2, 4))
     filters = sum(block.filter.complex_weight.numel() for block in model.encoder.backbone.blocks_spectral_gating)
+    asked = estimate_memory(model_and_batch(1)[0], batch, cfg, frozen_dtype="bf16")
+    assert asked.weights == sizes[1]
     assert sizes[0] - sizes[1] == pytest.approx(2 * (matrices - filters), rel=0.01)

@@ -222,9 +222,9 @@ def loading_rows(repeats: int) -> None:
 def growth_rows(repeats: int, known: dict[str, float]) -> None:
     for side in SIDES:
         found = known if side == 1024 else alone(measure_work, repeats, side, checkpointed=side > 2048)
-        microseconds = 1e6 * found["run"] / (side // CFG.model.patch_size) ** 2
+        each = f"{1e6 * found['run'] / (side // CFG.model.patch_size) ** 2:.0f} microseconds a token"
         name = f"LoRA step bf16, {side} x {side}{', checkpointed' * (side > 2048)}"
-        row(name, f"{found['run']:.2f} s  {found['peak']:.2f} GB", f"{microseconds:.0f} microseconds a token")
+        row(name, f"{found['run']:.2f} s  {found['peak']:.2f} GB", f"{each}, {found['share']:.2f} of the rate")
 
 
 def gpu_rows(repeats: int) -> None:
