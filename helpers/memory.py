@@ -159,7 +159,7 @@ def memory_options(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> p
     changes = {
         "as configured": ({}, ""),
         "training.precision: bf16": ({"precision": "bf16"}, "three digits in the products"),
-        "training.frozen_dtype: bf16": ({"frozen_dtype": "bf16"}, "frozen weights rounded to three digits, once"),
+        "and training.frozen_dtype: bf16": ({"precision": "bf16", "frozen_dtype": "bf16"}, "nothing more"),
         "training.batch_size: 1": ({"batch_size": 1}, "raise training.accumulation by the same factor; slower"),
         "model.checkpoint_layers: all": ({"recompute": True}, "1.4 times the time"),
     }

@@ -27,6 +27,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from helpers.config import ConfigError, load_config, parse_value
 from helpers.tracking import claim_run, runs_folder
+from helpers.training import STATE, how_to_go_on
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,7 +54,8 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
             "task": arguments.task,
             "parameters": parse_parameters(arguments.parameters),
         }
-        cfg = load_config(root / "config.yaml", **given)
+        experiment = notebook.stem if notebook.stem in ("baseline", "finetune") else None
+        cfg = load_config(root / "config.yaml", experiment=experiment, **given)
         declared = papermill.inspect_notebook(str(notebook))
         unread = [name for name, value in given.items() if value and name not in declared]
         if unread:
@@ -65,7 +67,10 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 2
     folder = claim_run(runs_folder(cfg), f"{notebook.stem}-{cfg.task}-{cfg.profile}")
     given["run_name"] = folder.name
-    return run(notebook, folder, {name: value for name, value in given.items() if name in declared})
+    code = run(notebook, folder, {name: value for name, value in given.items() if name in declared})
+    if code == 130 and (folder / STATE).exists():
+        print(f"Its training was saved. {how_to_go_on(folder.name, cfg)}")
+    return code
 
 
 def find_notebook(name: str | None, folder: Path) -> Path:
@@ -155,7 +160,7 @@ def _kernel_of_this_python() -> Iterator[None]:
     figures = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # an inherited Agg would show none
     before = os.environ.get("JUPYTER_PATH")
     with tempfile.TemporaryDirectory(prefix="kernel-") as folder:
-        quiet = ["--log-level=ERROR"]  # the kernel talks to this machine only; its advice to encrypt would worry people
+        quiet = ["--log-level=CRITICAL"]  # its advice to encrypt, and its last words after Ctrl-C, would worry people
         write_kernel_spec(Path(folder, "kernels", "python3"), {"env": figures}, quiet)
         os.environ["JUPYTER_PATH"] = os.pathsep.join([folder, before] if before else [folder])
         try:
