@@ -106,6 +106,9 @@ def _work(fit: Callable, model: nn.Module, loaders: Loaders, cfg: Config, run: _
     """In each copy. The first one leaves what `fit` returned or raised, and the weights."""
     torch.set_num_threads(1)  # the threads of the original are not in the copy: waiting for them would never end
     os.environ["OMP_NUM_THREADS"] = "1"
+    for loader in (loaders.train, loaders.val, loaders.test):
+        if loader.num_workers:
+            loader.multiprocessing_context = "spawn"  # the fork server is a child of the original, out of reach here
     outcome: dict[str, Any] = {}
     try:
         outcome["returned"] = fit(model, loaders, cfg, run)

@@ -50,7 +50,9 @@ class Numbers(Dataset):
         return {"ts": self.ts[i], "target": self.targets[i], "timestamp": time}
 
 
-def numbers(batch_size: int = 8, shuffle: bool = True, outputs: int = 1, train_samples: int = 32) -> Loaders:
+def numbers(
+    batch_size: int = 8, shuffle: bool = True, outputs: int = 1, train_samples: int = 32, workers: int = 0
+) -> Loaders:
     times = {"train": "2014-01-01", "val": "2014-03-01", "test": "2014-05-01"}
     counts = {"train": train_samples, "val": 12, "test": 11}
     sets = {
@@ -59,7 +61,12 @@ def numbers(batch_size: int = 8, shuffle: bool = True, outputs: int = 1, train_s
     }
     loaders = {
         name: DataLoader(
-            data, batch_size, shuffle=shuffle and name == "train", generator=torch.Generator().manual_seed(0)
+            data,
+            batch_size,
+            shuffle=shuffle and name == "train",
+            generator=torch.Generator().manual_seed(0),
+            num_workers=workers,
+            multiprocessing_context="forkserver" if workers else None,
         )
         for name, data in sets.items()
     }

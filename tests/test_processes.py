@@ -58,6 +58,14 @@ def test_accumulation_in_two_processes(tmp_path):
     pd.testing.assert_frame_equal(*map(rows, found), rtol=1e-4)
 
 
+def test_loader_workers_of_the_copies(tmp_path):
+    """The notebook has used its own workers before, so there is a fork server, which the copies cannot use."""
+    cfg, loaders = small_config(tmp_path, **SETTINGS | {"training.epochs": 1}), numbers(workers=1)
+    one = fit(Linear(), loaders, cfg)
+    both = small_config(tmp_path, **SETTINGS | {"training.epochs": 1, "training.processes": 2})
+    pd.testing.assert_frame_equal(rows(one), rows(fit(Linear(), numbers(workers=1), both)), rtol=1e-4)
+
+
 def test_the_record_is_kept_here_and_a_resumed_run_goes_on(tmp_path, monkeypatch):
     """The rows arrive in the process of the notebook; the state is that of both processes."""
     settings = SETTINGS | {"training.processes": 2}
