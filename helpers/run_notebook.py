@@ -191,6 +191,11 @@ def _plain(text: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", nargs="?", help="name of a notebook in notebooks/")
+    return add_choices(parser)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options that choose a configuration."""
     parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
     parser.add_argument("--profile", help="tiny or surya")
     parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")

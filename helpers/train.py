@@ -23,7 +23,7 @@ from helpers.encoder import SuryaEncoder
 from helpers.heads import linear_baseline, specformer
 from helpers.lora import adapt
 from helpers.memory import estimate_memory
-from helpers.run_notebook import UsageError, parse_parameters
+from helpers.run_notebook import UsageError, add_choices, parse_parameters
 from helpers.shared import find_checkpoint
 from helpers.synthetic import ensure_synthetic
 from helpers.tracking import start_run
@@ -101,10 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.train", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", choices=("baseline", "finetune"))
-    parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
-    parser.add_argument("--profile", help="tiny or surya")
-    parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")
-    return parser
+    return add_choices(parser)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapt
 _FREE = (
     "paths.", "tracking.", "diagnostics.", "compare.", "synthetic.workers", "synthetic.pretraining",
     "data.dask_address", "data.build_workers", "data.retries", "data.memory_cache_gb", "training.resume",
-    "training.save_every_steps", "training.device", "training.loader_workers",
+    "training.save_every_steps", "training.device", "training.loader_workers", "model.checkpoint_layers",
 )  # fmt: skip
 
 

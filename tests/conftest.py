@@ -49,3 +49,14 @@ def make() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return call
+
+
+@pytest.fixture
+def one_thread():
+    """Sums of the same numbers in the same order, whatever else runs here; and processes that may be copied."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from einops import rearrange
+from small_encoder import SMALL
 from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
@@ -25,17 +26,7 @@ from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.lora import apply_lora, lora_state_dict, merge_lora
 
 ROOT = Path(__file__).parent.parent
-CONFIG = dict(
-    img_size=64,
-    patch_size=4,
-    in_chans=13,
-    time_dim=2,
-    embed_dim=16,
-    depth=3,
-    n_spectral_blocks=1,
-    num_heads=2,
-    dp_rank=2,
-)
+CONFIG = SMALL | {"img_size": 64, "in_chans": 13}
 FILTER = "backbone.blocks_spectral_gating.0.filter.complex_weight"
 PATCHES = "embedding.patch_embed.proj.weight"
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from small_encoder import SMALL
 
 from helpers.encoder import Neighbourhood, SuryaEncoder
 from helpers.heads import Specformer2D
@@ -16,17 +17,6 @@ from helpers.lora import apply_lora
 
 DATA = Path(__file__).parent / "data"
 REFERENCES = ("surya_tiny", "surya_tiny_cls", "surya_tiny_rpe")
-SMALL = dict(
-    img_size=32,
-    patch_size=4,
-    in_chans=3,
-    time_dim=2,
-    embed_dim=16,
-    depth=3,
-    n_spectral_blocks=1,
-    num_heads=2,
-    dp_rank=2,
-)
 
 
 class Reference:

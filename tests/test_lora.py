@@ -5,24 +5,13 @@ import copy
 import loralib
 import pytest
 import torch
+from small_encoder import SMALL
 from torch import nn
 
 from helpers.checkpoint import save_adapter
 from helpers.encoder import SuryaEncoder
 from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.lora import LoRALinear, apply_lora, kept, lora_state_dict, merge_lora, trainable_summary
-
-SMALL = dict(
-    img_size=32,
-    patch_size=4,
-    in_chans=3,
-    time_dim=2,
-    embed_dim=16,
-    depth=3,
-    n_spectral_blocks=1,
-    num_heads=2,
-    dp_rank=2,
-)
 
 
 def make(pooling: str = "mean", **lora) -> Specformer1D:

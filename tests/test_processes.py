@@ -20,15 +20,9 @@ from helpers.config import ConfigError
 from helpers.tracking import start_run
 from helpers.training import Diverged, Interrupted, fit, predict
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SETTINGS = {"training.precision": "fp32", "training.epochs": 4}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def rows(history) -> pd.DataFrame:

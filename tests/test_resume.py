@@ -34,6 +34,8 @@ OVERRIDES = {
     "lora.dropout": 0.3,
 }
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def build() -> nn.Module:
     encoder = SuryaEncoder(
@@ -88,14 +90,6 @@ def at_rename(count: int, name: str, action) -> None:
             action()
 
     sys.addaudithook(hook)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
