@@ -50,9 +50,10 @@ def comparable_runs(configs: Mapping[str, Config]) -> pd.DataFrame:
     cfg, rows = next(iter(configs.values())), []
     wanted = {name: _settings(yaml.safe_load(yaml.safe_dump(c.to_dict()))) for name, c in configs.items()}
     table = list_runs(runs_folder(cfg), task=cfg.task, profile=cfg.profile)
-    for row in table.to_dict("records"):
+    trained = table[table[SAMPLES].notna()] if SAMPLES in table else table[:0]  # runs of the notebooks lack the costs
+    for row in trained.to_dict("records"):
         there = yaml.safe_load((Path(row["folder"]) / "config.yaml").read_text(encoding="utf-8"))
-        if SAMPLES in row and _settings(there) == wanted.get(row["experiment"]):
+        if _settings(there) == wanted.get(row["experiment"]):
             rows.append({**row, "seed": there["seed"], "max_train_samples": there["training"]["max_train_samples"]})
     columns = [*table.columns, "seed", "max_train_samples"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(["experiment", "seed", "max_train_samples"], keep="last")

@@ -78,6 +78,8 @@ def test_only_runs_that_differ_in_seed_and_samples_are_compared(config):
     leave_run(config(), 0.5)
     changes = {"training.resume": name, "training.device": "cpu", "model.checkpoint_layers": [0]}  # change no score
     again = leave_run(config(**changes), 0.5)  # the same seed again: the newest counts
+    with start_run(config()) as of_a_notebook:  # says nothing of samples and cost
+        of_a_notebook.summary({"test_rmse": 0.1})
     found = comparison.comparable_runs({"finetune": config()})
     assert set(found["name"]) == {fewer, again} and name not in set(found["name"])
     assert comparison.contains(found, config()) and not comparison.contains(found, config(seed=5))
