@@ -108,11 +108,11 @@ def load_filtered(
             grid than the model, a channel is unknown, or (strict) a tensor finds no partner.
     """
     total = sum(p.numel() for p in model.parameters())
+    encoder = getattr(model, "encoder", model)
     if source is None:
-        getattr(model, "encoder", model).loaded_from = "none"
+        encoder.loaded_from = "none"
         return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
-    encoder = getattr(model, "encoder", model)
     if not isinstance(encoder, SuryaEncoder):
         raise CheckpointError(f"{type(model).__name__} has no Surya encoder, so a Surya checkpoint has no place in it.")
     _check_architecture(state, encoder, name)

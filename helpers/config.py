@@ -340,7 +340,7 @@ def load_config(
     values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
     for tree, origin in files + given:
         for layer, where in _layers(tree, chosen, origin):
-            values.update({key: (value, where) for key, value in _leaves(layer) if key in _SCHEMA})
+            values.update({key: (value, where) for key, value in leaves(layer) if key in _SCHEMA})
     values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
     values = {key: value for key, value in values.items() if key not in wrong_choices}
     return _validated(values, problems, path, complete=not wrong_choices)
@@ -409,7 +409,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """{"training.lr": 1} -> {"training": {"lr": 1}}; nested dicts may be mixed in."""
     tree: dict[str, Any] = {}
-    for key, value in (pair for name, item in dotted.items() for pair in _leaves({name: item}, keep_blocks=True)):
+    for key, value in (pair for name, item in dotted.items() for pair in leaves({name: item}, keep_blocks=True)):
         *sections, leaf = key.split(".")
         node = tree
         for section in sections:
@@ -445,13 +445,13 @@ def _block(tree: dict, block: str) -> dict[str, Any]:
     return tree[block] if isinstance(tree.get(block), dict) else {}
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False) -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False) -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every setting, without those in the overlay blocks unless they are to be kept."""
     for key, value in tree.items():
         if key in _OVERLAYS and not prefix and not keep_blocks:
             continue
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -482,7 +482,7 @@ def _bad_choices(chosen: Mapping[str, str | None], trees: list[dict]) -> dict[st
 
 def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
     """Unknown keys anywhere in a file, in the blocks that are not chosen as well."""
-    for key, _ in _leaves(tree):
+    for key, _ in leaves(tree):
         if key not in _SCHEMA:
             yield f"{prefix}{key} ({origin}): {_nearest(key)}"
     for block in _OVERLAYS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import psutil
 import torch
@@ -66,11 +67,16 @@ def choose_device(wanted: str) -> torch.device:
     count = torch.cuda.device_count()
     there = ["cpu", *(f"cuda:{number}" for number in range(count))]
     if wanted == "auto":
-        free = [torch.cuda.mem_get_info(number)[0] for number in range(count)]
-        return torch.device(_emptiest(free))
+        return torch.device(_automatic())
     if (name := {"cuda": "cuda:0"}.get(wanted, wanted)) not in there:
         raise ValueError(f"training.device is {wanted!r}, and this machine has {', '.join(there)}. Or write auto.")
     return torch.device(name)
+
+
+@cache
+def _automatic() -> str:
+    """What "auto" means in this process, chosen once: its own tensors would send the next choice to another GPU."""
+    return _emptiest([torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())])
 
 
 def _emptiest(free: Sequence[int]) -> str:

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from helpers.config import Config
 from helpers.devices import free_memory, make_accelerator
 from helpers.encoder import SuryaEncoder
-from helpers.lora import hold_frozen
+from helpers.lora import hold_frozen, trainable_summary
 
 ADAM_BYTES = 8  # two float32 moments of each trained parameter
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,9 +88,8 @@ def estimate_memory(
         shadow.encoder.backbone.checkpoint_layers = frozenset(range(cfg.model.depth)) if recompute else frozenset()
     with fake, _Live() as live:
         by_block = _step(shadow, {**batch, "ts": ts}, precision or cfg.training.precision, live)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = sum(t.numel() * t.element_size() for t in (*shadow.parameters(), *shadow.buffers()))
-    return StepMemory(weights, ADAM_BYTES * trained, live.peak, by_block)
+    return StepMemory(weights, ADAM_BYTES * trainable_summary(model).trainable, live.peak, by_block)
 
 
 def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> int:

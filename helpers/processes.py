@@ -37,7 +37,7 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 @dataclass
 class _Relay:
-    """Stands for the run in the copies: sends its rows to the process that has it."""
+    """Stands for the run in the copies: sends what it is told to the process that has the run."""
 
     folder: Path
     queue: Any
@@ -47,10 +47,10 @@ class _Relay:
         return self.folder.name
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        self.queue.put((dict(metrics), step))
+        self.queue.put(("log", {"metrics": dict(metrics), "step": step}))
 
     def describe(self, **origin: str) -> None:
-        """Nothing: `fit` has told it to the run before it started the copies."""
+        self.queue.put(("describe", origin))
 
 
 def launch(fit: Callable, model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None) -> Any:
@@ -130,9 +130,9 @@ def _relayed(run: Run | None) -> Iterator[_Relay | None]:
     queue, failed = multiprocessing.get_context("fork").SimpleQueue(), []
 
     def log() -> None:
-        for row, step in iter(queue.get, None):
+        for method, said in iter(queue.get, None):
             try:
-                run.log(row, step=step)
+                getattr(run, method)(**said)
             except Exception as error:
                 failed.append(error)
 

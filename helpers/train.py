@@ -8,20 +8,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
 
 from helpers import frames
-from helpers.checkpoint import CheckpointError, load_filtered
+from helpers.checkpoint import load_filtered
 from helpers.comparison import SAMPLES
 from helpers.config import Config, ConfigError, load_config
 from helpers.dataset import make_loaders
-from helpers.devices import make_accelerator, one_of_several
+from helpers.devices import make_accelerator
 from helpers.encoder import SuryaEncoder
 from helpers.heads import linear_baseline, specformer
-from helpers.lora import adapt
+from helpers.lora import adapt, trainable_summary
 from helpers.memory import estimate_memory
 from helpers.run_notebook import UsageError, add_choices, parse_parameters
 from helpers.shared import find_checkpoint
@@ -58,9 +58,7 @@ def train_run(cfg: Config) -> str:
     loaders = make_loaders(cfg)
     model = build_model(cfg)
     standardise_features(model, loaders, cfg)
-    with ExitStack() as stack:
-        main = make_accelerator(cfg).is_main_process
-        run = stack.enter_context(start_run(cfg)) if main else None
+    with start_run(cfg) if make_accelerator(cfg).is_main_process else nullcontext() as run:
         history = fit(model, loaders, cfg, run=run)
         for split in ("val", "test"):
             found = predict(model, loaders, split, cfg)
@@ -70,7 +68,7 @@ def train_run(cfg: Config) -> str:
         if run is None:
             return ""
         memory = estimate_memory(model, next(iter(loaders.val)), cfg)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = trainable_summary(model).trainable
         cost = {"seconds": history.table["seconds"].sum(), "trained parameters": trained, "step MB": memory.total / 1e6}
         run.summary({**cost, SAMPLES: len(loaders.train.dataset)})
         return run.name
@@ -86,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error)
         return 2
     try:
-        with make_accelerator(cfg).local_main_process_first() if one_of_several() else ExitStack():
+        with make_accelerator(cfg).local_main_process_first():
             ensure_synthetic(cfg)
             frames.prepare_store(cfg)
         name = train_run(cfg)
-    except (Diverged, Interrupted, CheckpointError, OSError, ValueError) as error:
+    except (Diverged, Interrupted, OSError, ValueError) as error:
         print(error)
         return 130 if isinstance(error, Interrupted) else 1
     if name:

@@ -37,7 +37,7 @@ from helpers.checkpoint import (
     save_state,
     trained_state,
 )
-from helpers.config import Config, find_named
+from helpers.config import Config, find_named, leaves
 from helpers.dataset import Loaders
 from helpers.devices import make_accelerator, one_of_several
 from helpers.heads import FeatureModel
@@ -138,8 +138,6 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
         Interrupted: Ctrl-C; the training stopped after a whole step, and the message says how to go on.
         DiskFullError: the disk of the run is full; its last good state is still there.
     """
-    if run is not None:
-        run.describe(data_fingerprint=_data_fingerprint(loaders), checkpoint_fingerprint=loaded_from(model) or "none")
     if cfg.training.processes > 1 and not one_of_several():
         return processes.launch(fit, model, loaders, cfg, run)
     with _Training(model, loaders, cfg, run) as training:
@@ -255,6 +253,10 @@ class _Training:
         self.order: Tensor | None = None  # state of the loader's generator at the start of the epoch
         self.saved = "nothing was saved yet"
         self.stop = _Stop()
+        self.origin = {"config": _settings(cfg), "data": _data_fingerprint(loaders), "checkpoint": loaded_from(model)}
+        if self.run is not None and self.accelerator.is_main_process:
+            checkpoint = self.origin["checkpoint"] or "none"
+            self.run.describe(data_fingerprint=self.origin["data"], checkpoint_fingerprint=checkpoint)
         if cfg.training.resume:
             self._resume(cfg.training.resume)
         total = cfg.training.epochs * len(self.train)
@@ -383,9 +385,7 @@ class _Training:
             generator = self.loaders.train.generator
             between = generator.get_state() if generator is not None else None
             state = {
-                "config": _settings(self.cfg),
-                "data": _data_fingerprint(self.loaders),
-                "checkpoint": loaded_from(self.inner),
+                **self.origin,
                 "model": _on_cpu(trained_state(self.inner)),
                 "best": _on_cpu(self.best),
                 "score": self.score,
@@ -407,7 +407,7 @@ class _Training:
 
     def _resume(self, name: str) -> None:
         """Take everything from the state of the run `name`; what follows is as if it had never stopped."""
-        state = _read_state(name, self.cfg, self.loaders, self.inner, self.accelerator.num_processes)
+        state = _read_state(name, self.cfg, self.origin, self.inner, self.accelerator.num_processes)
         own = trained_state(self.inner)
         with torch.no_grad():
             for key, tensor in state["model"].items():
@@ -502,8 +502,8 @@ def how_to_go_on(name: str, cfg: Config) -> str:
     )
 
 
-def _read_state(name: str, cfg: Config, loaders: Loaders, model: nn.Module, count: int) -> dict[str, Any]:
-    """The state of the run `name`, if this training may go on from it."""
+def _read_state(name: str, cfg: Config, origin: Mapping[str, Any], model: nn.Module, count: int) -> dict[str, Any]:
+    """The state of the run `name`, if this training, of that `origin`, may go on from it."""
     path = Path(resolve(cfg, cfg.paths.runs, write=True), name, STATE)
     if not path.is_file():
         there = sorted(found.parent.name for found in path.parents[1].glob(f"*/{STATE}"))
@@ -511,12 +511,12 @@ def _read_state(name: str, cfg: Config, loaders: Loaders, model: nn.Module, coun
             f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
         )
     state = load_state(path)
-    before, now = state["config"], _settings(cfg)
+    before, now = state["config"], origin["config"]
     differing = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
     reasons = [
         (differing, f"other settings: {', '.join(differing)}"),
-        (state["data"] != _data_fingerprint(loaders), "other frames or labels in the training or validation split"),
-        (state["checkpoint"] != loaded_from(model), "another checkpoint under the model"),
+        (state["data"] != origin["data"], "other frames or labels in the training or validation split"),
+        (state["checkpoint"] != origin["checkpoint"], "another checkpoint under the model"),
         (set(state["model"]) != set(trained_state(model)), "another model"),
         (len(state["random"]) != count, f"{len(state['random'])} process(es), and now there are {count}"),
     ]
@@ -530,14 +530,6 @@ def _read_state(name: str, cfg: Config, loaders: Loaders, model: nn.Module, coun
 
 def _settings(cfg: Config) -> dict[str, Any]:
     """What shapes a training, dotted key to value."""
-
-    def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
     return {key: value for key, value in leaves(cfg.to_dict()) if not key.startswith(_FREE)}
 
 
