@@ -30,10 +30,10 @@ ifeq ($(ACTIVE),)
 			echo "Install one, or name yours: make PYTHON=/path/to/python3.12 env"; exit 1; }; \
 		echo "Making .venv with $$("$(PYTHON)" --version) ..."; "$(PYTHON)" -m venv --clear .venv; }
 endif
-	@"$(PY)" -P helpers/environment.py
+	@"$(PY)" -P helpers/tools/environment.py
 
 run-notebook: env  ## run NB=finetune from top to bottom [TASK=..] [PROFILE=..] [P="training.lr=1e-3 seed=1"]
-	@"$(PY)" -m helpers.run_notebook $(if $(NB),"$(NB)") $(if $(TASK),--task "$(TASK)") \
+	@"$(PY)" -m helpers.tools.run_notebook $(if $(NB),"$(NB)") $(if $(TASK),--task "$(TASK)") \
 		$(if $(PROFILE),--profile "$(PROFILE)") --parameters "$$P"
 
 lab: env  ## open JupyterLab on the same environment
@@ -52,13 +52,13 @@ else
 endif
 
 cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]
-	@"$(PY)" -m helpers.frames $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
+	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
 
 update: env  ## merge the template's news into your branch [FROM=origin, a git remote]
-	@"$(PY)" -m helpers.update $(if $(FROM),"$(FROM)")
+	@"$(PY)" -m helpers.tools.update $(if $(FROM),"$(FROM)")
 
 new-notebook: env  ## copy a notebook to one of your own: FROM=finetune NAME=my_ribbons
-	@"$(PY)" -m helpers.new_notebook "$(or $(FROM),finetune)" "$(NAME)"
+	@"$(PY)" -m helpers.tools.new_notebook "$(or $(FROM),finetune)" "$(NAME)"
 
 lint: env  ## check style and format
 	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .

@@ -49,6 +49,8 @@ AUGMENTATION_SIGNS: dict[str, dict[str, int | None]] = {
 }
 AUGMENTATIONS = ("flip_lr", "flip_ud", "rot180")
 
+GOES_CLASSES = {"A": 1e-8, "B": 1e-7, "C": 1e-6, "M": 1e-5, "X": 1e-4}  # W/m^2 (1 to 8 Angstrom)
+
 # The store's fixed point. The largest rounding error is half a step, so that 0.8 % of the spread of a channel means
 # 0.004 in normalised units for every pixel (float16 would be finer for the quiet Sun, and four times coarser in a
 # flare). The second limit is in signed-log units: a store stays good when a spread in data.scalers becomes smaller.

@@ -6,10 +6,11 @@ mistakes are reported in one error: unknown keys, wrong types, and values that c
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -66,7 +67,7 @@ class Paths(_Section):
 
 
 class Pretraining(_Section):
-    """How the tiny checkpoint is made (`python -m helpers.synthetic`)."""
+    """How the tiny checkpoint is made (`python -m helpers.data.synthetic`)."""
 
     seed: int
     suns: Count
@@ -98,7 +99,7 @@ class Data(_Section):
     endpoint_url: str | None
     channels: Annotated[list[Channel], Field(min_length=1)]
     native_size: Count
-    pooling: Count
+    reduce: Count
     offsets_minutes: Annotated[list[int], Field(min_length=1)]
     store: str
     build_workers: Count
@@ -127,7 +128,7 @@ class Labels(_Section):
     variable: str | None
     target_channels: list[Channel]
     target_offset_minutes: int
-    pooling: Count
+    reduce: Count
 
 
 class Target(_Section):
@@ -154,8 +155,8 @@ class Split(_Section):
 class Model(_Section):
     """The encoder; sizes must be the checkpoint's."""
 
-    checkpoint: str | None
-    checkpoint_channels: list[Channel]
+    weights: str | None
+    weights_channels: list[Channel]
     patch_size: Count
     embed_dim: Count
     depth: Count
@@ -168,7 +169,6 @@ class Model(_Section):
     rpe: bool
     nglo: Annotated[int, Field(ge=0, le=1)]
     drop_rate: Share
-    checkpoint_layers: list[int] | Literal["auto"]
     compile: bool
 
 
@@ -214,6 +214,7 @@ class Training(_Section):
     patience: Count
     save_every_steps: Count
     resume: str | None
+    recompute_blocks: list[int] | Literal["auto"]
     loader_workers: NotNegative
     max_train_samples: Count | None
     max_val_samples: Count | None
@@ -286,8 +287,9 @@ class Config(_Section):
 
     def encoder_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `SuryaEncoder` for this configuration."""
-        own = self.model.model_dump(exclude={"checkpoint", "checkpoint_channels"})
-        own |= {"checkpoint_layers": ()} if own["checkpoint_layers"] == "auto" else {}  # `fit` sees what fits
+        own = self.model.model_dump(exclude={"weights", "weights_channels"})
+        blocks = self.training.recompute_blocks
+        own["recompute_blocks"] = () if blocks == "auto" else blocks  # `fit` sees what fits
         return {"img_size": self.data.image_size, "in_chans": len(self.data.channels), **own}
 
     @property
@@ -685,9 +687,9 @@ def _processes(count: int, batch: int, device: str) -> str | None:
 
 
 _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
-    (("data.native_size", "data.pooling", "model.patch_size"), _grid),
+    (("data.native_size", "data.reduce", "model.patch_size"), _grid),
     (("data.offsets_minutes", "model.time_dim"), _offsets),
-    (("model.checkpoint_layers", "model.depth"), _layers_in_range),
+    (("training.recompute_blocks", "model.depth"), _layers_in_range),
     (("head.pooling", "model.nglo"), _class_token),
     (("model.embed_dim", "model.num_heads"), _heads),
     (
@@ -705,7 +707,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
         lambda channels: f"each channel once, got {channels}" if len(set(channels)) < len(channels) else None,
     ),
     (
-        ("data.channels", "model.checkpoint_channels", "model.checkpoint"),
+        ("data.channels", "model.weights_channels", "model.weights"),
         lambda own, known, path: (
             f"the checkpoint was not trained with {sorted(set(own) - set(known))}"
             if path and set(own) - set(known)
@@ -745,7 +747,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     ),
     (("labels.kind", "target.loss", "target.metrics", "target.plot"), _suits_kind),
     (("target.loss", "target.metrics", "target.plot"), _own_objects),
-    (("labels.kind", "labels.target_channels", "head.decoder_channels", "model.checkpoint_channels"), _decoder),
+    (("labels.kind", "labels.target_channels", "head.decoder_channels", "model.weights_channels"), _decoder),
     (
         ("labels.kind", "model.nglo"),
         lambda kind, nglo: (
@@ -753,7 +755,7 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
         ),
     ),
     (
-        ("labels.pooling", "model.patch_size"),
+        ("labels.reduce", "model.patch_size"),
         lambda pooling, patch: f"{pooling} does not divide the {patch}-pixel patch" if patch % pooling else None,
     ),
     (
@@ -766,3 +768,31 @@ _CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
     ),
     (("split.train", "split.val", "split.test"), _split_order),
 )
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be run; the text is ready to print."""
+
+
+def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
+    """["training.lr=1e-3 data.channels=[aia171, hmi_m]"] -> dotted keys and their values, read as config.yaml would."""
+    parameters = {}
+    for item in re.split(r"\s+(?=[A-Za-z_][\w.]*=)", " ".join(texts).strip()):
+        key, equals, value = item.partition("=")
+        if item and not (equals and re.fullmatch(r"[A-Za-z_][\w.]*", key)):
+            raise UsageError(
+                f"Parameters are written key=value, for example P='training.lr=1e-3 seed=1'; got '{item}'."
+            )
+        try:
+            parameters.update({key: parse_value(value)} if item else {})
+        except yaml.YAMLError as error:
+            raise UsageError(f"The value of '{item}' is not complete YAML: {error}") from None
+    return parameters
+
+
+def add_choices(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options that choose a configuration."""
+    parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
+    parser.add_argument("--profile", help="tiny or surya")
+    parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")
+    return parser

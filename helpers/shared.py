@@ -144,10 +144,10 @@ def _existing(path: Path) -> Path:
 # Weights
 # --------------------------------------------------------------------------------------------------------------------
 def find_checkpoint(cfg: Config) -> Path | None:
-    """The local file of `model.checkpoint`, downloaded into the shared Hugging Face cache if nobody did before.
+    """The local file of `model.weights`, downloaded into the shared Hugging Face cache if nobody did before.
 
     Args:
-        cfg: `model.checkpoint` is a path, "hf://owner/name/file", or null (random weights: None is returned, as for
+        cfg: `model.weights` is a path, "hf://owner/name/file", or null (random weights: None is returned, as for
             `training.regime: scratch`).
 
     Raises:
@@ -155,17 +155,17 @@ def find_checkpoint(cfg: Config) -> Path | None:
         PermissionError: the repository is gated.
         DiskFullError: the disk has no room for it.
     """
-    if cfg.model.checkpoint is None or cfg.training.regime == "scratch":
+    if cfg.model.weights is None or cfg.training.regime == "scratch":
         return None
-    if not cfg.model.checkpoint.startswith("hf://"):
-        path = Path(resolve(cfg, cfg.model.checkpoint))
+    if not cfg.model.weights.startswith("hf://"):
+        path = Path(resolve(cfg, cfg.model.weights))
         if not path.is_file():
             raise FileNotFoundError(
-                f"There is no checkpoint at {path} (model.checkpoint in the config). Put the file there, or use "
+                f"There is no checkpoint at {path} (model.weights in the config). Put the file there, or use "
                 f'"hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt" to take it from the Hugging Face hub.'
             )
         return path
-    owner, name, *parts = cfg.model.checkpoint.removeprefix("hf://").split("/")
+    owner, name, *parts = cfg.model.weights.removeprefix("hf://").split("/")
     repository, filename = f"{owner}/{name}", "/".join(parts)
     shared = shared_folder(cfg)
     private_hub = shared.private.parent / "huggingface" / "hub"
@@ -194,7 +194,7 @@ def _download(repository: str, filename: str, cache: Path, reserve_gb: float) ->
     except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"The Hugging Face hub has no {filename} in {repository}, or it is private and you are not logged in "
-            f"(`hf auth login`). Check model.checkpoint in the config; the address tried was {page}."
+            f"(`hf auth login`). Check model.weights in the config; the address tried was {page}."
         ) from error
     except DiskFullError:
         raise
@@ -206,7 +206,7 @@ def _download(repository: str, filename: str, cache: Path, reserve_gb: float) ->
             f"{filename} is not in {cache}, and could not be downloaded from the Hugging Face hub: "
             f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}. Without network here, run "
             f"`hf download {repository} {filename}` on a machine that has it, copy the file to this one, and set "
-            f"model.checkpoint in the config to its path."
+            f"model.weights in the config to its path."
         ) from error
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from helpers.config import Config, load_config
-from helpers.dataset import Loaders
+from helpers.data.dataset import Loaders
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (2, 1, 8, 8)  # C, T, H, W

@@ -12,7 +12,8 @@ from small_encoder import SMALL
 from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
-from helpers.checkpoint import (
+from helpers.config import load_config
+from helpers.model.checkpoint import (
     CheckpointError,
     export_merged,
     fingerprint,
@@ -20,10 +21,9 @@ from helpers.checkpoint import (
     load_filtered,
     save_adapter,
 )
-from helpers.config import load_config
-from helpers.encoder import SuryaEncoder, fourier_positions
-from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
-from helpers.lora import apply_lora, lora_state_dict, merge_lora
+from helpers.model.encoder import SuryaEncoder, fourier_positions
+from helpers.model.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.model.lora import apply_lora, lora_state_dict, merge_lora
 
 ROOT = Path(__file__).parent.parent
 CONFIG = SMALL | {"img_size": 64, "in_chans": 13}
@@ -468,8 +468,8 @@ def test_a_merged_copy_works_without_adapters(file: Path, tmp_path: Path):
 
 MEMORY = """
 import sys, torch
-from helpers.checkpoint import load_filtered
-from helpers.encoder import SuryaEncoder
+from helpers.model.checkpoint import load_filtered
+from helpers.model.encoder import SuryaEncoder
 
 def peak():
     lines = open("/proc/self/status").read().split("\\n")

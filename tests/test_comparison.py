@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from helpers import comparison
+from helpers.analysis import comparison
 from helpers.config import load_config
-from helpers.tracking import start_run, sync_command
+from helpers.training.tracking import start_run, sync_command
 
 ROOT = Path(__file__).parents[1]
 DAYS = 30
@@ -76,7 +76,7 @@ def test_only_runs_that_differ_in_seed_and_samples_are_compared(config):
     leave_run(config(**{"training.lr": 0.5}), 0.4)
     leave_run(config(**{"data.channels": ["aia94", "hmi_m"]}), 0.4)
     leave_run(config(), 0.5)
-    changes = {"training.resume": name, "training.device": "cpu", "model.checkpoint_layers": [0]}  # change no score
+    changes = {"training.resume": name, "training.device": "cpu", "training.recompute_blocks": [0]}  # change no score
     again = leave_run(config(**changes), 0.5)  # the same seed again: the newest counts
     with start_run(config()) as of_a_notebook:  # says nothing of samples and cost
         of_a_notebook.summary({"test_rmse": 0.1})

@@ -6,7 +6,7 @@ import subprocess
 import nbformat
 import pytest
 
-from helpers.run_notebook import main
+from helpers.tools.run_notebook import main
 
 SMALL = [
     "synthetic.visits=14 data.native_size=128 paths.reserve_gb=0",

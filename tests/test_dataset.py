@@ -9,20 +9,11 @@ import torch
 from frame_files import physical_frame, write_index, write_netcdf
 
 from helpers.channels import AUGMENTATION_SIGNS, CHANNELS, load_scalers, normalise, stack_scalers
-from helpers.config import load_config
-from helpers.dataset import (
-    FrameTarget,
-    Labels,
-    Matching,
-    SolarDataset,
-    check_splits,
-    join,
-    load_labels,
-    make_loaders,
-    read_mask,
-)
-from helpers.frames import build_store, open_store, prepare_store
-from helpers.netcdf import FrameError, read_index
+from helpers.config import Labels, load_config
+from helpers.data.archive import FrameError, read_index
+from helpers.data.dataset import SolarDataset, make_loaders, read_mask
+from helpers.data.frames import build_store, open_store, prepare_store
+from helpers.data.labels import FrameTarget, Matching, check_splits, join, load_labels
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -225,7 +216,7 @@ def test_masks_are_matched_by_time_and_reduced(store, tmp_path):
     assert full.shape == (1, 16, 16) and full.sum() == 2 * 4 and full[0, :2, :4].all()
     torch.testing.assert_close(same[0], torch.from_numpy(mask[:16, :16]))
     assert half.shape == (1, 8, 8) and half.unique().tolist() == [0.5]
-    with pytest.raises(FrameError, match=r"c.nc cannot be used: .* 16 x 16 pixels; labels.pooling 2 times as large"):
+    with pytest.raises(FrameError, match=r"c.nc cannot be used: .* 16 x 16 pixels; labels.reduce 2 times as large"):
         dataset[2]
     with pytest.raises(FrameError, match=r"b.nc cannot be used: region has the shape .* does not fit 24 x 24"):
         read_mask(str(tmp_path / "masks/b.nc"), "region", 24)
@@ -312,7 +303,7 @@ def config(sun):
             "data.index": str(sun / "index.csv"),
             "data.store": str(sun / "store.zarr"),
             "data.native_size": 32,
-            "data.pooling": 2,
+            "data.reduce": 2,
             "data.offsets_minutes": [-60, 0],
             "labels.path": str(sun / "labels.csv"),
             "labels.value_columns": ["value"],
@@ -370,7 +361,7 @@ def test_loaders_refuse_what_would_spoil_the_comparison(config):
     with pytest.raises(ValueError, match="Not one sample is left from 2015-01-01 to 2015-02-01 .*make cache"):
         make_loaders(config(**{"split.test": ["2015-01-01", "2015-02-01"]}))
     with pytest.raises(ValueError, match="was built with pooling 2, but the config asks for 4"):
-        make_loaders(config(**{"data.pooling": 4}))
+        make_loaders(config(**{"data.reduce": 4}))
     with pytest.raises(FileNotFoundError, match="make cache"):
         make_loaders(config(**{"data.store": "{shared}/nowhere"}))
 
@@ -421,9 +412,9 @@ def test_a_real_image_goes_through_by_config_alone(config, tmp_path):
 
 def test_two_channels_in_another_order_feed_a_checkpoint_of_thirteen_by_name(sun):
     """The patch weights of the model of two channels are the blocks of those names in the checkpoint."""
-    from helpers.checkpoint import load_filtered
-    from helpers.encoder import SuryaEncoder
-    from helpers.heads import Specformer1D
+    from helpers.model.checkpoint import load_filtered
+    from helpers.model.encoder import SuryaEncoder
+    from helpers.model.heads import Specformer1D
 
     sizes = {"img_size": 16, "patch_size": 4, "time_dim": 2, "embed_dim": 16, "depth": 3, "n_spectral_blocks": 1}
     sizes |= {"num_heads": 2, "dp_rank": 2}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import diagnostics
+from helpers.analysis import diagnostics
 from helpers.config import load_config
-from helpers.encoder import SuryaEncoder
-from helpers.heads import specformer
-from helpers.lora import adapt
-from helpers.memory import estimate_memory, measure_memory, memory_options, recompute_if_needed
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import specformer
+from helpers.model.lora import adapt
+from helpers.training.memory import estimate_memory, measure_memory, memory_options, recompute_if_needed
 
 EPOCHS = np.arange(1, 13)
 TRAIN = {  # training and validation loss by epoch, each in units of its value before training
@@ -88,7 +88,7 @@ def test_the_range_test_covers_its_rates_finds_the_blow_up_and_puts_the_weights_
 # ---------------------------------------------------------------------------------------------------- memory
 LARGE = {  # activations of some hundred MB, so that what libraries keep for themselves is small beside them
     "data.native_size": 1024,
-    "data.pooling": 2,
+    "data.reduce": 2,
     "model.patch_size": 16,
     "model.embed_dim": 384,
     "model.depth": 6,
@@ -109,7 +109,7 @@ def model_and_batch(batch_size: int, **changes):
 )
 def test_the_estimate_is_what_a_real_step_allocates(regime, recompute, precision):
     layers = list(range(LARGE["model.depth"])) if recompute else []
-    changes = {"training.regime": regime, "training.precision": precision, "model.checkpoint_layers": layers}
+    changes = {"training.regime": regime, "training.precision": precision, "training.recompute_blocks": layers}
     model, batch, cfg = model_and_batch(1, **changes)
     before = {name: p.clone() for name, p in model.named_parameters()}
     estimate = estimate_memory(model, batch, cfg)
@@ -123,7 +123,7 @@ RESIDENT = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 from test_diagnostics import model_and_batch, estimate_memory
-from helpers.memory import _step
+from helpers.training.memory import _step
 small, batch, cfg = model_and_batch(1, **{{"data.native_size": 128}})
 _step(small, batch, "fp32")  # what libraries allocate once
 model, batch, cfg = model_and_batch(3)
@@ -146,7 +146,7 @@ def test_recomputation_one_sample_and_bf16_save_what_they_promise():
     table = memory_options(model, batch, cfg)
     assert table.loc["as configured", "saves"] == 0
     assert table.loc["training.batch_size: 1", "saves"] > 0.6
-    assert table.loc["model.checkpoint_layers: all", "saves"] > 0.4
+    assert table.loc["training.recompute_blocks: all", "saves"] > 0.4
     assert 0.2 < table.loc["training.precision: bf16", "saves"] < 0.6
     both = table.loc["and training.frozen_dtype: bf16", "saves"]
     assert 0.01 < both - table.loc["training.precision: bf16", "saves"] < 0.2
@@ -162,20 +162,20 @@ def test_auto_recomputes_no_block_more_than_the_memory_asks_for(capsys):
     backbone = model.encoder.backbone
 
     def needed(layers) -> int:
-        backbone.checkpoint_layers = frozenset(layers)
+        backbone.recompute_blocks = frozenset(layers)
         estimate = estimate_memory(model, batch, cfg)
         return estimate.optimizer + estimate.step
 
     none, every = needed(()), needed(range(6))
     recompute_if_needed(model, shape, cfg, cpu, free=2 * none)
-    assert backbone.checkpoint_layers == frozenset() and not capsys.readouterr().out
+    assert backbone.recompute_blocks == frozenset() and not capsys.readouterr().out
     free = int((none + every) / 2 / 0.9)
     recompute_if_needed(model, shape, cfg, cpu, free=free)
-    chosen = backbone.checkpoint_layers
+    chosen = backbone.recompute_blocks
     assert 0 < len(chosen) < 6 and needed(chosen) <= 0.9 * free < needed(range(len(chosen) - 1))
     assert f"{len(chosen)} of 6 blocks recompute" in capsys.readouterr().out
     recompute_if_needed(model, shape, cfg, cpu, free=every // 2)
-    assert backbone.checkpoint_layers == frozenset(range(6))
+    assert backbone.recompute_blocks == frozenset(range(6))
     assert "Even so it may not fit: lower training.batch_size" in capsys.readouterr().out
     recompute_if_needed(nn.Linear(2, 1), shape, cfg, cpu, free=1)  # no encoder, nothing to recompute
 

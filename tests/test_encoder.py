@@ -11,9 +11,9 @@ import torch
 from einops import rearrange
 from small_encoder import SMALL
 
-from helpers.encoder import Neighbourhood, SuryaEncoder
-from helpers.heads import Specformer2D
-from helpers.lora import apply_lora
+from helpers.model.encoder import Neighbourhood, SuryaEncoder
+from helpers.model.heads import Specformer2D
+from helpers.model.lora import apply_lora
 
 DATA = Path(__file__).parent / "data"
 REFERENCES = ("surya_tiny", "surya_tiny_cls", "surya_tiny_rpe")
@@ -115,7 +115,7 @@ def test_bfloat16_stays_within_one_percent(reference: Reference, dtype: str):
 def test_checkpointing_gives_the_same_gradients(reference: Reference):
     gradients = []
     for layers in ((), range(reference.config["depth"])):
-        encoder = reference.encoder(checkpoint_layers=layers)
+        encoder = reference.encoder(recompute_blocks=layers)
         encoder(reference.numbers["ts"], reference.cls_token).square().mean().backward()
         gradients.append({key: parameter.grad for key, parameter in encoder.named_parameters()})
     assert gradients[0].keys() == gradients[1].keys()
@@ -124,7 +124,7 @@ def test_checkpointing_gives_the_same_gradients(reference: Reference):
 
 
 def test_checkpointing_recomputes_only_the_chosen_blocks_and_only_for_gradients():
-    encoder = SuryaEncoder(**SMALL, checkpoint_layers=(0, 2))
+    encoder = SuryaEncoder(**SMALL, recompute_blocks=(0, 2))
     runs = dict.fromkeys(range(3), 0)
     blocks = [*encoder.backbone.blocks_spectral_gating, *encoder.backbone.blocks_attention]
     for index, block in enumerate(blocks):
@@ -204,7 +204,7 @@ def test_every_even_grid_gives_the_same_as_the_smallest_blocks(img_size: int, mo
     """The side of the blocks is a matter of speed alone."""
     config = dict(SMALL, img_size=img_size)
     encoder = SuryaEncoder(**config).eval()
-    monkeypatch.setattr("helpers.encoder.BLOCK_SIDES", (2,))
+    monkeypatch.setattr("helpers.model.encoder.BLOCK_SIDES", (2,))
     plain = SuryaEncoder(**config).eval()
     plain.load_state_dict(encoder.state_dict())
     assert plain.backbone.near.block == 2
@@ -253,7 +253,7 @@ def test_dropout_acts_in_training_alone():
         ({"embed_dim": 18}, "embed_dim 18 is not a multiple of 4"),
         ({"window_size": 4}, "window_size 4 is not in the release; use 2"),
         ({"n_spectral_blocks": 4}, "n_spectral_blocks 4 is not between 0 and depth 3"),
-        ({"checkpoint_layers": [3]}, "checkpoint_layers (3,) must be block numbers from 0 to 2"),
+        ({"recompute_blocks": [3]}, "recompute_blocks (3,) must be block numbers from 0 to 2"),
         ({"rpe": True, "nglo": 1}, "rpe together with nglo has no reference"),
     ],
 )
@@ -276,7 +276,7 @@ def test_all_wrong_settings_are_named_at_once():
         ((3, 2, 32, 32), "add the batch axis: ts[None]"),
         ((1, 3, 32, 32), "It has 4 axes where 5 are needed"),
         ((1, 3, 2, 32, 64), "not square (32 x 64)"),
-        ((1, 3, 2, 64, 64), "64 pixels a side instead of 32: data.pooling"),
+        ((1, 3, 2, 64, 64), "64 pixels a side instead of 32: data.reduce"),
         ((1, 4, 2, 32, 32), "4 channels instead of 3: data.channels"),
         ((1, 3, 1, 32, 32), "1 frames instead of 2"),
     ],

@@ -24,11 +24,12 @@ import yaml
 import zarr
 from frame_files import physical_frame, write_index, write_netcdf
 
-from helpers import frames, netcdf
 from helpers.channels import CHANNELS, ERROR_BOUND, UNITS, coding_of, load_scalers
 from helpers.config import load_config
-from helpers.frames import build_store, open_store, prepare_store, verify_store
-from helpers.netcdf import FrameError, Source, read_index, reduce_frame
+from helpers.data import archive as netcdf
+from helpers.data import frames
+from helpers.data.archive import FrameError, Source, read_index, reduce_frame
+from helpers.data.frames import build_store, open_store, prepare_store, verify_store
 from helpers.shared import DiskFullError
 
 ROOT = Path(__file__).parents[1]
@@ -460,7 +461,7 @@ def test_store_names_differ_by_channels_and_size():
 # ---------------------------------------------------------------------------------------------------- several at once
 def _start(folder: Path, *between: str) -> subprocess.Popen:
     code = (
-        "import sys; from helpers.frames import build_store\n"
+        "import sys; from helpers.data.frames import build_store\n"
         "build_store(sys.argv[1] + '/index.csv', sys.argv[1] + '/store.zarr', pooling=2, between=[sys.argv[2:]])"
     )
     command = [sys.executable, "-W", "ignore", "-c", code, str(folder), *between]
@@ -493,8 +494,8 @@ def test_two_builders_at_once_and_one_is_killed(tmp_path):
 # ---------------------------------------------------------------------------------------------------- a full disk
 FULL_DISK = """
 import subprocess, sys, torch
-from helpers import frames, netcdf
-from helpers.frames import build_store, open_store
+from helpers.data import frames, archive as netcdf
+from helpers.data.frames import build_store, open_store
 from helpers.shared import DiskFullError
 frames.COMPRESSED = 0.0  # as if the estimate had been too low
 index, disk = sys.argv[1:]
@@ -729,7 +730,7 @@ def config(folder, monkeypatch):
         "data.index": str(folder / "index.csv"),
         "data.store": "{shared}/frames",
         "data.native_size": 32,
-        "data.pooling": 2,
+        "data.reduce": 2,
         "data.channels": list(THREE),
         "data.offsets_minutes": [-60, 0],
         "paths.reserve_gb": 0.0,
@@ -759,7 +760,7 @@ def test_a_store_that_has_more_channels_is_shared(folder, config):
     three = prepare_store(config(), progress=False)
     assert frames.store_path(few) == three.store and not three.notes
     assert frames.store_path(config(**{"data.channels": ["aia94", "hmi_v"]})).name == name(["aia94", "hmi_v"], 2, 32)
-    assert frames.store_path(config(**{"data.pooling": 1})) == stores / name(THREE, 1, 32)
+    assert frames.store_path(config(**{"data.reduce": 1})) == stores / name(THREE, 1, 32)
     whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False)
     assert frames.store_path(few) == whole.store == stores / name(CHANNELS, 2, 32)  # 13 before any other
     assert frames.store_path(config()) == three.store  # and the exact one before all
@@ -805,7 +806,7 @@ def test_a_store_that_cannot_be_read_is_not_shared(folder, config, tmp_path):
 
 
 def test_channels_that_are_predicted_are_built_too(folder, config):
-    from helpers.dataset import make_loaders
+    from helpers.data.dataset import make_loaders
 
     cfg = config(
         **{

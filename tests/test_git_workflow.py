@@ -13,14 +13,14 @@ import pytest
 from jupyter_server.services.contents.filemanager import FileContentsManager
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers.merge_notebook import merge
+from helpers.tools.merge_notebook import merge
 
 ROOT = Path(__file__).resolve().parents[1]
 PERSON = {f"GIT_{who}_{what}": "someone@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
 PLAIN = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
 HOUSE = (
     "Makefile", "pyproject.toml", "requirements.lock", ".gitattributes", ".gitignore", "helpers/__init__.py",
-    "helpers/environment.py", "helpers/update.py", "helpers/merge_notebook.py",
+    "helpers/tools/environment.py", "helpers/tools/update.py", "helpers/tools/merge_notebook.py",
 )  # fmt: skip
 CONFIG = "seed: 0\ntraining:\n  lr: 1e-3\n  warm: {up: 3}\n"
 LESSON = "notebooks/lesson.ipynb"
@@ -66,7 +66,7 @@ def publish(template: Path, *notebook_sources: str, message: str = "News") -> No
 
 def configure(folder: Path) -> None:
     """What `make env` tells git, without the installation."""
-    code = "import pathlib, helpers.environment as e; e.ROOT = pathlib.Path.cwd(); e.configure_git()"
+    code = "import pathlib, helpers.tools.environment as e; e.ROOT = pathlib.Path.cwd(); e.configure_git()"
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env=os.environ | {"PYTHONPATH": ""})
 
 
@@ -297,7 +297,7 @@ def test_git_merge_origin_main_just_works_and_the_notebook_runs(course, tmp_path
     small = ("synthetic.visits=14 data.native_size=128 paths.reserve_gb=0 training.epochs=1 split.train=[2014-01-01, "
              "2014-01-15] split.val=[2014-01-17, 2014-01-22] split.test=[2014-01-24, 2014-01-29]")  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(folder), "SURYA_SHARED": str(tmp_path / "shared")}
-    words = [sys.executable, "-m", "helpers.run_notebook", "finetune", "--parameters", small]
+    words = [sys.executable, "-m", "helpers.tools.run_notebook", "finetune", "--parameters", small]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     ran = (folder / "runs" / "finetune-flare-tiny-001" / "finetune.ipynb").read_text()
@@ -366,9 +366,12 @@ def test_update_explains_a_conflict_until_it_is_finished(clone, same_cell, updat
 def test_a_file_that_the_template_deleted_is_named(template, clone, update):
     (clone / "helpers" / "heads.py").write_text("HEADS = 2\n")
     git(clone, "commit", "-qam", "My heads")
-    git(template, "rm", "-q", "helpers/heads.py")
+    git(template, "rm", "-q", "helpers/model/heads.py")
     publish(template, message="No more heads")
-    assert "  helpers/heads.py  (you changed it, the template deleted it; to agree: git rm helpers" in update().stdout
+    assert (
+        "  helpers/model/heads.py  (you changed it, the template deleted it; to agree: git rm helpers"
+        in update().stdout
+    )
 
 
 def lesson(*cells: tuple[str, str]):
@@ -425,7 +428,7 @@ def test_changes_that_are_not_in_the_way_stay_as_they_are(template, clone, updat
     publish(template, "lr = 9", "train()", "plot()")
     done = update()
     assert done.returncode == 0, done.stdout
-    assert git(clone, "status", "--porcelain") == " M helpers/heads.py\n?? notebooks/my_notes.txt\n"
+    assert git(clone, "status", "--porcelain") == " M helpers/model/heads.py\n?? notebooks/my_notes.txt\n"
 
 
 @pytest.mark.parametrize("way", ["commit", "stash"])
@@ -505,7 +508,7 @@ def test_a_folder_that_is_no_clone_or_shares_no_history_is_told_so(template, clo
     publish(template, "lr = 9")
     done = update()
     assert done.returncode != 0 and "my-task and origin/main share no history" in done.stdout
-    words = [sys.executable, "-m", "helpers.update"]
+    words = [sys.executable, "-m", "helpers.tools.update"]
     done = subprocess.run(words, cwd=clone, capture_output=True, text=True, env=os.environ | {"PATH": ""})
     assert done.returncode != 0 and "There is no git on this machine" in done.stdout
     (clone / ".git").rename(clone / "was git")

@@ -5,8 +5,8 @@ import torch
 from small_encoder import SMALL
 from torch import nn
 
-from helpers.encoder import SuryaEncoder
-from helpers.heads import POOLINGS, LinearBaseline1D, LinearBaseline2D, PixelDecoder, Specformer1D, Specformer2D
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import POOLINGS, LinearBaseline1D, LinearBaseline2D, PixelDecoder, Specformer1D, Specformer2D
 
 
 def make(pooling: str = "mean", **settings) -> Specformer1D:

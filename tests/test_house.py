@@ -20,7 +20,7 @@ from nbstripout import strip_output
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers import environment
+from helpers.tools import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

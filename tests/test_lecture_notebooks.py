@@ -5,7 +5,7 @@ import re
 import nbformat
 import pytest
 
-from helpers.run_notebook import main
+from helpers.tools.run_notebook import main
 
 SMALL = [
     "synthetic.visits=16 data.native_size=128 paths.reserve_gb=0 training.batch_size=4",

@@ -8,10 +8,10 @@ import torch
 from small_encoder import SMALL
 from torch import nn
 
-from helpers.checkpoint import save_adapter
-from helpers.encoder import SuryaEncoder
-from helpers.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
-from helpers.lora import LoRALinear, apply_lora, kept, lora_state_dict, merge_lora, trainable_summary
+from helpers.model.checkpoint import save_adapter
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.model.lora import LoRALinear, apply_lora, kept, lora_state_dict, merge_lora, trainable_summary
 
 
 def make(pooling: str = "mean", **lora) -> Specformer1D:
@@ -239,7 +239,7 @@ def test_adapters_train_with_every_block_checkpointed():
     gradients = []
     for layers in ((), (0, 1, 2)):
         torch.manual_seed(0)
-        model = apply_lora(Specformer1D(SuryaEncoder(**SMALL, checkpoint_layers=layers)), dropout=0.0)
+        model = apply_lora(Specformer1D(SuryaEncoder(**SMALL, recompute_blocks=layers)), dropout=0.0)
         leave_zero(model)
         model(batch()).sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})

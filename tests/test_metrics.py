@@ -8,10 +8,10 @@ import pytest
 import torch
 from torchmetrics.classification import BinaryAveragePrecision
 
+from helpers.analysis.plots import PLOTS
 from helpers.config import KINDS
-from helpers.metrics import METRICS, ImageMetrics, brier_skill, compute_metrics, event_probability
-from helpers.plots import PLOTS
-from helpers.tasks import LOSSES
+from helpers.training.metrics import METRICS, ImageMetrics, brier_skill, compute_metrics, event_probability
+from helpers.training.tasks import LOSSES
 
 ALL = [name for name, metric in METRICS.items() if metric.compute]
 

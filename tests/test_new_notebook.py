@@ -6,8 +6,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from helpers import new_notebook as module
-from helpers.run_notebook import main as run_notebook
+from helpers.tools import new_notebook as module
+from helpers.tools.run_notebook import main as run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "profile = None\ntask = None\nrun_name = None\nparameters = {}"
@@ -65,11 +65,12 @@ def test_what_cannot_be_copied_is_said_and_nothing_is_written(course, capsys, wo
 
 
 def test_make_knows_two_meanings_of_FROM(make):  # noqa: N802
-    assert '-m helpers.update "upstream"' in make("-n", "update", "FROM=upstream").stdout
-    assert make("-n", "update").stdout.rstrip().endswith("-m helpers.update")
+    assert '-m helpers.tools.update "upstream"' in make("-n", "update", "FROM=upstream").stdout
+    assert make("-n", "update").stdout.rstrip().endswith("-m helpers.tools.update")
     assert (
-        '-m helpers.new_notebook "baseline" "my_x"' in make("-n", "new-notebook", "FROM=baseline", "NAME=my_x").stdout
+        '-m helpers.tools.new_notebook "baseline" "my_x"'
+        in make("-n", "new-notebook", "FROM=baseline", "NAME=my_x").stdout
     )
-    assert '-m helpers.new_notebook "finetune" "my_x"' in make("-n", "new-notebook", "NAME=my_x").stdout
+    assert '-m helpers.tools.new_notebook "finetune" "my_x"' in make("-n", "new-notebook", "NAME=my_x").stdout
     done = make("new-notebook", "FROM=origin", "NAME=my_x")
     assert done.returncode and "There is no notebook 'origin'." in done.stdout

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
-from helpers.run_notebook import main
+from helpers.tools.run_notebook import main
 
 SMALL = [
     "synthetic.visits=24 paths.reserve_gb=0 training.epochs=2",

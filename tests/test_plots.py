@@ -9,14 +9,14 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 
-from helpers import plots
+from helpers.analysis import plots
+from helpers.analysis.diagnostics import input_sensitivity, trace_shapes
 from helpers.channels import CHANNELS, denormalise, load_scalers
 from helpers.config import load_config
-from helpers.diagnostics import input_sensitivity, trace_shapes
-from helpers.encoder import SuryaEncoder
-from helpers.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
-from helpers.tasks import Collector, ImagePredictions, Predictions
-from helpers.training import History
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
+from helpers.training.loop import History
+from helpers.training.tasks import Collector, ImagePredictions, Predictions
 
 ROOT = Path(__file__).parents[1]
 TIMES = pd.date_range("2014-01-01", periods=20, freq="6h")

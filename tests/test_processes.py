@@ -14,11 +14,12 @@ import torch
 import yaml
 from small_training import ROOT, Linear, numbers, small_config
 
-from helpers import processes, training
-from helpers.checkpoint import CheckpointError
 from helpers.config import ConfigError
-from helpers.tracking import start_run
-from helpers.training import Diverged, Interrupted, fit, predict
+from helpers.model.checkpoint import CheckpointError
+from helpers.training import loop as training
+from helpers.training import processes
+from helpers.training.loop import Diverged, Interrupted, fit, predict
+from helpers.training.tracking import start_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,8 +123,8 @@ SMALL_SUN = [
 
 
 def headless(folder, *launcher: str) -> subprocess.Popen:
-    """`python -m helpers.train baseline` on a small Sun, in one shared folder."""
-    words = ["-m", "helpers.train", "baseline", "--parameters", *SMALL_SUN, f"paths.runs={folder}/runs"]
+    """`python -m helpers.tools.train baseline` on a small Sun, in one shared folder."""
+    words = ["-m", "helpers.tools.train", "baseline", "--parameters", *SMALL_SUN, f"paths.runs={folder}/runs"]
     environment = os.environ | {"SURYA_SHARED": f"{folder}/shared", "OMP_NUM_THREADS": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return subprocess.Popen([sys.executable, *launcher, *words], cwd=ROOT, env=environment, **pipes)
@@ -161,7 +162,7 @@ def test_two_people_training_at_once_in_one_folder_get_a_run_each(tmp_path):
 
 
 def test_the_headless_entry_refuses_as_the_notebooks_do(capsys):
-    from helpers import train
+    from helpers.tools import train
 
     assert train.main(["finetune", "--parameters", "training.lrr=1"]) == 2
     assert "training.lrr" in capsys.readouterr().out

@@ -21,17 +21,17 @@ from matplotlib import pyplot as plt
 from sunpy.data.test import get_test_filepath
 
 from helpers.channels import CHANNELS, load_scalers, normalise
-from helpers.checkpoint import load_filtered
 from helpers.config import load_config
-from helpers.dataset import make_loaders
-from helpers.encoder import SuryaEncoder
-from helpers.frames import prepare_store
-from helpers.heads import LinearBaseline1D, Specformer1D
-from helpers.lora import apply_lora
+from helpers.data.dataset import make_loaders
+from helpers.data.frames import prepare_store
+from helpers.data.synthetic import SyntheticSun, ensure_synthetic
+from helpers.model.checkpoint import load_filtered
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import LinearBaseline1D, Specformer1D
+from helpers.model.lora import apply_lora
 from helpers.shared import find_checkpoint
-from helpers.synthetic import SyntheticSun, ensure_synthetic
-from helpers.tracking import compare_runs, list_runs, start_run
-from helpers.training import fit, metrics_table, predict, reference_predictions, seed_everything
+from helpers.training.loop import fit, metrics_table, predict, reference_predictions, seed_everything
+from helpers.training.tracking import compare_runs, list_runs, start_run
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -102,7 +102,7 @@ def finetune(course):
     built = prepare_store(cfg, progress=False)
     loaders = make_loaders(cfg)
     model = Specformer1D(SuryaEncoder(**cfg.encoder_arguments()), pooling=cfg.head.pooling)
-    loaded = load_filtered(model, find_checkpoint(cfg), cfg.data.channels, cfg.model.checkpoint_channels)
+    loaded = load_filtered(model, find_checkpoint(cfg), cfg.data.channels, cfg.model.weights_channels)
     apply_lora(model, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.targets, cfg.lora.qkv)
     model.fit_features(loaders.train)
     history = fit(model, loaders, cfg)
@@ -142,7 +142,7 @@ def test_the_checkpoint_is_cut_to_channels_and_grid_by_name(finetune):
     state = torch.load(find_checkpoint(cfg), weights_only=True)
     assert not loaded.missing and any("complex_weight" in key for key in loaded.adapted)
     encoder = SuryaEncoder(**cfg.encoder_arguments())
-    load_filtered(encoder, state, cfg.data.channels, cfg.model.checkpoint_channels)
+    load_filtered(encoder, state, cfg.data.channels, cfg.model.weights_channels)
     planes = [CHANNELS.index(name) * 2 + t for name in ("hmi_m", "aia171") for t in (0, 1)]
     expected = state["embedding.patch_embed.proj.weight"][:, planes]
     assert torch.equal(encoder.embedding.patch_embed.proj.weight, expected)

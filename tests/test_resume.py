@@ -16,13 +16,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from helpers import shared
-from helpers.checkpoint import CheckpointError, load_adapter, load_filtered
-from helpers.encoder import SuryaEncoder
-from helpers.heads import Specformer1D
-from helpers.lora import apply_lora
+from helpers.model.checkpoint import CheckpointError, load_adapter, load_filtered
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import Specformer1D
+from helpers.model.lora import apply_lora
 from helpers.shared import DiskFullError
-from helpers.tracking import start_run
-from helpers.training import BEST, STATE, Interrupted, fit, predict, seed_everything
+from helpers.training.loop import BEST, STATE, Interrupted, fit, predict, seed_everything
+from helpers.training.tracking import start_run
 
 EPOCHS, BATCHES = 3, 4
 OVERRIDES = {

@@ -9,7 +9,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers.run_notebook import UsageError, find_notebook, main, parse_parameters
+from helpers.config import UsageError, parse_parameters
+from helpers.tools.run_notebook import find_notebook, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "profile = None\ntask = None\nrun_name = None\nparameters = {}"

@@ -114,7 +114,7 @@ def test_a_local_checkpoint_and_a_missing_one(machine, tmp_path):
     assert find_checkpoint(machine(checkpoint="tiny.pt")) == tmp_path / "tiny.pt"
     assert find_checkpoint(machine(checkpoint=None)) is None
     assert find_checkpoint(machine(checkpoint="none.pt", regime="scratch")) is None
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pt .model.checkpoint.*hf://nasa-ibm"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pt .model.weights.*hf://nasa-ibm"):
         find_checkpoint(machine(checkpoint="none.pt"))
 
 

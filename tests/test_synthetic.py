@@ -12,13 +12,15 @@ import xarray as xr
 from torch.nn import functional as F
 
 from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
-from helpers.checkpoint import load_filtered
 from helpers.config import load_config
-from helpers.dataset import load_labels, make_loaders
-from helpers.encoder import SuryaEncoder
-from helpers.frames import prepare_store
-from helpers.heads import Specformer2D
-from helpers.synthetic import DISK_RADIUS, MASK_FIELD, SyntheticSun, ensure_synthetic, goes_class, pretrain
+from helpers.data.dataset import make_loaders
+from helpers.data.frames import prepare_store
+from helpers.data.labels import load_labels
+from helpers.data.synthetic import DISK_RADIUS, MASK_FIELD, SyntheticSun, ensure_synthetic, goes_class
+from helpers.model.checkpoint import load_filtered
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import Specformer2D
+from helpers.tools.pretrain_tiny import pretrain
 
 ROOT = Path(__file__).parents[1]
 CHANNEL = {name: c for c, name in enumerate(CHANNELS)}
@@ -34,7 +36,7 @@ def config(tmp_path):
         "synthetic.visits": 60,
         "synthetic.workers": 1,
         "data.native_size": 32,
-        "data.pooling": 1,
+        "data.reduce": 1,
         "data.build_workers": 1,
         "paths.reserve_gb": 0.0,
         "training.batch_size": 4,
@@ -288,7 +290,7 @@ def tiny(tmp_path):
 
 
 def test_the_tiny_checkpoint_looks_like_the_released_one(tiny):
-    path = ROOT / tiny.model.checkpoint
+    path = ROOT / tiny.model.weights
     assert path.stat().st_size <= 2_000_000
     state = torch.load(path, weights_only=True)
     released = json.loads((ROOT / "tests/data/surya_366m_state_dict.json").read_text())["state_dict"]
@@ -308,12 +310,12 @@ def test_the_tiny_checkpoint_forecasts_suns_it_has_never_seen(tiny):
     """The pretext of Surya, an hour ahead: far better than the mean frame, and than itself before training."""
     torch.manual_seed(0)
     model = Specformer2D(SuryaEncoder(**tiny.encoder_arguments()), out_chans=len(CHANNELS))
-    samples = forecast_samples(range(500_000, 500_008), tiny.data.native_size, tiny.data.pooling)
-    others = forecast_samples(range(600_000, 600_008), tiny.data.native_size, tiny.data.pooling)
+    samples = forecast_samples(range(500_000, 500_008), tiny.data.native_size, tiny.data.reduce)
+    others = forecast_samples(range(600_000, 600_008), tiny.data.native_size, tiny.data.reduce)
     mean_frame = others[:, :, 2].mean(0).expand(len(samples), -1, -1, -1)
     from_mean = F.mse_loss(mean_frame, samples[:, :, 2]).item()
     before = forecast_error(model, samples)
-    report = load_filtered(model, ROOT / tiny.model.checkpoint)
+    report = load_filtered(model, ROOT / tiny.model.weights)
     after = forecast_error(model, samples)
     assert report.parameters_loaded == report.parameters_total and not report.missing
     assert after < from_mean / 3 and after < before / 3, (after, from_mean, before)

@@ -10,28 +10,43 @@ import torch
 from frame_files import write_index, write_netcdf
 from torch.nn import functional as F
 
-from helpers.checkpoint import load_filtered
 from helpers.config import ConfigError, load_config
-from helpers.dataset import make_loaders
-from helpers.encoder import SuryaEncoder
-from helpers.frames import prepare_store
-from helpers.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D, linear_baseline, specformer
-from helpers.lora import apply_lora
-from helpers.tasks import LOSSES, Collector, ImagePredictions, bce_dice, check_shapes, compute_loss, to_target_units
-from helpers.training import fit, metrics_table, predict, reference_predictions, standardise_features
+from helpers.data.dataset import make_loaders
+from helpers.data.frames import prepare_store
+from helpers.model.checkpoint import load_filtered
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import (
+    LinearBaseline1D,
+    LinearBaseline2D,
+    Specformer1D,
+    Specformer2D,
+    linear_baseline,
+    specformer,
+)
+from helpers.model.lora import apply_lora
+from helpers.training.loop import fit, metrics_table, predict, reference_predictions, standardise_features
+from helpers.training.tasks import (
+    LOSSES,
+    Collector,
+    ImagePredictions,
+    bce_dice,
+    check_shapes,
+    compute_loss,
+    to_target_units,
+)
 
 ROOT = Path(__file__).parents[1]
 HOURS = pd.date_range("2014-01-07", periods=30, freq="1h")
 SMALL = {
     "data.native_size": 64,
-    "data.pooling": 2,
+    "data.reduce": 2,
     "data.build_workers": 1,
     "model.patch_size": 8,
     "model.embed_dim": 16,
     "model.depth": 2,
     "model.n_spectral_blocks": 1,
     "model.num_heads": 2,
-    "model.checkpoint": None,
+    "model.weights": None,
     "data.scalers": str(ROOT / "helpers/data/scalers.yaml"),
     "split.train": ["2014-01-07 00:00", "2014-01-07 14:00"],
     "split.val": ["2014-01-07 18:00", "2014-01-07 22:00"],
@@ -109,7 +124,7 @@ def test_rare_pixels_weigh_more_the_rarer_they_are():
 
 def test_a_target_of_another_resolution_gets_its_own_sentence(config):
     cfg, batch = config("active_region"), torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"returns \(2, 1, 8, 8\) .* \(2, 1, 4, 4\).*labels.pooling \(now 1\)"):
+    with pytest.raises(ValueError, match=r"returns \(2, 1, 8, 8\) .* \(2, 1, 4, 4\).*labels.reduce \(now 1\)"):
         check_shapes(batch, batch[..., ::2, ::2], cfg)
     with pytest.raises(ValueError, match=r"out_chans of the head must be the number of channels"):
         check_shapes(batch, batch.expand(2, 3, 8, 8), cfg)
@@ -186,7 +201,7 @@ def test_the_kind_of_target_chooses_the_variant_and_both_train(config, task, bas
 @pytest.mark.parametrize("pooling", [1, 2, 4])
 @pytest.mark.parametrize("task", ["active_region", "translation", "forecast"])
 def test_targets_of_lower_resolution_and_batches_of_one(config, task, pooling):
-    cfg = config(task, **{"labels.pooling": pooling, "training.batch_size": 1, "training.epochs": 1})
+    cfg = config(task, **{"labels.reduce": pooling, "training.batch_size": 1, "training.epochs": 1})
     loaders = make_loaders(cfg)
     outputs = {"forecast": 13}.get(task, 1)
     side = 32 // pooling
@@ -201,7 +216,7 @@ def test_a_lower_resolution_averages_physical_values(config):
     from helpers.channels import denormalise, load_scalers
 
     scaler = load_scalers()["hmi_m"]
-    fine, coarse = (make_loaders(config("translation", **{"labels.pooling": n})).val.dataset for n in (1, 4))
+    fine, coarse = (make_loaders(config("translation", **{"labels.reduce": n})).val.dataset for n in (1, 4))
     averaged = F.avg_pool2d(denormalise(fine.target(0), scaler), 4)
     torch.testing.assert_close(denormalise(coarse.target(0), scaler), averaged, rtol=1e-3, atol=0.05)
 
@@ -262,7 +277,7 @@ def test_predictions_of_the_training_split_are_not_augmented(config):
 # ---------------------------------------------------------------------------------------------------- Surya's decoder
 def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tmp_path):
     """As the task `forecast` sets it up, without a step of training: better than persistence and the mean frame."""
-    from helpers.synthetic import ensure_synthetic
+    from helpers.data.synthetic import ensure_synthetic
 
     (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
     overrides = {
@@ -280,7 +295,7 @@ def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tm
     prepare_store(cfg, progress=False)
     loaders = make_loaders(cfg)
     model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
-    report = load_filtered(model, ROOT / cfg.model.checkpoint, cfg.data.channels)
+    report = load_filtered(model, ROOT / cfg.model.weights, cfg.data.channels)
     assert report.parameters_loaded == report.parameters_total
     table = metrics_table(
         reference_predictions(loaders, "test", cfg) | {"Surya": predict(model, loaders, "test", cfg)}, cfg
@@ -292,7 +307,7 @@ def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tm
 def test_a_loss_metric_and_figure_of_ones_own_are_found_by_name(config, tmp_path, monkeypatch):
     (tmp_path / "my_task_for_a_test.py").write_text(
         "from torchmetrics import MeanAbsoluteError\n"
-        "from helpers.metrics import Metric\n"
+        "from helpers.training.metrics import Metric\n"
         "def absolute(output, target, share):\n    return (output - target).abs().mean() * 7\n"
         "worst = Metric(None, False, 'mine', lambda *_: MeanAbsoluteError())\n"
         "def draw(found, cfg):\n    return 'drawn'\n"
@@ -308,7 +323,7 @@ def test_a_loss_metric_and_figure_of_ones_own_are_found_by_name(config, tmp_path
     assert compute_loss(zeros, batch["target"], loaders, cfg).item() == pytest.approx(expected.item())
     history = fit(build(cfg, "baseline"), loaders, cfg)
     assert f"val_{mine}worst" in history.table
-    from helpers.plots import plot_predictions
+    from helpers.analysis.plots import plot_predictions
 
     assert plot_predictions({}, cfg) == "drawn"
     with pytest.raises(ConfigError, match="my_task_for_a_test:nothing cannot be imported: .*no attribute 'nothing'"):

@@ -19,9 +19,9 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from helpers import tracking
 from helpers.config import load_config
-from helpers.tracking import claim_run, latest_run, list_runs, start_run, wandb_mode
+from helpers.training import tracking
+from helpers.training.tracking import claim_run, latest_run, list_runs, start_run, wandb_mode
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -63,7 +63,7 @@ def test_the_first_row_fixes_the_columns(cfg):
 
 def test_a_killed_process_leaves_what_it_measured(cfg):
     code = (
-        "import os, sys\nfrom helpers.config import load_config\nfrom helpers.tracking import start_run\n"
+        "import os, sys\nfrom helpers.config import load_config\nfrom helpers.training.tracking import start_run\n"
         "cfg = load_config(sys.argv[1], {'paths.runs': sys.argv[2], 'tracking.wandb': 'disabled'})\n"
         "run = start_run(cfg, 'killed')\nfor step in range(3): run.log({'loss': 1.0 / (step + 1)}, step)\n"
         f"os.kill(os.getpid(), {int(signal.SIGKILL)})"

@@ -12,14 +12,12 @@ from small_training import Linear, numbers, small_config
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from helpers import devices
-from helpers.encoder import SuryaEncoder
-from helpers.heads import Specformer1D
-from helpers.lora import adapt, apply_lora
-from helpers.metrics import compute_metrics
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import Specformer1D
+from helpers.model.lora import adapt, apply_lora
 from helpers.shared import find_checkpoint
-from helpers.tracking import start_run
-from helpers.training import (
+from helpers.training import devices
+from helpers.training.loop import (
     Diverged,
     Predictions,
     fit,
@@ -29,6 +27,8 @@ from helpers.training import (
     reference_predictions,
     seed_everything,
 )
+from helpers.training.metrics import compute_metrics
+from helpers.training.tracking import start_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,7 +286,7 @@ ENCODER = {"img_size": 32, "patch_size": 8, "in_chans": 2, "time_dim": 1, "embed
 
 @pytest.mark.parametrize("regime", ["lora", "probe", "full", "scratch"])
 def test_one_word_chooses_what_trains(config, regime):
-    cfg = config(**{"training.regime": regime, "model.checkpoint": str(ROOT / "helpers/data/surya.tiny.pt")})
+    cfg = config(**{"training.regime": regime, "model.weights": str(ROOT / "helpers/data/surya.tiny.pt")})
     model = adapt(Specformer1D(SuryaEncoder(**ENCODER, n_spectral_blocks=1, num_heads=2), pooling="mean"), cfg)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     head = {name for name, _ in model.named_parameters() if not name.startswith("encoder.")}

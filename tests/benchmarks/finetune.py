@@ -9,16 +9,16 @@ from dataclasses import replace
 
 import pandas as pd
 
-from helpers import frames
 from helpers.config import Config, load_config
-from helpers.dataset import Loaders, make_loaders
-from helpers.synthetic import ensure_synthetic
-from helpers.train import build_model
-from helpers.training import fit, predict, reference_predictions, seed_everything, standardise_features
+from helpers.data import frames
+from helpers.data.dataset import Loaders, make_loaders
+from helpers.data.synthetic import ensure_synthetic
+from helpers.experiment import build_model
+from helpers.training.loop import fit, predict, reference_predictions, seed_everything, standardise_features
 
 MODELS = {  # name: experiment, and what differs from the config
     "linear baseline": ("baseline", {}),
-    "random weights, LoRA": ("finetune", {"model.checkpoint": None}),
+    "random weights, LoRA": ("finetune", {"model.weights": None}),
     "random weights, all trained": ("finetune", {"training.regime": "scratch"}),
     "Surya, head only": ("finetune", {"training.regime": "probe"}),
     "Surya, all trained": ("finetune", {"training.regime": "full"}),

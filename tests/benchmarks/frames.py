@@ -17,9 +17,10 @@ import torch
 from torch.nn.functional import interpolate
 
 from helpers.channels import CHANNELS, load_scalers, normalise, stack_scalers
-from helpers.dataset import FrameTarget, Matching, SolarDataset
-from helpers.frames import build_store, open_store
-from helpers.netcdf import reduce_frame
+from helpers.data.archive import reduce_frame
+from helpers.data.dataset import SolarDataset
+from helpers.data.frames import build_store, open_store
+from helpers.data.labels import FrameTarget, Matching
 
 POOLING = 4
 THREE = ("aia171", "aia193", "hmi_m")

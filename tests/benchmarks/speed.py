@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.checkpoint import load_filtered
 from helpers.config import load_config
-from helpers.encoder import SuryaEncoder
-from helpers.heads import Specformer2D
-from helpers.lora import LoRALinear, apply_lora, hold_frozen
+from helpers.model.checkpoint import load_filtered
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import Specformer2D
+from helpers.model.lora import LoRALinear, apply_lora, hold_frozen
 
 CFG = load_config(profile="surya")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,7 +70,7 @@ def peak_gb() -> float:
 
 def build(side: int, **changes) -> SuryaEncoder:
     torch.manual_seed(0)
-    return SuryaEncoder(**CFG.encoder_arguments() | {"img_size": side, "checkpoint_layers": ()} | changes)
+    return SuryaEncoder(**CFG.encoder_arguments() | {"img_size": side, "recompute_blocks": ()} | changes)
 
 
 def images(side: int, batch: int = 1) -> Tensor:
@@ -90,7 +90,7 @@ def step(model: nn.Module, ts: Tensor, precision: str = "bf16") -> None:
 def measure_work(repeats: int, side: int, batch=1, precision="bf16", checkpointed=False, compiled=False, train=True):
     """A LoRA step, or a forward pass: seconds, share of the large product's rate, peak memory, seconds to compile."""
     layers = range(CFG.model.depth) if checkpointed else ()
-    model = build(side, checkpoint_layers=layers, compile=compiled)
+    model = build(side, recompute_blocks=layers, compile=compiled)
     model = apply_lora(model, **LORA) if train else model.requires_grad_(False)
     model = hold_frozen(model, DTYPES[precision]).to(DEVICE)
     ts, (product, operations) = images(side, batch), large_product(precision)

@@ -294,7 +294,7 @@ class Backbone(nn.Module):
         self.blocks_spectral_gating = nn.ModuleList(spectral)
         self.blocks_attention = nn.ModuleList(attention)
         self.near = near
-        self.checkpoint_layers: frozenset[int] = frozenset()
+        self.recompute_blocks: frozenset[int] = frozenset()
 
     def forward(self, x: Tensor, global_tokens: Tensor | None) -> Tensor:
         n = len(self.blocks_spectral_gating)
@@ -309,7 +309,7 @@ class Backbone(nn.Module):
         return torch.cat([x[:, :nglo], self.near.from_blocks(x[:, nglo:])], dim=1) if nglo else self.near.from_blocks(x)
 
     def _run(self, index: int, block: nn.Module, *inputs: Tensor | nn.Module) -> Tensor:
-        return computed_again(block, *inputs) if index in self.checkpoint_layers else block(*inputs)
+        return computed_again(block, *inputs) if index in self.recompute_blocks else block(*inputs)
 
 
 class SuryaEncoder(nn.Module):
@@ -334,7 +334,7 @@ class SuryaEncoder(nn.Module):
         rpe: add a learned bias by relative position to the window's scores.
         nglo: number of global tokens, handed to `forward`; not together with rpe, for which there is no reference.
         drop_rate: dropout in the MLPs and after the attention's projection.
-        checkpoint_layers: blocks, counted from 0 over both kinds, whose activations are computed again in the
+        recompute_blocks: blocks, counted from 0 over both kinds, whose activations are computed again in the
             backward pass rather than stored (about half of the memory for 1.4 times the time when all are).
         compile: compile every block with torch.compile at its first use (a C++ compiler or a GPU is needed).
 
@@ -358,11 +358,11 @@ class SuryaEncoder(nn.Module):
         rpe: bool = False,
         nglo: int = 0,
         drop_rate: float = 0.0,
-        checkpoint_layers: Iterable[int] = (),
+        recompute_blocks: Iterable[int] = (),
         compile: bool = False,
     ):
         super().__init__()
-        checkpoint_layers = tuple(checkpoint_layers)
+        recompute_blocks = tuple(recompute_blocks)
         check_settings(
             img_size,
             patch_size,
@@ -373,7 +373,7 @@ class SuryaEncoder(nn.Module):
             window_size,
             rpe,
             nglo,
-            checkpoint_layers,
+            recompute_blocks,
         )
         self.img_size, self.patch_size, self.in_chans, self.time_dim = img_size, patch_size, in_chans, time_dim
         self.embed_dim, self.num_heads, self.nglo = embed_dim, num_heads, nglo
@@ -388,7 +388,7 @@ class SuryaEncoder(nn.Module):
             ],
             Neighbourhood(self.grid, window_size, dp_rank, nglo),
         )
-        self.backbone.checkpoint_layers = frozenset(checkpoint_layers)
+        self.backbone.recompute_blocks = frozenset(recompute_blocks)
         self.apply(_initialise)
         if compile:
             for block in (*self.backbone.blocks_spectral_gating, *self.backbone.blocks_attention):
@@ -429,7 +429,7 @@ def check_settings(
     window_size: int,
     rpe: bool,
     nglo: int,
-    checkpoint_layers: tuple[int, ...],
+    recompute_blocks: tuple[int, ...],
 ) -> None:
     """Raise one ValueError with every setting of the encoder that does not fit."""
     grid = img_size / patch_size
@@ -445,8 +445,8 @@ def check_settings(
             f"n_spectral_blocks {n_spectral_blocks} is not between 0 and depth {depth}",
         ),
         (
-            not set(checkpoint_layers) <= set(range(depth)),
-            f"checkpoint_layers {checkpoint_layers} must be block numbers from 0 to {depth - 1}",
+            not set(recompute_blocks) <= set(range(depth)),
+            f"recompute_blocks {recompute_blocks} must be block numbers from 0 to {depth - 1}",
         ),
         (rpe and nglo, "rpe together with nglo has no reference to be checked against; use one of them"),
     ]
@@ -480,7 +480,7 @@ def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
     if got[2] != frames:
         hints.append(f"{got[2]} frames instead of {frames}: the input offsets of the data and time_dim must agree")
     if got[3] != side:
-        hints.append(f"{got[3]} pixels a side instead of {side}: data.pooling must reduce the native side to img_size")
+        hints.append(f"{got[3]} pixels a side instead of {side}: data.reduce must reduce the native side to img_size")
     raise ValueError(f"{seen} It has {'; '.join(hints)}.")
 
 

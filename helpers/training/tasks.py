@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.config import Config, find_named
-from helpers.dataset import Loaders
-from helpers.metrics import ImageMetrics, compute_metrics
+from helpers.data.dataset import Loaders
+from helpers.training.metrics import ImageMetrics, compute_metrics
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
 BINS = 50  # of the joint histogram of predicted and true pixels
@@ -106,8 +106,8 @@ def check_shapes(output: Tensor, target: Tensor, cfg: Config) -> None:
         hint = "num_outputs of the head must be the number of labels.value_columns; check head.pooling too."
     elif output.shape[:2] == target.shape[:2]:
         hint = (
-            "The target has another resolution than the output: labels.pooling (now "
-            f"{cfg.labels.pooling}) says by which factor targets are smaller than the input; build the model with it."
+            "The target has another resolution than the output: labels.reduce (now "
+            f"{cfg.labels.reduce}) says by which factor targets are smaller than the input; build the model with it."
         )
     else:
         hint = "Images are (B, C, H, W): out_chans of the head must be the number of channels of the target."

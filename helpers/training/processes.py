@@ -24,12 +24,12 @@ from accelerate import debug_launcher, notebook_launcher
 from accelerate.state import AcceleratorState
 from torch import nn
 
-from helpers.checkpoint import trained_state
 from helpers.config import Config
-from helpers.dataset import Loaders
+from helpers.data.dataset import Loaders
+from helpers.model.checkpoint import trained_state
 
 if TYPE_CHECKING:
-    from helpers.tracking import Run
+    from helpers.training.tracking import Run
 
 # Asking whether there is a GPU must not start CUDA here: a process that has started it cannot be copied.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -98,7 +98,7 @@ def _check(count: int, gpus: int) -> None:
         raise RuntimeError(
             f"training.processes: {count} starts copies of this process, and a process that has used a GPU cannot be "
             "copied. Restart the kernel and run all cells, or train without a notebook: accelerate launch "
-            f"--num_processes {count} -m helpers.train finetune"
+            f"--num_processes {count} -m helpers.tools.train finetune"
         )
 
 

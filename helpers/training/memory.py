@@ -22,9 +22,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from helpers.config import Config
-from helpers.devices import free_memory, make_accelerator
-from helpers.encoder import SuryaEncoder
-from helpers.lora import hold_frozen, trainable_summary
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.lora import hold_frozen, trainable_summary
+from helpers.training.devices import free_memory, make_accelerator
 
 ADAM_BYTES = 8  # two float32 moments of each trained parameter
 PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +70,7 @@ def estimate_memory(
     Args:
         model: takes the batch dict, on any device, with what trains chosen.
         batch: one batch, for its shapes (B, C, T, H, W).
-        cfg: `training.batch_size`, `training.precision` and `model.checkpoint_layers` are what the others default to.
+        cfg: `training.batch_size`, `training.precision` and `training.recompute_blocks` are what the others default to.
         batch_size: B to ask for instead.
         precision: fp32, bf16 or fp16 to ask for instead.
         recompute: whether all blocks recompute their activations instead of keeping them.
@@ -85,7 +85,7 @@ def estimate_memory(
         if frozen_dtype == "bf16" and hasattr(shadow, "encoder"):
             hold_frozen(shadow, torch.bfloat16)
     if recompute is not None and hasattr(shadow, "encoder"):
-        shadow.encoder.backbone.checkpoint_layers = frozenset(range(cfg.model.depth)) if recompute else frozenset()
+        shadow.encoder.backbone.recompute_blocks = frozenset(range(cfg.model.depth)) if recompute else frozenset()
     with fake, _Live() as live:
         by_block = _step(shadow, {**batch, "ts": ts}, precision or cfg.training.precision, live)
     weights = sum(t.numel() * t.element_size() for t in (*shadow.parameters(), *shadow.buffers()))
@@ -121,7 +121,7 @@ def recompute_if_needed(
     """Let as few blocks of the encoder as possible recompute their activations, so that a training step fits; says so.
 
     Args:
-        model: on its device, with what trains chosen; its encoder's `checkpoint_layers` is set.
+        model: on its device, with what trains chosen; its encoder's `recompute_blocks` is set.
         shape: (B, C, T, H, W) of the images of one step on this device.
         free: bytes to fit into; None asks the device. A tenth is left for what libraries keep for themselves.
     """
@@ -132,7 +132,7 @@ def recompute_if_needed(
     batch = {"ts": torch.empty(shape, device="meta")}
 
     def needed(count: int) -> StepMemory:
-        encoder.backbone.checkpoint_layers = frozenset(range(count))
+        encoder.backbone.recompute_blocks = frozenset(range(count))
         return estimate_memory(model, batch, cfg, batch_size=shape[0])
 
     kept = estimate = needed(0)
@@ -160,7 +160,7 @@ def memory_options(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> p
         "training.precision: bf16": ({"precision": "bf16"}, "three digits in the products"),
         "and training.frozen_dtype: bf16": ({"precision": "bf16", "frozen_dtype": "bf16"}, "nothing more"),
         "training.batch_size: 1": ({"batch_size": 1}, "raise training.accumulation by the same factor; slower"),
-        "model.checkpoint_layers: all": ({"recompute": True}, "1.4 times the time"),
+        "training.recompute_blocks: all": ({"recompute": True}, "1.4 times the time"),
     }
     rows = {
         name: (estimate_memory(model, batch, cfg, **change).total, cost) for name, (change, cost) in changes.items()

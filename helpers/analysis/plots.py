@@ -24,9 +24,9 @@ from helpers.channels import (
     to_signed_log,
 )
 from helpers.config import KINDS, Config, find_named
-from helpers.metrics import brier_skill, event_probability, tss
-from helpers.tasks import ImageExample, ImagePredictions, Predictions
-from helpers.training import History
+from helpers.training.loop import History
+from helpers.training.metrics import brier_skill, event_probability, tss
+from helpers.training.tasks import ImageExample, ImagePredictions, Predictions
 
 EXPERIMENT_COLORS = {"baseline": "0.35", "finetune": "tab:red"}
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
@@ -142,7 +142,7 @@ def plot_history(history: History, cfg: Config) -> Figure:
 
 
 def plot_range_test(table: pd.DataFrame, suggested: float, used: float) -> Figure:
-    """Loss against learning rate of `helpers.diagnostics.range_test`, with the suggested and the configured rate."""
+    """Loss against learning rate of `range_test`, with the suggested and the configured rate."""
     fig, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
     axis.plot(table["lr"], table["loss"], color="0.8", lw=0.8, label="each batch")
     axis.plot(table["lr"], table["smoothed"], color=SPLIT_COLORS["train"], label="smoothed")
@@ -180,7 +180,7 @@ def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
     """Validation metric against epoch of every run (a thin line) and its mean over seeds, one colour an experiment.
 
     Args:
-        runs: of `helpers.comparison.comparable_runs`.
+        runs: of `helpers.analysis.comparison.comparable_runs`.
     """
     key = f"val_{cfg.target.metrics[0]}"
     counts = sorted(runs["training samples"].unique())
@@ -333,7 +333,7 @@ def plot_sensitivity(physical: Tensor | np.ndarray, channels: Sequence[str], sen
     Args:
         physical: (C, H, W) one frame in physical units; the channel that counts most is drawn.
         channels: the C names.
-        sensitivity: (C, gy, gx) from `helpers.diagnostics.input_sensitivity`.
+        sensitivity: (C, gy, gx) from `helpers.analysis.diagnostics.input_sensitivity`.
     """
     values = np.asarray(sensitivity.detach().float())
     values = values / max(values.mean(), np.finfo(values.dtype).tiny)  # a model of zeros looks nowhere

@@ -17,13 +17,13 @@ import torch
 import yaml
 
 from helpers.config import Config, find_named
-from helpers.metrics import METRICS, compute_metrics
-from helpers.tasks import ImagePredictions, Predictions, predictions_from_table
-from helpers.tracking import list_runs, runs_folder
+from helpers.training.metrics import METRICS, compute_metrics
+from helpers.training.tasks import ImagePredictions, Predictions, predictions_from_table
+from helpers.training.tracking import list_runs, runs_folder
 
 VARIED = {  # what may differ between compared runs, by section
     "": ("experiment", "seed", "profile"),
-    "model": ("checkpoint_layers",),
+    "model": ("recompute_blocks",),
     "training": ("max_train_samples", "device", "processes", "loader_workers", "resume", "save_every_steps"),
 }
 IRRELEVANT = ("paths", "tracking", "diagnostics", "compare", "synthetic")  # cannot change a score

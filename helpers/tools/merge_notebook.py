@@ -1,8 +1,8 @@
 """How git merges notebooks here: nbdime does it cell by cell, and cells that both sides added are all kept.
 
-git calls it as `python -m helpers.merge_notebook BASE OURS THEIRS NAME` (see `environment.configure_git`). On its own,
-nbdime 4.0 reports a conflict, but marks none, where one side added cells beside a cell that the other changed; and it
-fails, and writes nothing, where both added cells at the same place.
+git calls it as `python -m helpers.tools.merge_notebook BASE OURS THEIRS NAME` (see `environment.configure_git`). On its
+own, nbdime 4.0 reports a conflict, but marks none, where one side added cells beside a cell that the other changed; and
+it fails, and writes nothing, where both added cells at the same place.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from helpers.channels import load_scalers
 from helpers.config import Config
-from helpers.encoder import SuryaEncoder, to_working_dtype
+from helpers.model.encoder import SuryaEncoder, to_working_dtype
 
 Batch = Mapping[str, Tensor]
 POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
@@ -195,14 +195,14 @@ def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer
     """The model of a configuration on this encoder: Specformer1D for numbers, Specformer2D for masks and images."""
     if cfg.labels.kind == "scalar":
         return Specformer1D(encoder, cfg.num_outputs, cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
-    return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.pooling)
+    return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.reduce)
 
 
 def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
     """The linear baseline of a configuration: of channel means for numbers, pixel by pixel for masks and images."""
     in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
     if cfg.labels.kind != "scalar":
-        return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.pooling)
+        return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
     scalers = load_scalers(cfg.root / cfg.data.scalers)
     own = [scalers[name] for name in cfg.data.channels]
     mean, std = [scaler.mean for scaler in own], [scaler.std + scaler.epsilon for scaler in own]

@@ -18,22 +18,17 @@ from typing import Any
 
 import nbformat
 import papermill
-import yaml
 from ipykernel.kernelspec import write_kernel_spec
 from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.engines import NBClientEngine, NotebookExecutionManager, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.config import ConfigError, load_config, parse_value
-from helpers.tracking import claim_run, runs_folder
-from helpers.training import STATE, how_to_go_on
+from helpers.config import ConfigError, UsageError, add_choices, load_config, parse_parameters
+from helpers.training.loop import STATE, how_to_go_on
+from helpers.training.tracking import claim_run, runs_folder
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-class UsageError(ValueError):
-    """What was asked for cannot be run; the text is ready to print."""
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -85,22 +80,6 @@ def find_notebook(name: str | None, folder: Path) -> Path:
     raise UsageError(
         "\n".join([problem, "There is:", *(f"  {key:15} {_title(path)}" for key, path in notebooks.items())])
     )
-
-
-def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
-    """["training.lr=1e-3 data.channels=[aia171, hmi_m]"] -> dotted keys and their values, read as config.yaml would."""
-    parameters = {}
-    for item in re.split(r"\s+(?=[A-Za-z_][\w.]*=)", " ".join(texts).strip()):
-        key, equals, value = item.partition("=")
-        if item and not (equals and re.fullmatch(r"[A-Za-z_][\w.]*", key)):
-            raise UsageError(
-                f"Parameters are written key=value, for example P='training.lr=1e-3 seed=1'; got '{item}'."
-            )
-        try:
-            parameters.update({key: parse_value(value)} if item else {})
-        except yaml.YAMLError as error:
-            raise UsageError(f"The value of '{item}' is not complete YAML: {error}") from None
-    return parameters
 
 
 def run(notebook: Path, folder: Path, parameters: dict[str, Any]) -> int:
@@ -189,17 +168,9 @@ def _plain(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m helpers.run_notebook", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m helpers.tools.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", nargs="?", help="name of a notebook in notebooks/")
     return add_choices(parser)
-
-
-def add_choices(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The options that choose a configuration."""
-    parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
-    parser.add_argument("--profile", help="tiny or surya")
-    parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")
-    return parser
 
 
 if __name__ == "__main__":

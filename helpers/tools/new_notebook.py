@@ -10,9 +10,10 @@ from pathlib import Path
 import nbformat
 from nbstripout import strip_output
 
-from helpers.run_notebook import UsageError, find_notebook
+from helpers.config import UsageError
+from helpers.tools.run_notebook import find_notebook
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = "make new-notebook FROM=finetune NAME=my_ribbons"
 
 

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from helpers import processes
-from helpers.checkpoint import (
+from helpers.config import Config, find_named, leaves
+from helpers.data.dataset import Loaders
+from helpers.model.checkpoint import (
     CheckpointError,
     load_state,
     loaded_from,
@@ -37,17 +38,16 @@ from helpers.checkpoint import (
     save_state,
     trained_state,
 )
-from helpers.config import Config, find_named, leaves
-from helpers.dataset import Loaders
-from helpers.devices import make_accelerator, one_of_several
-from helpers.heads import FeatureModel
-from helpers.memory import recompute_if_needed
-from helpers.metrics import METRICS
+from helpers.model.heads import FeatureModel
 from helpers.shared import raise_if_full, resolve
-from helpers.tasks import Collector, ImagePredictions, Predictions, check_shapes, compute_loss, to_target_units
+from helpers.training import processes
+from helpers.training.devices import make_accelerator, one_of_several
+from helpers.training.memory import recompute_if_needed
+from helpers.training.metrics import METRICS
+from helpers.training.tasks import Collector, ImagePredictions, Predictions, check_shapes, compute_loss, to_target_units
 
 if TYPE_CHECKING:
-    from helpers.tracking import Run
+    from helpers.training.tracking import Run
 
 STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
 BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapter` reads them
@@ -55,7 +55,7 @@ BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapt
 _FREE = (
     "paths.", "tracking.", "diagnostics.", "compare.", "synthetic.workers", "synthetic.pretraining",
     "data.dask_address", "data.build_workers", "data.retries", "data.memory_cache_gb", "training.resume",
-    "training.save_every_steps", "training.device", "training.loader_workers", "model.checkpoint_layers",
+    "training.save_every_steps", "training.device", "training.loader_workers", "training.recompute_blocks",
 )  # fmt: skip
 
 
@@ -118,12 +118,12 @@ def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> Non
 def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None) -> History:
     """Train what requires a gradient and leave the model with the weights of its best epoch.
 
-    Losses are in the units of learning (`helpers.tasks`: numbers are standardised), metrics in target units. Epoch 0 is
+    Losses are in the units of learning (`tasks.py`: numbers are standardised), metrics in target units. Epoch 0 is
     judged before any step, so a broken set-up shows at once.
 
     Args:
         model: takes the batch dict, returns (B, K) or (B, C, H, W).
-        loaders: of `helpers.dataset.make_loaders`.
+        loaders: of `helpers.data.dataset.make_loaders`.
         cfg: `training` and `target` are read. With `training.resume` it goes on where that run stopped.
         run: gets one row an epoch as it happens; its folder gets the best weights and the state from which an
             interrupted training can go on. None keeps everything in memory alone.
@@ -240,7 +240,7 @@ class _Training:
             set_seed(cfg.seed, device_specific=True)  # another dropout in each process
         self.recorded = broadcast_object_list([run is not None])[0]  # the first process has the run, the others may not
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
-        if cfg.model.checkpoint_layers == "auto":
+        if cfg.training.recompute_blocks == "auto":
             share = cfg.training.batch_size // self.accelerator.num_processes
             recompute_if_needed(model, (share, *loaders.train.dataset[0]["ts"].shape), cfg, self.accelerator.device)
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))

@@ -8,10 +8,8 @@ the layout of s3://nasa-surya-bench with an index, labels are hourly GOES classe
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +17,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
-from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
-from helpers.config import Config, load_config
-from helpers.dataset import GOES_CLASSES
-from helpers.encoder import SuryaEncoder
-from helpers.heads import Specformer2D
+from helpers.channels import CHANNELS, GOES_CLASSES, UNITS
+from helpers.config import Config
 from helpers.shared import atomic_write, resolve
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
@@ -364,99 +356,3 @@ def goes_class(flux: float) -> str:
     flux = float(f"{flux:.1e}")  # rounded first, so that 9.99e-7 is C1.0 and not B10.0
     letter = max((letter for letter, unit in GOES_CLASSES.items() if flux >= unit), key=GOES_CLASSES.get, default="A")
     return f"{letter}{flux / GOES_CLASSES[letter]:.1f}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The tiny checkpoint
-# --------------------------------------------------------------------------------------------------------------------
-def pretrain(cfg: Config, path: Path) -> dict[str, float]:
-    """Pretrain the configured encoder on synthetic Suns with Surya's own pretext, the forecast of the next frame.
-
-    Args:
-        cfg: `model` (all 13 channels, two frames) and `synthetic.pretraining` are read.
-        path: the checkpoint to write: a flat float32 state_dict with the keys of the released one.
-
-    Returns:
-        Mean squared errors in normalised units on Suns that were not trained on: `before`, `after`, `persistence` (the
-        last frame stays) and `mean_frame` (their own average frame: the best constant), and the `seconds` of training.
-    """
-    settings = cfg.synthetic.pretraining
-    torch.manual_seed(settings.seed)
-    frames = _forecast_samples(
-        cfg, settings.samples, settings.seed, settings.noise
-    )  # (N, 13, 3, H, W) normalised float16
-    held_out = _forecast_samples(cfg, settings.held_out, settings.seed + settings.suns)
-    model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
-    report = {"before": _forecast_error(model, held_out)}
-    started = time.perf_counter()
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.01)
-    steps = settings.epochs * (len(frames) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, steps, pct_start=0.1)
-    model.train()
-    for _ in (bar := tqdm(range(settings.epochs), "pretraining", unit="epoch")):
-        for index in torch.randperm(len(frames))[: steps // settings.epochs * settings.batch_size].split(
-            settings.batch_size
-        ):
-            ts, future = frames[index, :, :2].float(), frames[index, :, 2].float()
-            loss = F.mse_loss(model({"ts": ts}), future)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}")
-    report |= {"seconds": time.perf_counter() - started, "after": _forecast_error(model, held_out)}
-    future = held_out[:, :, 2].float()
-    report["persistence"] = F.mse_loss(held_out[:, :, 1].float(), future).item()
-    report["mean_frame"] = F.mse_loss(future.mean(0).expand_as(future), future).item()
-    state = {key.removeprefix("encoder."): value.detach().clone() for key, value in model.state_dict().items()}
-    state["embedding.pos_embed"] = (
-        model.encoder.embedding.pos_embed.clone()
-    )  # a function of the grid, but the release has it
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
-    return report
-
-
-def _forecast_samples(cfg: Config, count: int, seed: int, noise: float = 1.0) -> Tensor:
-    """Frames at -60, 0 and +60 minutes of random hours of `suns` Suns, (count, 13, 3, H, W) normalised float16.
-
-    Each sample is drawn with 1 to `noise` times the usual noise: an encoder that has to find the signal under it reads
-    a patch as a whole, and serves a fine-tune better.
-    """
-    suns = cfg.synthetic.pretraining.suns
-    jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.pooling, noise) for i in range(count)]
-    with _processes(cfg.synthetic.workers) as pool:
-        samples = list(tqdm(pool.map(_forecast_sample, jobs, chunksize=8), "pretraining frames", count, unit="sample"))
-    return torch.from_numpy(np.stack(samples))
-
-
-def _forecast_sample(job: tuple[int, int, int, int, float]) -> np.ndarray:
-    seed, number, side, pooling, noise = job
-    sun = SyntheticSun(10_000 + seed, 60 * 24)  # far from the seeds of the course
-    rng = np.random.default_rng([seed, number])
-    hour, scale = rng.uniform(1, 59 * 24), noise ** rng.uniform()
-    images = [sun.frame(hour + step, side, scale) for step in (-1, 0, 1)]
-    frames = torch.from_numpy(np.stack(images, axis=1))  # (13, 3, N, N)
-    scaler = stack_scalers(load_scalers(), CHANNELS, trailing=3)
-    return normalise(F.avg_pool2d(frames, pooling), scaler).half().numpy()
-
-
-@torch.no_grad()
-def _forecast_error(model: Specformer2D, samples: Tensor) -> float:
-    model.eval()
-    errors = [F.mse_loss(model({"ts": s[:, :, :2].float()}), s[:, :, 2].float()) * len(s) for s in samples.split(16)]
-    return (sum(errors) / len(samples)).item()
-
-
-def main() -> None:
-    """Make the tiny checkpoint again: `python -m helpers.synthetic helpers/data/surya.tiny.pt`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("path", type=Path, help="the checkpoint to write")
-    report = pretrain(load_config(profile="tiny"), parser.parse_args().path)
-    for name, value in report.items():
-        print(f"{name:12s} {value:.4f}")
-
-
-if __name__ == "__main__":
-    main()

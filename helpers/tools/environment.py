@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> int:
@@ -78,7 +78,7 @@ def configure_git() -> None:
     commands = {
         "filter.nbstripout.clean": f"-m nbstripout --keep-id --extra-keys '{keys}'",
         "diff.jupyternotebook.command": "-m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts
-        "merge.jupyternotebook.driver": "-m helpers.merge_notebook %O %A %B %P",
+        "merge.jupyternotebook.driver": "-m helpers.tools.merge_notebook %O %A %B %P",
     }
     plain = {
         "filter.nbstripout.smudge": "cat",

@@ -14,11 +14,11 @@ from einops import reduce
 from torch import Tensor, nn
 
 from helpers.config import Config
-from helpers.dataset import Loaders
-from helpers.devices import make_accelerator
-from helpers.heads import LinearBaseline1D, Specformer1D, Specformer2D
-from helpers.tasks import compute_loss
-from helpers.training import parameter_groups
+from helpers.data.dataset import Loaders
+from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.training.devices import make_accelerator
+from helpers.training.loop import parameter_groups
+from helpers.training.tasks import compute_loss
 
 
 def input_sensitivity(model: nn.Module, batch: Mapping[str, Any], patch_size: int, output: int = 0) -> Tensor:
@@ -163,7 +163,7 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     far the validation loss ends above its lowest.
 
     Args:
-        table: `history.table` of `helpers.training.fit`: `train_loss` and `val_loss` by epoch, from epoch 0.
+        table: `history.table` of `helpers.training.loop.fit`: `train_loss` and `val_loss` by epoch, from epoch 0.
         cfg: `diagnostics` has the limits.
         diverged: the run stopped because the loss was no longer finite.
     """

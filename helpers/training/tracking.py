@@ -26,7 +26,7 @@ import yaml
 
 from helpers.config import Config
 from helpers.shared import atomic_write, resolve
-from helpers.tasks import ImagePredictions, Predictions, predictions_from_table
+from helpers.training.tasks import ImagePredictions, Predictions, predictions_from_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

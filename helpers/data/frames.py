@@ -1,16 +1,15 @@
 """From NASA's files to the pooled store: index CSV -> NetCDF (local or S3) -> one Zarr store that everyone reads.
 
-Frames are reduced by helpers/netcdf.py and kept as 16-bit fixed-point codes of signed-log values (`Coding` in
+Frames are reduced by helpers/data/archive.py and kept as 16-bit fixed-point codes of signed-log values (`Coding` in
 helpers/channels.py; `step` and `offset` stand in the store), one chunk a frame. A frame counts only when its own
 element of `done` is set, which happens after it was written, read back equal, and is on the disk for good. Rows are
 never moved: times that join the index later are appended, so the time axis is in the order of arrival
 (`.sortby("time")`).
-`python -m helpers.frames` builds it.
+`python -m helpers.data.frames` builds it.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import tempfile
@@ -44,8 +43,8 @@ from helpers.channels import (
     coding_of,
     load_scalers,
 )
-from helpers.config import Config, load_config
-from helpers.netcdf import FrameError, Index, Source, in_spans, local_copy, open_netcdf, read_index, reduce_frame
+from helpers.config import Config
+from helpers.data.archive import FrameError, Index, Source, in_spans, local_copy, open_netcdf, read_index, reduce_frame
 from helpers.shared import (
     LockedError,
     atomic_write,
@@ -487,7 +486,7 @@ def _with_rows(
             side = native_size or _side_of_first(index, check_channels(channels), source)
             if pooling < 1 or side % pooling:
                 raise ValueError(
-                    f"Images of {side} pixels cannot be pooled by {pooling} (data.pooling): choose a divisor."
+                    f"Images of {side} pixels cannot be pooled by {pooling} (data.reduce): choose a divisor."
                 )
             _create(path, check_channels(channels), pooling, side, scalers, origin)
         store = open_store(path, channels, pooling, native_size, scalers)
@@ -699,7 +698,7 @@ def store_path(cfg: Config) -> Path:
     own, shared = _own_store(cfg), Path(resolve(cfg, cfg.data.store))
     if cfg.data.store.endswith(".zarr"):
         return own if own.exists() else shared
-    needed, pooling, native_size = channels_needed(cfg), cfg.data.pooling, cfg.data.native_size
+    needed, pooling, native_size = channels_needed(cfg), cfg.data.reduce, cfg.data.native_size
     scalers = load_scalers(resolve(cfg, cfg.data.scalers))
     folders = tuple(dict.fromkeys([own.parent, shared]))
     others = {path.name for folder in folders for path in folder.glob(f"{native_size}px-pool{pooling}-*.zarr")}
@@ -715,7 +714,7 @@ def _own_store(cfg: Config) -> Path:
     path = Path(resolve(cfg, cfg.data.store, write=True))
     if path.suffix == ".zarr":
         return path
-    return path / store_name(channels_needed(cfg), cfg.data.pooling, cfg.data.native_size)
+    return path / store_name(channels_needed(cfg), cfg.data.reduce, cfg.data.native_size)
 
 
 def _holds(path: Path, *wanted) -> bool:
@@ -745,7 +744,7 @@ def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None,
         index,
         path,
         channels_needed(cfg),
-        cfg.data.pooling,
+        cfg.data.reduce,
         cfg.data.build_workers,
         native_size=cfg.data.native_size,
         scalers=load_scalers(resolve(cfg, cfg.data.scalers)),
@@ -767,38 +766,3 @@ def _spans(cfg: Config) -> list[tuple[str, str]]:
     before, after = pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(offsets), "min")
     splits = (cfg.split.train, cfg.split.val, cfg.split.test)
     return [(str(pd.Timestamp(start) + before), str(pd.Timestamp(end) + after)) for start, end in splits]
-
-
-def _moment(text: str) -> str:
-    """A time of the command line in UTC without a zone."""
-    try:
-        return str(pd.to_datetime(text, utc=True, format="ISO8601").tz_localize(None))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'"{text}" is not a time; write times like "2014-01-07 18:00" (UTC)') from None
-
-
-def main() -> None:
-    """Reduce the frames of the configuration into its store; run it again to go on."""
-    parser = argparse.ArgumentParser(prog="python -m helpers.frames", description=main.__doc__)
-    parser.add_argument("--config", default="config.yaml")
-    parser.add_argument("--profile")
-    parser.add_argument("--task")
-    parser.add_argument("--start", type=_moment, help="only frames from this time on, for example 2014-01-07")
-    parser.add_argument("--end", type=_moment, help="only frames before this time")
-    parser.add_argument(
-        "--verify", action="store_true", help="read every frame (of this span) first and rebuild those that are damaged"
-    )
-    asked = parser.parse_args()
-    cfg = load_config(asked.config, profile=asked.profile, task=asked.task)
-    from helpers.synthetic import ensure_synthetic  # a command may reach up, the library above does not
-
-    ensure_synthetic(cfg)
-    between = [(asked.start or "1900-01-01", asked.end or "2200-01-01")] if asked.start or asked.end else None
-    if asked.verify and store_path(cfg).exists():
-        print("damaged:", ", ".join(verify_store(store_path(cfg), between)) or "none")
-    print(prepare_store(cfg, between))
-    print(open_store(store_path(cfg)))
-
-
-if __name__ == "__main__":
-    main()

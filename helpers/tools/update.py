@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 NO_CLONE = """\
 This folder is no git clone (a downloaded ZIP?), so it cannot be updated. Clone the template, and copy your my_ files

@@ -27,9 +27,9 @@ from einops import reduce
 from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
-from helpers.encoder import SuryaEncoder
-from helpers.heads import Specformer2D
-from helpers.lora import merge_lora
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import Specformer2D
+from helpers.model.lora import merge_lora
 from helpers.shared import atomic_write
 
 State = Mapping[str, Tensor]
@@ -225,7 +225,7 @@ def _fit_filter(key: str, source: Tensor, target: Tensor) -> Copy:
     if new > old:
         raise CheckpointError(
             f"The model's token grid is {new} x {new} and the checkpoint's is {old} x {old}: {key} has no values for "
-            "the higher frequencies. Use smaller images (a larger data.pooling)."
+            "the higher frequencies. Use smaller images (a larger data.reduce)."
         )
     rows = torch.cat([torch.arange(new // 2 + 1), torch.arange(old - new // 2 + 1, old)])  # 0 ... G/2, -(G/2-1) ... -1
     how = f"the modes of a {new} x {new} grid, out of {old} x {old}" if new < old else ""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.config import Config
-from helpers.encoder import SpectralFilter, SuryaEncoder, to_working_dtype
+from helpers.model.encoder import SpectralFilter, SuryaEncoder, to_working_dtype
 
 QKV = ("q", "k", "v")
 BITS = {2: torch.int16, 4: torch.int32}  # whole numbers by their size in bytes

@@ -1,0 +1,1 @@
+"""Frames and labels, from files to batches."""

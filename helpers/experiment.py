@@ -1,0 +1,55 @@
+"""What the two main notebooks do, as functions: build a model, train it, judge it, leave a finished run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from torch import nn
+
+from helpers.analysis.comparison import SAMPLES
+from helpers.config import Config
+from helpers.data.dataset import make_loaders
+from helpers.model.checkpoint import load_filtered
+from helpers.model.encoder import SuryaEncoder
+from helpers.model.heads import linear_baseline, specformer
+from helpers.model.lora import adapt, trainable_summary
+from helpers.shared import find_checkpoint
+from helpers.training.devices import make_accelerator
+from helpers.training.loop import fit, predict, seed_everything, standardise_features
+from helpers.training.memory import estimate_memory
+from helpers.training.tracking import start_run
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of `cfg.experiment`, before training: that of baseline.ipynb or that of finetune.ipynb."""
+    if cfg.experiment == "baseline":
+        return linear_baseline(cfg)
+    model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
+    channels = cfg.data.channels, cfg.model.weights_channels
+    load_filtered(model, find_checkpoint(cfg), *channels, decoder_channels=cfg.head.decoder_channels)
+    return adapt(model, cfg)
+
+
+def train_run(cfg: Config) -> str:
+    """What the two notebooks do, without figures: train, judge, and leave a finished run; returns its name.
+
+    In one of several processes the name is empty but in the first of them.
+    """
+    seed_everything(cfg)
+    loaders = make_loaders(cfg)
+    model = build_model(cfg)
+    standardise_features(model, loaders, cfg)
+    with start_run(cfg) if make_accelerator(cfg).is_main_process else nullcontext() as run:
+        history = fit(model, loaders, cfg, run=run)
+        for split in ("val", "test"):
+            found = predict(model, loaders, split, cfg)
+            if run is not None:
+                found.table().to_csv(run.folder / f"predictions_{split}.csv", index=False)
+                run.summary({f"{split}_{name}": value for name, value in found.metrics(cfg).items()})
+        if run is None:
+            return ""
+        memory = estimate_memory(model, next(iter(loaders.val)), cfg)
+        trained = trainable_summary(model).trainable
+        cost = {"seconds": history.table["seconds"].sum(), "trained parameters": trained, "step MB": memory.total / 1e6}
+        run.summary({**cost, SAMPLES: len(loaders.train.dataset)})
+        return run.name

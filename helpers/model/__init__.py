@@ -1,0 +1,1 @@
+"""The lecture: encoder, adapters, heads, and the loading of weights."""
