@@ -144,7 +144,7 @@ def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
     """
     path = Path(path or SCALERS_FILE)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no scalers file at {path}. Set data.scalers to null for the released one.")
+        raise FileNotFoundError(f"There is no scalers file at {path}; data.scalers: null takes the released one.")
     table = yaml.safe_load(path.read_text())
     if not isinstance(table, dict):
         raise ValueError(f"{path} should hold one entry a channel (mean, std, epsilon, sl_scale_factor), but does not.")

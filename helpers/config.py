@@ -18,6 +18,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from helpers.channels import Scaler, load_scalers
+from helpers.shared import SharedFolder, find_shared
+
 Channel = Literal[
     "aia94", "aia131", "aia171", "aia193", "aia211", "aia304", "aia335", "aia1600",
     "hmi_m", "hmi_bx", "hmi_by", "hmi_bz", "hmi_v",
@@ -26,6 +29,9 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+# Marks of a key, beside its type. PATH: `load_config` makes it absolute. MACHINE: says where and how fast something
+# runs and changes no number, so it may differ in a resumed run. COMPARED: differs between the runs of a comparison.
+PATH, MACHINE, COMPARED = "path", "machine", "compared"
 # names of the registries in metrics.py, tasks.py and plots.py, or `module:name` of your own
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of target; the first figure is the default
@@ -61,9 +67,9 @@ class Paths(_Section):
     """Folders of this machine."""
 
     shared: str | None
-    runs: str
+    runs: Annotated[str, PATH]
     reserve_gb: Annotated[float, Field(ge=0)]
-    labels: str
+    labels: Annotated[str, PATH]
 
 
 class Pretraining(_Section):
@@ -82,43 +88,43 @@ class Pretraining(_Section):
 class Synthetic(_Section):
     """The synthetic Sun; `folder: null` means that all data is real."""
 
-    folder: str | None
+    folder: Annotated[str | None, PATH, MACHINE]
     seed: int
     start: str
     visits: Count
     hours_between_visits: Count
-    workers: Count
-    pretraining: Pretraining
+    workers: Annotated[Count, MACHINE]
+    pretraining: Annotated[Pretraining, MACHINE]
 
 
 class Data(_Section):
     """Where frames come from and what is kept of them."""
 
-    index: str
-    anonymous: bool
-    endpoint_url: str | None
+    index: Annotated[str, PATH]
+    anonymous: Annotated[bool, MACHINE]
+    endpoint_url: Annotated[str | None, MACHINE]
     channels: Annotated[list[Channel], Field(min_length=1)]
     native_size: Count
     reduce: Count
     offsets_minutes: Annotated[list[int], Field(min_length=1)]
-    store: str
-    build_workers: Count
-    dask_address: str | None
-    scalers: str
-    retries: NotNegative
-    memory_cache_gb: Annotated[float, Field(ge=0)]
+    store: Annotated[str, PATH, MACHINE]
+    build_workers: Annotated[Count, MACHINE]
+    dask_address: Annotated[str | None, MACHINE]
+    scalers: Annotated[str | None, PATH]
+    retries: Annotated[NotNegative, MACHINE]
+    memory_cache_gb: Annotated[float, Field(ge=0), MACHINE]
 
     @property
     def image_size(self) -> int:
         """Side of the images that the model sees, in pixels."""
-        return self.native_size // self.pooling
+        return self.native_size // self.reduce
 
 
 class Labels(_Section):
     """Which label belongs to which image."""
 
     kind: Literal["scalar", "mask", "image"]
-    path: str | None
+    path: Annotated[str | None, PATH]
     time_column: str
     value_columns: list[str]
     transform: Literal["none", "log10", "goes"]
@@ -155,7 +161,7 @@ class Split(_Section):
 class Model(_Section):
     """The encoder; sizes must be the checkpoint's."""
 
-    weights: str | None
+    weights: Annotated[str | None, PATH]
     weights_channels: list[Channel]
     patch_size: Count
     embed_dim: Count
@@ -198,8 +204,8 @@ class Training(_Section):
     lr: Positive
     epochs: Count
     regime: Literal["lora", "probe", "full", "scratch"]
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-    processes: Count
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), MACHINE]
+    processes: Annotated[Count, COMPARED]
     precision: Literal["fp32", "bf16", "fp16"]
     frozen_dtype: Literal["fp32", "bf16"]
     deterministic: bool
@@ -212,11 +218,11 @@ class Training(_Section):
     schedule: Literal["cosine", "constant"]
     gradient_clip: Positive
     patience: Count
-    save_every_steps: Count
-    resume: str | None
-    recompute_blocks: list[int] | Literal["auto"]
-    loader_workers: NotNegative
-    max_train_samples: Count | None
+    save_every_steps: Annotated[Count, MACHINE]
+    resume: Annotated[str | None, MACHINE]
+    recompute_blocks: Annotated[list[int] | Literal["auto"], MACHINE]
+    loader_workers: Annotated[NotNegative, MACHINE]
+    max_train_samples: Annotated[Count | None, COMPARED]
     max_val_samples: Count | None
     augment: list[Literal["flip_lr", "flip_ud", "rot180"]]
 
@@ -262,12 +268,15 @@ class Tracking(_Section):
 class Config(_Section):
     """A checked configuration; read values as attributes, for example `cfg.training.lr`."""
 
-    root: Annotated[Path, Field(exclude=True)]  # the folder of config.yaml; relative paths start here
-    profile: str
+    root: Annotated[Path, Field(exclude=True)]  # the folder of config.yaml
+    shared: Annotated[SharedFolder, Field(exclude=True)]  # the shared folder of this machine
+    scalers: Annotated[dict[str, Scaler], Field(exclude=True)]  # normalisation constants of each channel
+    written: Annotated[dict[str, Any], Field(exclude=True)]  # paths before they were made absolute
+    profile: Annotated[str, COMPARED]
     task: str
-    experiment: Literal["baseline", "finetune"]
-    seed: int
-    paths: Paths
+    experiment: Annotated[Literal["baseline", "finetune"], COMPARED]
+    seed: Annotated[int, COMPARED]
+    paths: Annotated[Paths, MACHINE]
     synthetic: Synthetic
     data: Data
     labels: Labels
@@ -277,13 +286,23 @@ class Config(_Section):
     head: Head
     lora: Lora
     training: Training
-    diagnostics: Diagnostics
-    compare: Compare
-    tracking: Tracking
+    diagnostics: Annotated[Diagnostics, MACHINE]
+    compare: Annotated[Compare, MACHINE]
+    tracking: Annotated[Tracking, MACHINE]
 
     def to_dict(self) -> dict[str, Any]:
-        """The values as plain dicts and lists, to write beside a run."""
-        return self.model_dump()
+        """The values as plain dicts and lists, to write beside a run; paths as written, so that the run can move."""
+        return _nested({**dict(leaves(self.model_dump())), **self.written})
+
+    @property
+    def runs_folder(self) -> Path:
+        """The folder that holds one folder a run."""
+        return self.shared.to_write(self.paths.runs)
+
+    @property
+    def initial_weights(self) -> str | None:
+        """The file, or the address on the Hugging Face hub, that the encoder starts from; None: random weights."""
+        return None if self.training.regime == "scratch" else self.model.weights
 
     def encoder_arguments(self) -> dict[str, Any]:
         """Keyword arguments of `SuryaEncoder` for this configuration."""
@@ -328,6 +347,9 @@ def load_config(
 
     Raises:
         ConfigError: one message with every mistake, each with its key path and the layer that set it.
+
+    Every path of the result is absolute (an address with :// stays as it is); `shared` and `scalers` are the shared
+    folder and the normalisation constants that it names.
     """
     path = _find(Path(path))
     local = path.with_name("config.local.yaml")
@@ -458,15 +480,29 @@ def leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False)
             yield f"{prefix}{key}", value
 
 
-def _schema_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:
+    """Dotted key and marks of every setting; those of a section count for its keys."""
     for name, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from _schema_keys(field.annotation, f"{prefix}{name}.")
+            yield from _schema_keys(field.annotation, f"{prefix}{name}.", (*marks, *field.metadata))
         elif not field.exclude:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", (*marks, *field.metadata)
 
 
-_SCHEMA = tuple(_schema_keys(Config))
+_SCHEMA = dict(_schema_keys(Config))  # dotted key -> its marks
+
+
+def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal["resume", "compare"]) -> dict[str, Any]:
+    """The settings, by dotted key, that must be equal in two runs.
+
+    Args:
+        settings: a configuration, or the config.yaml of a run as a dict.
+        purpose: `resume`: one run goes on from the other; `compare`: they are compared, over seeds, experiments and
+            numbers of training samples.
+    """
+    may_differ = (MACHINE,) if purpose == "resume" else (MACHINE, COMPARED)
+    tree = settings.to_dict() if isinstance(settings, Config) else settings
+    return {key: value for key, value in leaves(tree) if not any(mark in may_differ for mark in _SCHEMA.get(key, ()))}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -514,7 +550,9 @@ def _nearest(key: str) -> str:
 def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Path, complete: bool) -> Config:
     """The checked configuration; contradictions are only looked for in values that are `complete`."""
     expanded = _expand({key: value for key, (value, _) in values.items()})
-    tree = {**_nested(expanded), "root": path.parent}
+    located, shared, scalers = _locate(expanded, path.parent, problems)
+    tree = {**_nested(expanded | located), "root": path.parent, "shared": shared, "scalers": scalers}
+    tree["written"] = {key: expanded[key] for key in located}
     config, faulty = None, set()
     try:
         config = Config.model_validate(tree)
@@ -550,6 +588,33 @@ def _expand(values: dict[str, Any]) -> dict[str, Any]:
         return value
 
     return {key: fill(value) for key, value in values.items()}
+
+
+def _locate(values: dict[str, Any], root: Path, problems: list[str]) -> tuple[dict[str, str], Any, Any]:
+    """Absolute paths of all settings that are paths, the shared folder, and the scalers; mistakes go to `problems`."""
+    unusable = SharedFolder(root, "", False, root)
+    setting, own_scalers = values.get("paths.shared"), None
+    try:
+        shared = find_shared(setting if isinstance(setting, str) else None, root)
+    except FileNotFoundError as error:
+        problems.append(f"paths.shared: {error}")
+        shared = unusable
+    located = {}
+    for key, marks in _SCHEMA.items():
+        text = values.get(key)
+        if PATH not in marks or not isinstance(text, str) or "://" in text:
+            continue
+        unknown = [name for name in re.findall(r"\{\w+\}", text) if name not in ("{shared}", "{synthetic}")]
+        if unknown:
+            problems.append(f"{key}: {unknown[0]} in {text!r} stands for nothing; there is {{shared}}")
+        located[key] = str(root / Path(text.replace("{shared}", str(shared.path))).expanduser())
+    own_scalers = located.get("data.scalers")
+    try:
+        scalers = load_scalers(own_scalers and shared.to_read(own_scalers))
+    except (OSError, ValueError) as error:
+        problems.append(f"data.scalers: {error}")
+        scalers = {}
+    return located, shared, scalers
 
 
 def _contradictions(values: dict[str, Any]) -> list[str]:

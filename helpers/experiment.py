@@ -13,7 +13,7 @@ from helpers.model.checkpoint import load_filtered
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import linear_baseline, specformer
 from helpers.model.lora import adapt, trainable_summary
-from helpers.shared import find_checkpoint
+from helpers.shared import find_weights
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import fit, predict, seed_everything, standardise_features
 from helpers.training.memory import estimate_memory
@@ -26,7 +26,8 @@ def build_model(cfg: Config) -> nn.Module:
         return linear_baseline(cfg)
     model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
     channels = cfg.data.channels, cfg.model.weights_channels
-    load_filtered(model, find_checkpoint(cfg), *channels, decoder_channels=cfg.head.decoder_channels)
+    weights = find_weights(cfg.initial_weights, cfg.shared, cfg.paths.reserve_gb)
+    load_filtered(model, weights, *channels, decoder_channels=cfg.head.decoder_channels)
     return adapt(model, cfg)
 
 

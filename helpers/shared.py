@@ -1,9 +1,9 @@
 """Where weights, frames and runs live on this machine, and how several people write there without harm.
 
-The shared folder is the first of: `paths.shared` in the config, SURYA_SHARED, HF_HOME, your own cache. What we make
-goes into its subfolder `surya-course`; weights from the Hugging Face hub go into the standard cache layout in `hub`, so
-that what others have downloaded is found. Locks are folders moved into place, which network disks do atomically; none
-of this relies on flock.
+The shared folder is the first of: `paths.shared` in the config, SURYA_SHARED, HF_HOME, /shared, ~/shared, your own
+cache. What we make goes into its subfolder `surya-course`; weights from the Hugging Face hub go into the standard cache
+layout in `hub`, so that what others have downloaded is found. Locks are folders moved into place, which network disks
+do atomically; none of this relies on flock.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from helpers.config import Config
 
 SUBFOLDER = "surya-course"
 GB = 1e9
@@ -59,6 +57,18 @@ class SharedFolder:
         beside = self.path.parent
         return beside / "huggingface" / "hub" if beside == _user_cache() else beside / "hub"
 
+    def to_write(self, path: str | Path) -> Path:
+        """Where you may write `path`: itself, or the same place in your private folder when it is read-only for you."""
+        path = Path(path)
+        if self.writable or not path.is_relative_to(self.path):
+            return path
+        return self.private / path.relative_to(self.path)
+
+    def to_read(self, path: str | Path) -> Path:
+        """Where `path` is read: itself if it is there, else its private counterpart if that is there, else itself."""
+        path, own = Path(path), self.to_write(path)
+        return own if own.exists() and not path.exists() else path
+
     def __str__(self) -> str:
         use = f"{free_space(self.path) / GB:.1f} GB free"
         if not self.writable:
@@ -66,57 +76,38 @@ class SharedFolder:
         return f"Shared folder: {self.path} (from {self.reason}; {use})"
 
 
-_found: dict[tuple[str, str], SharedFolder] = {}
+_announced: set[SharedFolder] = set()
 
 
-def shared_folder(cfg: Config) -> SharedFolder:
-    """Find the shared folder of this machine; the first call for a folder prints one line on which it is and why.
+def find_shared(setting: str | None, root: Path) -> SharedFolder:
+    """Find the shared folder of this machine, and print once which one it is and why.
+
+    The first of these counts: `setting` (`paths.shared` of the configuration; a relative path starts at `root`),
+    SURYA_SHARED, HF_HOME, /shared and ~/shared where they exist, your own cache.
 
     Raises:
-        FileNotFoundError: `paths.shared` or SURYA_SHARED names a folder whose parent does not exist.
+        FileNotFoundError: `setting` or SURYA_SHARED names a folder whose parent does not exist.
     """
     choices = [
-        (cfg.paths.shared, "paths.shared in the config"),
+        (setting, "paths.shared in the config"),
         (os.environ.get("SURYA_SHARED"), "the environment variable SURYA_SHARED"),
         (os.environ.get("HF_HOME"), "the environment variable HF_HOME"),
-        (str(_user_cache()), "your own cache, as neither paths.shared nor SURYA_SHARED nor HF_HOME is set"),
+        *((place, f"{place}, which exists") for place in ("/shared", "~/shared") if Path(place).expanduser().is_dir()),
+        (str(_user_cache()), "your own cache, as no shared folder is set or found"),
     ]
     text, reason = next((text, reason) for text, reason in choices if text)
-    if (text, reason) not in _found:
-        base = Path(text).expanduser()
-        base = base if base.is_absolute() else cfg.root / base
-        if not base.parent.exists() and reason.startswith(("paths.shared", "the environment variable SURYA_SHARED")):
-            raise FileNotFoundError(
-                f"The shared folder {base} (from {reason}) does not exist, nor does the folder {base.parent}. Is the "
-                f"disk mounted? Correct {reason}, or remove it to use your own cache."
-            )
-        path = base / SUBFOLDER
-        found = SharedFolder(path, reason, is_writable(path), _user_cache() / SUBFOLDER)
-        _found[text, reason] = found
+    base = root / Path(text).expanduser()
+    if reason in (choices[0][1], choices[1][1]) and not base.parent.exists():
+        raise FileNotFoundError(
+            f"The shared folder {base} (from {reason}) does not exist, nor does the folder {base.parent}. Is the disk "
+            f"mounted? Correct {reason}, or remove it to use your own cache."
+        )
+    path = base / SUBFOLDER
+    found = SharedFolder(path, reason, is_writable(path), _user_cache() / SUBFOLDER)
+    if found not in _announced:
+        _announced.add(found)
         print(found)
-    return _found[text, reason]
-
-
-def resolve(cfg: Config, text: str, write: bool = False) -> Path | str:
-    """The full path that a config value means: `{shared}` filled in, relative paths from the folder of config.yaml.
-
-    Args:
-        text: a path, or a URL such as s3://bucket/key, which is returned as it is.
-        write: the path will be written. When the shared folder is read-only, that (or a path that does not exist
-            there) is answered with the same path in your private folder.
-    """
-    if "://" in text:
-        return text
-    if unknown := [name for name in re.findall(r"\{(\w+)\}", text) if name != "shared"]:
-        raise ValueError(f'The path "{text}" holds {{{unknown[0]}}}, which stands for nothing. Use {{shared}}.')
-    if "{shared}" in text:
-        shared = shared_folder(cfg)
-        path = Path(text.replace("{shared}", str(shared.path)))
-        if not shared.writable and (write or not path.exists()):
-            path = Path(text.replace("{shared}", str(shared.private)))
-    else:
-        path = Path(text).expanduser()
-    return path if path.is_absolute() else cfg.root / path
+    return found
 
 
 def _user_cache() -> Path:
@@ -143,31 +134,30 @@ def _existing(path: Path) -> Path:
 # --------------------------------------------------------------------------------------------------------------------
 # Weights
 # --------------------------------------------------------------------------------------------------------------------
-def find_checkpoint(cfg: Config) -> Path | None:
-    """The local file of `model.weights`, downloaded into the shared Hugging Face cache if nobody did before.
+def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 0.0) -> Path | None:
+    """The local file of pretrained weights, downloaded into the shared Hugging Face cache if nobody did before.
 
     Args:
-        cfg: `model.weights` is a path, "hf://owner/name/file", or null (random weights: None is returned, as for
-            `training.regime: scratch`).
+        address: a path, "hf://owner/name/file", or None (random weights), for which None is returned.
+        reserve_gb: free space that must remain on the disk after a download.
 
     Raises:
         FileNotFoundError: no such file here or on the hub, or no network.
         PermissionError: the repository is gated.
         DiskFullError: the disk has no room for it.
     """
-    if cfg.model.weights is None or cfg.training.regime == "scratch":
+    if address is None:
         return None
-    if not cfg.model.weights.startswith("hf://"):
-        path = Path(resolve(cfg, cfg.model.weights))
+    if not address.startswith("hf://"):
+        path = shared.to_read(address)
         if not path.is_file():
             raise FileNotFoundError(
                 f"There is no checkpoint at {path} (model.weights in the config). Put the file there, or use "
                 f'"hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt" to take it from the Hugging Face hub.'
             )
         return path
-    owner, name, *parts = cfg.model.weights.removeprefix("hf://").split("/")
+    owner, name, *parts = address.removeprefix("hf://").split("/")
     repository, filename = f"{owner}/{name}", "/".join(parts)
-    shared = shared_folder(cfg)
     private_hub = shared.private.parent / "huggingface" / "hub"
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -175,7 +165,7 @@ def find_checkpoint(cfg: Config) -> Path | None:
         found = try_to_load_from_cache(repository, filename, cache_dir=cache)
         if isinstance(found, str):
             return Path(found)
-    return _download(repository, filename, shared.hub if shared.writable else private_hub, cfg.paths.reserve_gb)
+    return _download(repository, filename, shared.hub if shared.writable else private_hub, reserve_gb)
 
 
 def _download(repository: str, filename: str, cache: Path, reserve_gb: float) -> Path:

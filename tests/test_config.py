@@ -1,5 +1,6 @@
 """One strict configuration: layers in their order, and every mistake at once with its key path."""
 
+import pickle
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from helpers.config import Config, ConfigError, load_config, parse_value
+from helpers.channels import load_scalers
+from helpers.config import ConfigError, load_config, parse_value, settings_that_matter
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = yaml.safe_load((ROOT / "config.yaml").read_text())
@@ -107,7 +109,7 @@ def test_blocks_apply_only_when_they_are_chosen(folder):
     path = local(folder, "profiles: {surya: {seed: 5}}\ntasks: {mine: {labels: {path: mine.csv}, seed: 6}}")
     assert load_config(path).seed == 0
     assert load_config(path, profile="surya").seed == 5
-    assert load_config(path, task="mine").labels.path == "mine.csv"
+    assert load_config(path, task="mine").labels.path == str(folder / "mine.csv")
     assert load_config(path, profile="surya", task="mine").seed == 6
 
 
@@ -124,10 +126,47 @@ def test_nested_and_dotted_overrides_mean_the_same(path):
 
 
 def test_names_in_paths_are_filled_in(path):
-    cfg = load_config(path, {"synthetic.seed": 4})
-    assert cfg.synthetic.folder == "{shared}/synthetic/sun-4"
-    assert cfg.data.index == "{shared}/synthetic/sun-4/index.csv"
-    assert cfg.labels.path == "{shared}/synthetic/sun-4/flares.csv"
+    cfg = load_config(path, {"synthetic.seed": 4, "paths.shared": "s", "paths.runs": "~/r"})
+    sun = path.parent / "s/surya-course/synthetic/sun-4"
+    assert cfg.shared.path == path.parent / "s/surya-course"
+    assert cfg.synthetic.folder == str(sun)
+    assert cfg.data.index == str(sun / "index.csv") and cfg.labels.path == str(sun / "flares.csv")
+    assert cfg.model.weights == str(path.parent / "helpers/data/surya.tiny.pt")
+    assert cfg.runs_folder == Path.home() / "r"
+    assert load_config(path, {"data.index": "s3://bucket/i.csv"}).data.index == "s3://bucket/i.csv"
+    assert "{share} in '{share}/x' stands for nothing" in mistakes(path, {"data.store": "{share}/x"})
+
+
+def test_the_shared_folder_and_the_scalers_come_with_it(path, tmp_path):
+    cfg = load_config(path, {"training.regime": "scratch"})
+    assert cfg.scalers == load_scalers() and cfg.initial_weights is None
+    assert pickle.loads(pickle.dumps(cfg)) == cfg
+    assert "paths.shared: " in mistakes(path, {"paths.shared": str(tmp_path / "not/mounted")})
+    assert "data.scalers: " in mistakes(path, {"data.scalers": "none.yaml"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "resumed", "compared"),
+    [
+        ({"data.build_workers": 7, "data.retries": 1, "training.device": "cpu", "paths.runs": "r"}, True, True),
+        ({"seed": 3, "training.max_train_samples": 5}, False, True),
+        ({"training.lr": 0.5}, False, False),
+        ({"data.reduce": 4}, False, False),
+        ({"synthetic.seed": 4}, False, False),
+    ],
+)
+def test_what_may_differ_between_runs_is_said_once(path, changes, resumed, compared):
+    cfg, other = load_config(path), load_config(path, changes)
+    written = yaml.safe_load(yaml.safe_dump(other.to_dict()))
+    for purpose, same in (("resume", resumed), ("compare", compared)):
+        assert (settings_that_matter(cfg, purpose) == settings_that_matter(written, purpose)) == same
+
+
+def test_a_configuration_means_the_same_in_a_clone_elsewhere(path, tmp_path):
+    (tmp_path / "clone").mkdir()
+    elsewhere = tmp_path / "clone/config.yaml"
+    elsewhere.write_text(path.read_text())
+    assert load_config(path).to_dict() == load_config(elsewhere, {"paths.shared": None}).to_dict()
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
@@ -401,4 +440,4 @@ def test_the_copy_beside_a_run_says_it_all(path, profile):
     copy = yaml.safe_load(yaml.safe_dump(cfg.to_dict()))
     assert copy == cfg.to_dict()
     assert str(path.parent) not in str(copy)  # no folder of one machine
-    assert Config.model_validate({**copy, "root": cfg.root}) == cfg
+    assert load_config(path, {**copy, "profile": profile}) == cfg

@@ -29,7 +29,7 @@ from helpers.model.checkpoint import load_filtered
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, Specformer1D
 from helpers.model.lora import apply_lora
-from helpers.shared import find_checkpoint
+from helpers.shared import find_weights
 from helpers.training.loop import fit, metrics_table, predict, reference_predictions, seed_everything
 from helpers.training.tracking import compare_runs, list_runs, start_run
 
@@ -102,7 +102,9 @@ def finetune(course):
     built = prepare_store(cfg, progress=False)
     loaders = make_loaders(cfg)
     model = Specformer1D(SuryaEncoder(**cfg.encoder_arguments()), pooling=cfg.head.pooling)
-    loaded = load_filtered(model, find_checkpoint(cfg), cfg.data.channels, cfg.model.weights_channels)
+    loaded = load_filtered(
+        model, find_weights(cfg.initial_weights, cfg.shared), cfg.data.channels, cfg.model.weights_channels
+    )
     apply_lora(model, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.targets, cfg.lora.qkv)
     model.fit_features(loaders.train)
     history = fit(model, loaders, cfg)
@@ -139,7 +141,7 @@ def test_inputs_are_the_real_image_and_targets_are_speeds(finetune, image):
 
 def test_the_checkpoint_is_cut_to_channels_and_grid_by_name(finetune):
     cfg, _, _, loaded, *_ = finetune
-    state = torch.load(find_checkpoint(cfg), weights_only=True)
+    state = torch.load(find_weights(cfg.initial_weights, cfg.shared), weights_only=True)
     assert not loaded.missing and any("complex_weight" in key for key in loaded.adapted)
     encoder = SuryaEncoder(**cfg.encoder_arguments())
     load_filtered(encoder, state, cfg.data.channels, cfg.model.weights_channels)

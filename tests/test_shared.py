@@ -9,7 +9,6 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -20,11 +19,10 @@ from helpers.shared import (
     atomic_write,
     biggest_folders,
     ensure_space,
-    find_checkpoint,
+    find_shared,
+    find_weights,
     item_lock,
     make_folder,
-    resolve,
-    shared_folder,
 )
 
 ROOT = Path(__file__).parents[1]
@@ -32,66 +30,54 @@ HF = "hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt"
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
-    """A machine where nothing is set; returns a function that makes a config for it."""
+def find(tmp_path, monkeypatch):
+    """A machine where nothing is set; returns `find_shared` for a project in `tmp_path`."""
     for name in ("SURYA_SHARED", "HF_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(shared, "_found", {})
-
-    def config(folder=None, checkpoint=None, reserve_gb=0.0, regime="lora"):
-        paths = SimpleNamespace(shared=folder and str(folder), reserve_gb=reserve_gb)
-        model, training = SimpleNamespace(checkpoint=checkpoint), SimpleNamespace(regime=regime)
-        return SimpleNamespace(paths=paths, root=tmp_path, model=model, training=training)
-
-    return config
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(shared, "_announced", set())
+    return lambda setting=None: find_shared(setting and str(setting), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder
-def test_the_order_is_config_then_environment_then_cache(machine, tmp_path, monkeypatch, capsys):
-    assert shared_folder(machine()).path == tmp_path / "cache/surya-course"
+def test_the_order_is_config_then_environment_then_folders_then_cache(find, tmp_path, monkeypatch, capsys):
+    assert find().path == tmp_path / "cache/surya-course"
+    (tmp_path / "home/shared").mkdir(parents=True)
+    assert find().path == tmp_path / "home/shared/surya-course"
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    assert shared_folder(machine()).path == tmp_path / "hf/surya-course"
+    assert find().path == tmp_path / "hf/surya-course"
     monkeypatch.setenv("SURYA_SHARED", str(tmp_path / "env"))
-    assert shared_folder(machine()).path == tmp_path / "env/surya-course"
-    found = shared_folder(machine(tmp_path / "config"))
+    assert find().path == tmp_path / "env/surya-course"
+    found = find("config")  # from the folder of the configuration
     assert found.path == tmp_path / "config/surya-course" and found.hub == tmp_path / "config/hub"
-    shared_folder(machine(tmp_path / "config"))
+    find("config")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 4  # one a folder, however often it is asked for
-    for line, why in zip(lines, ("your own cache", "HF_HOME", "SURYA_SHARED", "paths.shared"), strict=True):
+    assert len(lines) == 5  # one a folder, however often it is asked for
+    for line, why in zip(lines, ("your own cache", "~/shared", "HF_HOME", "SURYA_SHARED", "paths.shared"), strict=True):
         assert why in line and "GB free" in line
 
 
-def test_a_disk_that_is_not_mounted_is_said(machine, tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist, nor does .*Is the disk mounted.*Correct paths.shared"):
-        shared_folder(machine(tmp_path / "not/mounted"))
-
-
-def test_paths_are_resolved(machine, tmp_path):
-    cfg = machine(tmp_path / "s")
-    assert resolve(cfg, "{shared}/frames") == tmp_path / "s/surya-course/frames"
-    assert resolve(cfg, "runs") == tmp_path / "runs" and resolve(cfg, "/x/y") == Path("/x/y")
-    assert resolve(cfg, "s3://bucket/index.csv") == "s3://bucket/index.csv"
-    assert resolve(cfg, "~/x") == Path.home() / "x"
-    with pytest.raises(ValueError, match="holds {share}, which stands for nothing"):
-        resolve(cfg, "{share}/frames")
+def test_a_disk_that_is_not_mounted_is_said(find, tmp_path):
+    with pytest.raises(FileNotFoundError, match="paths.shared"):
+        find(tmp_path / "not/mounted")
 
 
 READ_ONLY = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from helpers.shared import resolve, shared_folder
-cfg = SimpleNamespace(paths=SimpleNamespace(shared=sys.argv[1], reserve_gb=0), root=Path())
-print(shared_folder(cfg).writable, resolve(cfg, "{shared}/old"), resolve(cfg, "{shared}/old", write=True),
-      resolve(cfg, "{shared}/new"), sep="|")
+from helpers.shared import find_shared
+folder = find_shared(sys.argv[1], Path())
+for name in ("old", "mine", "new"):
+    print(folder.to_read(folder.path / name), folder.to_write(folder.path / name), sep="|")
+print(folder.writable, folder.to_write("/elsewhere"), sep="|")
 """
 
 
-def test_a_read_only_shared_folder_is_read_and_a_private_one_written(machine, tmp_path):
-    folder = tmp_path / "s/surya-course"
+def test_a_read_only_shared_folder_is_read_and_a_private_one_written(find, tmp_path):
+    folder, own = tmp_path / "s/surya-course", tmp_path / "cache/surya-course"
     (folder / "old").mkdir(parents=True)
+    (own / "mine").mkdir(parents=True)
     command = [sys.executable, "-c", READ_ONLY, str(tmp_path / "s")]
     if os.geteuid() == 0:  # root may write anywhere but on a disk that is mounted read-only
         mount = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
@@ -102,29 +88,32 @@ def test_a_read_only_shared_folder_is_read_and_a_private_one_written(machine, tm
         folder.chmod(0o555)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    line, answer = done.stdout.splitlines()
-    own = tmp_path / "cache/surya-course"
+    line, *answers = done.stdout.splitlines()
     assert "read-only for you: new files go to" in line
-    assert answer == f"False|{folder}/old|{own}/old|{own}/new"
+    assert answers == [
+        f"{folder}/old|{own}/old",
+        f"{own}/mine|{own}/mine",
+        f"{folder}/new|{own}/new",
+        "False|/elsewhere",
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- weights
-def test_a_local_checkpoint_and_a_missing_one(machine, tmp_path):
+def test_a_local_checkpoint_and_a_missing_one(find, tmp_path):
     (tmp_path / "tiny.pt").touch()
-    assert find_checkpoint(machine(checkpoint="tiny.pt")) == tmp_path / "tiny.pt"
-    assert find_checkpoint(machine(checkpoint=None)) is None
-    assert find_checkpoint(machine(checkpoint="none.pt", regime="scratch")) is None
-    with pytest.raises(FileNotFoundError, match="no checkpoint at .*none.pt .model.weights.*hf://nasa-ibm"):
-        find_checkpoint(machine(checkpoint="none.pt"))
+    assert find_weights(str(tmp_path / "tiny.pt"), find()) == tmp_path / "tiny.pt"
+    assert find_weights(None, find()) is None
+    with pytest.raises(FileNotFoundError, match="none.pt .model.weights.*hf://nasa-ibm"):
+        find_weights(str(tmp_path / "none.pt"), find())
 
 
-def test_weights_that_someone_downloaded_are_found(machine, tmp_path):
+def test_weights_that_someone_downloaded_are_found(find, tmp_path):
     repository = tmp_path / "s/hub/models--nasa-ibm-ai4science--Surya-1.0"
     (repository / "snapshots/abc").mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("abc")
     (repository / "snapshots/abc/surya.366m.v1.pt").write_text("weights")
-    found = find_checkpoint(machine(tmp_path / "s", HF))
+    found = find_weights(HF, find(tmp_path / "s"))
     assert found.read_text() == "weights" and found.is_relative_to(tmp_path / "s/hub")
 
 
@@ -159,19 +148,16 @@ class Hub(BaseHTTPRequestHandler):
 ASK = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from helpers.shared import find_checkpoint
+from helpers.shared import find_shared, find_weights
 for name in sys.argv[2:]:
-    paths, training = SimpleNamespace(shared=sys.argv[1], reserve_gb=0.0), SimpleNamespace(regime="lora")
-    model = SimpleNamespace(checkpoint=name)
     try:
-        print(find_checkpoint(SimpleNamespace(paths=paths, root=Path(), model=model, training=training)))
+        print(find_weights(name, find_shared(sys.argv[1], Path())))
     except OSError as error:
         print(type(error).__name__, error)
 """
 
 
-def test_downloads_and_what_stands_in_their_way(machine, tmp_path):
+def test_downloads_and_what_stands_in_their_way(find, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     quiet = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}

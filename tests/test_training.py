@@ -15,7 +15,6 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer1D
 from helpers.model.lora import adapt, apply_lora
-from helpers.shared import find_checkpoint
 from helpers.training import devices
 from helpers.training.loop import (
     Diverged,
@@ -294,7 +293,7 @@ def test_one_word_chooses_what_trains(config, regime):
     everything = {name for name, _ in model.named_parameters()}
     assert bool(adapters) == (regime == "lora")
     assert trains == {"lora": head | adapters, "probe": head}.get(regime, everything)
-    assert (find_checkpoint(cfg) is None) == (regime == "scratch")
+    assert (cfg.initial_weights is None) == (regime == "scratch")
 
 
 def test_frozen_weights_held_in_bf16_train_as_well_and_do_not_change(config):

@@ -16,17 +16,11 @@ import pandas as pd
 import torch
 import yaml
 
-from helpers.config import Config, find_named
+from helpers.config import Config, find_named, settings_that_matter
 from helpers.training.metrics import METRICS, compute_metrics
 from helpers.training.tasks import ImagePredictions, Predictions, predictions_from_table
-from helpers.training.tracking import list_runs, runs_folder
+from helpers.training.tracking import list_runs
 
-VARIED = {  # what may differ between compared runs, by section
-    "": ("experiment", "seed", "profile"),
-    "model": ("recompute_blocks",),
-    "training": ("max_train_samples", "device", "processes", "loader_workers", "resume", "save_every_steps"),
-}
-IRRELEVANT = ("paths", "tracking", "diagnostics", "compare", "synthetic")  # cannot change a score
 SAMPLES = "training samples"
 
 
@@ -48,12 +42,12 @@ def comparable_runs(configs: Mapping[str, Config]) -> pd.DataFrame:
         `list_runs` with the columns `seed` and `max_train_samples`.
     """
     cfg, rows = next(iter(configs.values())), []
-    wanted = {name: _settings(yaml.safe_load(yaml.safe_dump(c.to_dict()))) for name, c in configs.items()}
-    table = list_runs(runs_folder(cfg), task=cfg.task, profile=cfg.profile)
+    wanted = {name: settings_that_matter(c, "compare") for name, c in configs.items()}
+    table = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
     trained = table[table[SAMPLES].notna()] if SAMPLES in table else table[:0]  # runs of the notebooks lack the costs
     for row in trained.to_dict("records"):
         there = yaml.safe_load((Path(row["folder"]) / "config.yaml").read_text(encoding="utf-8"))
-        if _settings(there) == wanted.get(row["experiment"]):
+        if settings_that_matter(there, "compare") == wanted.get(row["experiment"]):
             rows.append({**row, "seed": there["seed"], "max_train_samples": there["training"]["max_train_samples"]})
     columns = [*table.columns, "seed", "max_train_samples"]
     return pd.DataFrame(rows, columns=columns).drop_duplicates(["experiment", "seed", "max_train_samples"], keep="last")
@@ -64,13 +58,6 @@ def contains(runs: pd.DataFrame, cfg: Config) -> bool:
     wanted = (cfg.seed, cfg.training.max_train_samples)
     there = zip(runs["seed"], runs["max_train_samples"], strict=True)
     return wanted in {(seed, None if pd.isna(samples) else int(samples)) for seed, samples in there}
-
-
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal."""
-    kept = {key: value for key, value in config.items() if key not in IRRELEVANT and key not in VARIED[""]}
-    inside = {name: {k: v for k, v in kept[name].items() if k not in VARIED[name]} for name in ("model", "training")}
-    return {**kept, **inside}
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:

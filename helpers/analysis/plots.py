@@ -17,7 +17,6 @@ from helpers.channels import (
     Scaler,
     colormap,
     denormalise,
-    load_scalers,
     normalise,
     stack_scalers,
     standardise,
@@ -465,8 +464,7 @@ def _target_images(target: Tensor, cfg: Config) -> np.ndarray:
     """(C, H, W) targets or predictions in physical units where they are channels of the frames."""
     if not cfg.labels.target_channels:
         return target.numpy()
-    scalers = load_scalers(cfg.root / cfg.data.scalers)
-    return denormalise(target, stack_scalers(scalers, cfg.labels.target_channels)).numpy()
+    return denormalise(target, stack_scalers(cfg.scalers, cfg.labels.target_channels)).numpy()
 
 
 def _show_target(axis: plt.Axes, image: np.ndarray, name: str, cfg: Config, like: np.ndarray | None = None) -> None:
@@ -482,7 +480,7 @@ def _show_input(axis: plt.Axes, example: ImageExample, wanted: str, cfg: Config)
     """Draw the last input frame in the channel `wanted`, else in one that shows much; returns its name."""
     names = cfg.data.channels
     name = next((name for name in (wanted, "aia171", "aia193") if name in names), names[0])
-    scaler = stack_scalers(load_scalers(cfg.root / cfg.data.scalers), names)
+    scaler = stack_scalers(cfg.scalers, names)
     show_channel(axis, denormalise(example.ts[:, -1], scaler)[names.index(name)].numpy(), name)
     return name
 

@@ -22,7 +22,7 @@ from helpers.config import Config
 from helpers.data.archive import FrameError, open_netcdf
 from helpers.data.frames import FrameStore, open_store, store_path
 from helpers.data.labels import FrameTarget, Labels, Matching, check_splits, join, labels_of, matching_of
-from helpers.shared import GB, resolve
+from helpers.shared import GB
 
 FLIPS = {"flip_lr": (-1,), "flip_ud": (-2,), "rot180": (-2, -1)}  # axes that are reversed
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
@@ -354,14 +354,13 @@ def make_loaders(cfg: Config) -> Loaders:
     matching, splits = matching_of(cfg), {name: getattr(cfg.split, name) for name in ("train", "val", "test")}
     labels = labels_of(cfg)
     check_splits(splits, _reach(matching, labels), cfg.split.guard_hours)
-    scalers = load_scalers(resolve(cfg, cfg.data.scalers))
-    store = open_store(store_path(cfg), cfg.data.channels, cfg.data.reduce, cfg.data.native_size, scalers)
+    store = open_store(store_path(cfg), cfg.data.channels, cfg.data.reduce, cfg.data.native_size, cfg.scalers)
     limits = {"train": cfg.training.max_train_samples, "val": cfg.training.max_val_samples, "test": None}
     sets = {
         name: SolarDataset(
             store,
             labels,
-            scalers,
+            cfg.scalers,
             matching,
             between,
             limits[name],

@@ -55,7 +55,6 @@ from helpers.shared import (
     is_writable,
     item_lock,
     make_folder,
-    resolve,
 )
 
 FORMAT = "int16 fixed point, 1"  # the attribute by which a store is recognised
@@ -695,23 +694,22 @@ def store_path(cfg: Config) -> Path:
     That is the store of exactly the channels that are needed, else one that holds all 13, else any other that has them.
     When the shared folder is read-only and you have built a store of your own, it is yours.
     """
-    own, shared = _own_store(cfg), Path(resolve(cfg, cfg.data.store))
+    own, shared = _own_store(cfg), cfg.shared.to_read(cfg.data.store)
     if cfg.data.store.endswith(".zarr"):
         return own if own.exists() else shared
     needed, pooling, native_size = channels_needed(cfg), cfg.data.reduce, cfg.data.native_size
-    scalers = load_scalers(resolve(cfg, cfg.data.scalers))
     folders = tuple(dict.fromkeys([own.parent, shared]))
     others = {path.name for folder in folders for path in folder.glob(f"{native_size}px-pool{pooling}-*.zarr")}
     names = dict.fromkeys([own.name, store_name(CHANNELS, pooling, native_size), *sorted(others)])
     for path in (folder / name for name in names for folder in folders):
-        if _exists(path) and (path.name == own.name or _holds(path, needed, pooling, native_size, scalers)):
+        if _exists(path) and (path.name == own.name or _holds(path, needed, pooling, native_size, cfg.scalers)):
             return path
     return own
 
 
 def _own_store(cfg: Config) -> Path:
     """Where you would build it."""
-    path = Path(resolve(cfg, cfg.data.store, write=True))
+    path = cfg.shared.to_write(cfg.data.store)
     if path.suffix == ".zarr":
         return path
     return path / store_name(channels_needed(cfg), cfg.data.reduce, cfg.data.native_size)
@@ -732,7 +730,8 @@ def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None,
     Args:
         between: [start, end) spans to build; None for the spans of train, validation and test with their offsets.
     """
-    index, between = resolve(cfg, cfg.data.index), between or _spans(cfg)
+    index = cfg.data.index if "://" in cfg.data.index else cfg.shared.to_read(cfg.data.index)
+    between = between or _spans(cfg)
     source = Source(cfg.data.anonymous, cfg.data.endpoint_url, cfg.data.retries)
     path = store_path(cfg)
     if path.exists() and not is_writable(path):
@@ -747,7 +746,7 @@ def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None,
         cfg.data.reduce,
         cfg.data.build_workers,
         native_size=cfg.data.native_size,
-        scalers=load_scalers(resolve(cfg, cfg.data.scalers)),
+        scalers=cfg.scalers,
         source=source,
         between=between,
         reserve_gb=cfg.paths.reserve_gb,

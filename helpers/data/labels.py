@@ -16,7 +16,6 @@ import pandas as pd
 from helpers.channels import GOES_CLASSES
 from helpers.config import Config
 from helpers.data.archive import parse_times
-from helpers.shared import resolve
 
 QUIET = ("", "FQ", "A0", "A0.0", "NONE", "NAN")  # no flare, hence no flux to take a logarithm of
 
@@ -253,5 +252,5 @@ def labels_of(cfg: Config) -> Labels | FrameTarget:
     if labels.kind == "image" and labels.target_channels:
         return FrameTarget(tuple(labels.target_channels), labels.target_offset_minutes, labels.reduce)
     variable = labels.variable if labels.kind != "scalar" else None
-    path = resolve(cfg, labels.path)
+    path = cfg.shared.to_read(labels.path)
     return load_labels(path, labels.time_column, labels.value_columns, labels.transform, variable, labels.reduce)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, GOES_CLASSES, UNITS
 from helpers.config import Config
-from helpers.shared import atomic_write, resolve
+from helpers.shared import atomic_write
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
 _NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # how NetCDF-4 marks one in HDF5
@@ -271,7 +271,9 @@ def ensure_synthetic(cfg: Config) -> Path | None:
     """
     if cfg.synthetic.folder is None:
         return None
-    folder = resolve(cfg, cfg.synthetic.folder)
+    folder = cfg.shared.to_read(cfg.synthetic.folder)
+    if not (folder / "index.csv").exists():
+        folder = cfg.shared.to_write(folder)
     made_by = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"}) | {
         "side": cfg.data.native_size,
         "version": VERSION,

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from helpers.channels import load_scalers
 from helpers.config import Config
 from helpers.model.encoder import SuryaEncoder, to_working_dtype
 
@@ -203,8 +202,7 @@ def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
     in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
     if cfg.labels.kind != "scalar":
         return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
-    scalers = load_scalers(cfg.root / cfg.data.scalers)
-    own = [scalers[name] for name in cfg.data.channels]
+    own = [cfg.scalers[name] for name in cfg.data.channels]
     mean, std = [scaler.mean for scaler in own], [scaler.std + scaler.epsilon for scaler in own]
     return LinearBaseline1D(in_chans, cfg.num_outputs, frames, mean, std)
 

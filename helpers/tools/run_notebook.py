@@ -26,7 +26,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from helpers.config import ConfigError, UsageError, add_choices, load_config, parse_parameters
 from helpers.training.loop import STATE, how_to_go_on
-from helpers.training.tracking import claim_run, runs_folder
+from helpers.training.tracking import claim_run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except (UsageError, ConfigError) as error:
         print(error)
         return 2
-    folder = claim_run(runs_folder(cfg), f"{notebook.stem}-{cfg.task}-{cfg.profile}")
+    folder = claim_run(cfg.runs_folder, f"{notebook.stem}-{cfg.task}-{cfg.profile}")
     given["run_name"] = folder.name
     code = run(notebook, folder, {name: value for name, value in given.items() if name in declared})
     if code == 130 and (folder / STATE).exists():

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from helpers.config import Config, find_named, leaves
+from helpers.config import Config, find_named, settings_that_matter
 from helpers.data.dataset import Loaders
 from helpers.model.checkpoint import (
     CheckpointError,
@@ -39,7 +38,7 @@ from helpers.model.checkpoint import (
     trained_state,
 )
 from helpers.model.heads import FeatureModel
-from helpers.shared import raise_if_full, resolve
+from helpers.shared import raise_if_full
 from helpers.training import processes
 from helpers.training.devices import make_accelerator, one_of_several
 from helpers.training.memory import recompute_if_needed
@@ -51,12 +50,6 @@ if TYPE_CHECKING:
 
 STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
 BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapter` reads them
-# Settings that may differ between a run and the one that goes on from its state.
-_FREE = (
-    "paths.", "tracking.", "diagnostics.", "compare.", "synthetic.workers", "synthetic.pretraining",
-    "data.dask_address", "data.build_workers", "data.retries", "data.memory_cache_gb", "training.resume",
-    "training.save_every_steps", "training.device", "training.loader_workers", "training.recompute_blocks",
-)  # fmt: skip
 
 
 @dataclass
@@ -253,7 +246,8 @@ class _Training:
         self.order: Tensor | None = None  # state of the loader's generator at the start of the epoch
         self.saved = "nothing was saved yet"
         self.stop = _Stop()
-        self.origin = {"config": _settings(cfg), "data": _data_fingerprint(loaders), "checkpoint": loaded_from(model)}
+        settings = settings_that_matter(cfg, "resume")
+        self.origin = {"config": settings, "data": _data_fingerprint(loaders), "checkpoint": loaded_from(model)}
         if self.run is not None and self.accelerator.is_main_process:
             checkpoint = self.origin["checkpoint"] or "none"
             self.run.describe(data_fingerprint=self.origin["data"], checkpoint_fingerprint=checkpoint)
@@ -504,7 +498,7 @@ def how_to_go_on(name: str, cfg: Config) -> str:
 
 def _read_state(name: str, cfg: Config, origin: Mapping[str, Any], model: nn.Module, count: int) -> dict[str, Any]:
     """The state of the run `name`, if this training, of that `origin`, may go on from it."""
-    path = Path(resolve(cfg, cfg.paths.runs, write=True), name, STATE)
+    path = cfg.runs_folder / name / STATE
     if not path.is_file():
         there = sorted(found.parent.name for found in path.parents[1].glob(f"*/{STATE}"))
         raise CheckpointError(
@@ -526,11 +520,6 @@ def _read_state(name: str, cfg: Config, origin: Mapping[str, Any], model: nn.Mod
             "what differs, or start a new run without training.resume."
         )
     return state
-
-
-def _settings(cfg: Config) -> dict[str, Any]:
-    """What shapes a training, dotted key to value."""
-    return {key: value for key, value in leaves(cfg.to_dict()) if not key.startswith(_FREE)}
 
 
 def _data_fingerprint(loaders: Loaders) -> str:

@@ -24,8 +24,8 @@ from urllib.parse import urlparse
 import pandas as pd
 import yaml
 
-from helpers.config import Config
-from helpers.shared import atomic_write, resolve
+from helpers.config import Config, settings_that_matter
+from helpers.shared import atomic_write
 from helpers.training.tasks import ImagePredictions, Predictions, predictions_from_table
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def start_run(cfg: Config, name: str | None = None, experiment: str | None = Non
         FileExistsError: if a run of that name has begun before.
     """
     experiment = experiment or cfg.experiment
-    runs = runs_folder(cfg)
+    runs = cfg.runs_folder
     if name is None:
         folder = claim_run(runs, f"{experiment}-{cfg.task}-{cfg.profile}")
     else:
@@ -163,11 +163,6 @@ def start_run(cfg: Config, name: str | None = None, experiment: str | None = Non
                 "Pass name=None to get the next free number, or another name."
             )
     return Run(folder, cfg, experiment)
-
-
-def runs_folder(cfg: Config) -> Path:
-    """The folder that holds one folder a run."""
-    return Path(resolve(cfg, cfg.paths.runs, write=True))
 
 
 def claim_run(runs: Path, prefix: str) -> Path:
@@ -188,7 +183,7 @@ def list_runs(runs: str | Path, **wanted: str | None) -> pd.DataFrame:
     """The finished runs in the folder `runs`, oldest first, one row each with its metrics.
 
     Args:
-        runs: the folder of all runs (`runs_folder(cfg)`).
+        runs: the folder of all runs (`cfg.runs_folder`).
         **wanted: experiment=, task= or profile= to choose by; None means any.
     """
     if unknown := set(wanted) - set(_OWN):
@@ -226,10 +221,9 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     Returns:
         The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
     """
-    table = list_runs(runs_folder(cfg), task=cfg.task, profile=cfg.profile)
+    table = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
     same = [yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) for folder in table["folder"]]
-    mine = yaml.safe_load(yaml.safe_dump(cfg.to_dict()))
-    table = table[[all(_data(other)[key] == value for key, value in _data(mine).items()) for other in same]]
+    table = table[[_data(other) == _data(cfg) for other in same]]
     latest = table.groupby("experiment").tail(1).set_index("experiment")
     files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
     found = {name: predictions_from_table(pd.read_csv(file), cfg) for name, file in files.items() if file.exists()}
@@ -243,11 +237,10 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     return metrics.T, found
 
 
-def _data(config: dict[str, Any]) -> dict[str, Any]:
+def _data(settings: Config | dict[str, Any]) -> dict[str, Any]:
     """What must be equal for two runs to be comparable."""
-    data = config.get("data", {})
-    frames = {key: data.get(key) for key in ("index", "channels", "native_size", "pooling", "offsets_minutes")}
-    return {**frames, **{key: config.get(key) for key in ("labels", "target", "split")}}
+    wanted = ("data.", "labels.", "target.", "split.", "synthetic.")
+    return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(wanted)}
 
 
 def _now() -> str:
