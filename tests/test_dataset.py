@@ -9,11 +9,11 @@ import torch
 from frame_files import physical_frame, write_index, write_netcdf
 
 from helpers.channels import AUGMENTATION_SIGNS, CHANNELS, load_scalers, normalise, stack_scalers
-from helpers.config import Labels, load_config
+from helpers.config import load_config
 from helpers.data.archive import FrameError, read_index
 from helpers.data.dataset import SolarDataset, make_loaders, read_mask
 from helpers.data.frames import build_store, open_store, prepare_store
-from helpers.data.labels import FrameTarget, Matching, check_splits, join, load_labels
+from helpers.data.labels import FrameTarget, Labels, Matching, check_splits, join, load_labels
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"

@@ -779,7 +779,6 @@ def test_a_read_only_store_with_more_channels_is_read_and_what_it_lacks_is_built
 
     whole = prepare_store(config(**{"data.channels": list(CHANNELS)}), progress=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(shared, "_found", {})
     for module in (shared, frames):
         monkeypatch.setattr(module, "is_writable", lambda path: folder / "surya-course" not in (path, *path.parents))
     few = config(**{"data.channels": ["hmi_v", "aia171"]})
