@@ -208,7 +208,7 @@ def test_masks_are_matched_by_time_and_reduced(store, tmp_path):
     write_netcdf(tmp_path / "masks/c.nc", {"region": np.full((8, 8), 0.5, np.float32)})
     rows = "".join(f"2014-01-07 0{i + 1}:00,masks/{name}.nc\n" for i, name in enumerate("abc"))
     labels = read(tmp_path, f"time,path\n{rows}", variable="region")
-    half_labels = read(tmp_path, f"time,path\n{rows}", variable="region", pooling=2)
+    half_labels = read(tmp_path, f"time,path\n{rows}", variable="region", reduce=2)
     dataset = SolarDataset(store, labels, matching=Matching((0,)))
     assert len(dataset) == 3 and dataset.targets is None
     full, same = (dataset[i]["target"] for i in range(2))

@@ -28,6 +28,9 @@ from torch.nn.functional import avg_pool2d
 from helpers.channels import UNITS, Coding, Scaler, coding_of, from_signed_log, standardise, to_signed_log
 from helpers.shared import raise_if_full
 
+# A whole date, and perhaps a time of day with its zone. Without this check pandas also takes words and parts of dates.
+_TIME = r"\d{4}([-/]?)\d\d\1\d\d([T ]\d\d(:?\d\d(:?\d\d([.]\d+)?)?)? ?(Z|[+-]\d\d:?\d\d)?)?"
+
 
 class FrameError(ValueError):
     """One frame cannot be used; the message says why."""
@@ -141,21 +144,24 @@ def _read_rows(text: str, source: Source) -> pd.DataFrame:
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
-    """Times in any ISO format as datetime64[s] in UTC without a zone; an error names the row of the file."""
-    text = column.astype("string")  # a column of numbers would be taken for nanoseconds since 1970
-    try:
-        times = pd.to_datetime(text, utc=True, format="ISO8601")
-    except (ValueError, TypeError):
-        parsed = pd.to_datetime(text, utc=True, format="ISO8601", errors="coerce")
-        row = int(np.flatnonzero(parsed.isna() & text.notna())[0])
-        raise ValueError(
-            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is not a time. '
-            f"Write times like 2014-01-07 18:00:00 (UTC)."
-        ) from None
+    """Times in ISO format as datetime64[s] in UTC without a zone, to the nearest second.
+
+    Args:
+        column: whole dates, with or without a time of day; any zone is converted.
+        where: what the column belongs to, for the message.
+
+    Raises:
+        ValueError: a cell is empty or no such time, for example "now", "2014.5" or "2014-01"; the row is named.
+    """
+    text = column.astype("string").str.strip()
+    times = pd.to_datetime(text.where(text.str.fullmatch(_TIME)), utc=True, format="ISO8601", errors="coerce")
     if times.isna().any():
         row = int(np.flatnonzero(times.isna())[0])
-        raise ValueError(f"Row {row + 2} of {where} has an empty {column.name}. Fill it, or remove the row.")
-    return times.dt.tz_localize(None).astype("datetime64[s]")
+        raise ValueError(
+            f'Row {row + 2} of {where} has "{column.fillna("").iloc[row]}" in its column {column.name}, which is not a '
+            f"time. Write times like 2014-01-07 18:00:00 (UTC)."
+        )
+    return times.dt.tz_localize(None).dt.round("s").astype("datetime64[s]")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def load_labels(
     value_columns: Sequence[str],
     transform: str = "none",
     variable: str | None = None,
-    pooling: int = 1,
+    reduce: int = 1,
 ) -> Labels:
     """Read labels from a CSV with one row a time.
 
@@ -103,7 +103,7 @@ def load_labels(
         usable = np.isfinite(values).all(axis=1)
     reason = "empty" if variable or transform == "none" else "empty, quiet or not positive, so without a logarithm"
     dropped = {f"label {reason}": int((~usable).sum())} if not usable.all() else {}
-    labels = Labels(times, values, paths, variable, pooling, dropped)
+    labels = Labels(times, values, paths, variable, reduce, dropped)
     if _have_zone(table[time_column]):
         labels.notes.append("label times carry a time zone and were converted to UTC")
     return _in_order(labels, np.flatnonzero(usable), where)

@@ -118,7 +118,7 @@ def reading(folder: Path, path: Path, usual: float, repeats: int) -> None:
 
     def sample(channels):
         data = SolarDataset(open_store(store.path, channels), FrameTarget(channels[:1]), matching=Matching((0,)))
-        return lambda: data._inputs.normalise(data._inputs.read([data.samples["time"][0]]))
+        return lambda: data.store.read([data.samples["time"][0]])
 
     whole, three = sample(CHANNELS), sample(THREE)
     whole().numpy().tofile(folder / "sample.f4")
