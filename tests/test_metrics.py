@@ -6,14 +6,27 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import BinaryAveragePrecision
 
 from helpers.analysis.plots import PLOTS
 from helpers.config import KINDS
-from helpers.training.metrics import METRICS, ImageMetrics, brier_skill, compute_metrics, event_probability
-from helpers.training.tasks import LOSSES
+from helpers.training import metrics
+from helpers.training.metrics import IMAGES, NUMBERS
+from helpers.training.tasks import LOSSES, TASKS, ImageCollector
 
-ALL = [name for name, metric in METRICS.items() if metric.compute]
+ALL = list(NUMBERS)
+
+
+def compute_metrics(prediction, target, names, threshold=None):
+    return metrics.compute_metrics(prediction, target, {name: NUMBERS[name] for name in names}, threshold)
+
+
+def collect(names, threshold, span, *batches, times=None):
+    """What is collected of (prediction, target) batches; with `times` of each image, too."""
+    made = {name: IMAGES[name].make(threshold, span) for name in names}
+    collector = ImageCollector(made, torch.linspace(0, 1, 51), times)
+    for k, (prediction, target) in enumerate(batches):
+        collector.add(prediction, target, {"timestamp": [f"{k}-{i}" for i in range(len(target))]})
+    return collector
 
 
 def formulas(p: np.ndarray, t: np.ndarray, threshold: float) -> dict[str, float]:
@@ -63,11 +76,11 @@ def test_the_direction_of_better_is_right():
     target = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
     close, far = (compute_metrics(target + error, target, ALL, 0.3) for error in (0.05, 1.0))
     for name in ALL:
-        assert (close[name] > far[name]) is METRICS[name].higher_is_better, name
+        assert (close[name] > far[name]) is NUMBERS[name].higher_is_better, name
     prediction, target = images()
-    for name in METRICS.keys() - set(ALL):
-        close, far = (ImageMetrics([name], 0.4, 1.0).each(p, target)[0][name] for p in (prediction, 1 - prediction))
-        assert (close > far) is METRICS[name].higher_is_better, name
+    for name, metric in IMAGES.items():
+        close, far = (collect([name], 0.4, 1.0, (p, target)).metrics()[name] for p in (prediction, 1 - prediction))
+        assert (close > far) is metric.higher_is_better, name
 
 
 def test_one_dimensional_targets_are_refused_instead_of_broadcast():
@@ -79,11 +92,9 @@ def test_one_dimensional_targets_are_refused_instead_of_broadcast():
         compute_metrics(torch.zeros(4, 2), torch.zeros(4, 1), ["rmse"])
 
 
-def test_no_samples_and_unknown_names_are_said():
+def test_no_samples_and_events_without_a_threshold_are_refused():
     with pytest.raises(ValueError, match="no samples to judge; look at the report"):
         compute_metrics(torch.zeros(0, 1), torch.zeros(0, 1), ["rmse"])
-    with pytest.raises(KeyError, match=r"Unknown metrics \['accuracy', 'mse'\]; for numbers there are rmse, mae,"):
-        compute_metrics(torch.zeros(3, 1), torch.zeros(3, 1), ["accuracy", "rmse", "mse"])
     with pytest.raises(ValueError, match="set target.event_threshold"):
         compute_metrics(torch.zeros(3, 1), torch.zeros(3, 1), ["tss"])
 
@@ -118,58 +129,46 @@ def test_masks_are_judged_by_their_overlap_over_all_pixels():
     prediction, target = images()
     called, inside = prediction >= 0.4, target == 1
     both, either = (called & inside).sum(), (called | inside).sum()
-    metrics = ImageMetrics(["iou", "dice", "average_precision"], 0.4, 1.0)
-    metrics.update(prediction[:2], target[:2])
-    metrics.update(prediction[2:], target[2:])
-    found = metrics.compute()
+    names, batches = ["iou", "dice", "average_precision"], ((prediction[:2], target[:2]), (prediction[2:], target[2:]))
+    found = collect(names, 0.4, 1.0, *batches).metrics()
     assert found["iou"] == pytest.approx((both / either).item())
     assert found["dice"] == pytest.approx((2 * both / (called.sum() + inside.sum())).item())
     order = prediction.flatten().argsort(descending=True)
     hits = target.flatten()[order]
     precision = hits.cumsum(0) / torch.arange(1, len(hits) + 1)
-    assert found["average_precision"] == pytest.approx(((precision * hits).sum() / hits.sum()).item(), abs=2e-3)
-
-
-def test_average_precision_is_torchmetrics_own():
-    generator = torch.Generator().manual_seed(1)
-    prediction = torch.rand(3, 1, 64, 64, generator=generator)
-    prediction[0, 0, 0, :3] = torch.tensor([0.0, 1.0, 100 / 199])  # on the thresholds themselves
-    target = (prediction + 0.4 * torch.rand(3, 1, 64, 64, generator=generator) > 1).float()
-    theirs = BinaryAveragePrecision(thresholds=200)
-    theirs.update(prediction, target.int())
-    ours = ImageMetrics(["average_precision"], 0.5, 1.0)
-    ours.update(prediction[:1], target[:1])
-    ours.update(prediction[1:], target[1:])
-    assert ours.compute()["average_precision"] == pytest.approx(theirs.compute().item(), rel=1e-6)
+    assert found["average_precision"] == pytest.approx(((precision * hits).sum() / hits.sum()).item(), abs=1e-2)
 
 
 def test_the_averaged_edge_of_a_finer_mask_is_inside_from_one_half():
-    metrics = ImageMetrics(["iou"], 0.5, 1.0)
-    metrics.update(torch.tensor([[[[0.9, 0.9], [0.1, 0.1]]]]), torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]]))
-    assert metrics.compute()["iou"] == 1
+    prediction, target = torch.tensor([[[[0.9, 0.9], [0.1, 0.1]]]]), torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]])
+    assert collect(["iou"], 0.5, 1.0, (prediction, target)).metrics()["iou"] == 1
 
 
 def test_empty_masks_agree_with_empty_predictions_alone():
     nothing, something = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
-    each = ImageMetrics(["iou", "dice"], 0.5, 1.0).each(torch.cat([nothing, something]), torch.cat([nothing, nothing]))
-    assert each == [{"iou": 1, "dice": 1}, {"iou": 0, "dice": 0}]
+    batches = ((nothing, nothing), (something, nothing))
+    scores = collect(["iou", "dice"], 0.5, 1.0, *batches, times=[]).predictions().scores
+    assert scores["iou"].tolist() == scores["dice"].tolist() == [1, 0]
 
 
 def test_images_are_judged_by_error_and_likeness():
     prediction, target = images()
     prediction, target = 300 * prediction + 1000, 300 * target  # an offset leaves the correlation
-    metrics = ImageMetrics(["rmse", "mae", "correlation", "ssim"], 0.5, 300.0)
-    rows = metrics.each(prediction[:2], target[:2])
-    metrics.update(prediction[2:], target[2:])
-    found, both = metrics.compute(), torch.stack([prediction.flatten(), target.flatten()])
+    names, batches = (
+        ["rmse", "mae", "correlation", "ssim"],
+        ((prediction[:2], target[:2]), (prediction[2:], target[2:])),
+    )
+    collector = collect(names, 0.5, 300.0, *batches, times=[])
+    found, both = collector.metrics(), torch.stack([prediction.flatten(), target.flatten()])
     assert found["rmse"] == pytest.approx((prediction - target).square().mean().sqrt().item(), rel=1e-5)
     assert found["mae"] == pytest.approx((prediction - target).abs().mean().item(), rel=1e-5)
     assert found["correlation"] == pytest.approx(torch.corrcoef(both.double())[0, 1].item(), rel=1e-6)
     first = torch.stack([prediction[0].flatten(), target[0].flatten()])
-    assert rows[0]["correlation"] == pytest.approx(torch.corrcoef(first.double())[0, 1].item(), rel=1e-6)
-    perfect = ImageMetrics(["ssim", "correlation"], 0.5, 300.0)
-    perfect.update(target, target)
-    assert perfect.compute() == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
+    assert collector.predictions().scores["correlation"][0] == pytest.approx(
+        torch.corrcoef(first.double())[0, 1].item(), rel=1e-6
+    )
+    perfect = collect(["ssim", "correlation"], 0.5, 300.0, (target, target))
+    assert perfect.metrics() == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
     assert found["ssim"] < 0.9
 
 
@@ -177,29 +176,14 @@ def test_a_constant_image_has_no_likeness():
     flat, varied = torch.full((2, 1, 16, 16), 3.3), torch.rand(2, 1, 16, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ImageMetrics(["correlation"], 0.5, 1.0).each(flat, varied)[0]["correlation"] == 0
-        assert math.isnan(ImageMetrics(["correlation"], 0.5, 1.0).each(varied, flat)[0]["correlation"])
+        assert collect(["correlation"], 0.5, 1.0, (flat, varied)).metrics()["correlation"] == 0
+        assert math.isnan(collect(["correlation"], 0.5, 1.0, (varied, flat)).metrics()["correlation"])
 
 
 def test_the_names_that_the_config_allows_are_those_there_are():
-    metrics = {name: entry for name, entry in METRICS.items()}
-    assert {name for kind in KINDS.values() for name in kind["metric"]} == set(metrics)
+    assert set(KINDS["scalar"]["metric"]) == set(NUMBERS)
+    assert {*KINDS["mask"]["metric"], *KINDS["image"]["metric"]} == set(IMAGES)
     for kind, allowed in KINDS.items():
-        for name in allowed["metric"]:
-            assert (metrics[name].compute if kind == "scalar" else metrics[name].of_images) is not None, name
+        assert TASKS[kind].figure == allowed["figure"][0]
         assert set(allowed["loss"]) <= set(LOSSES) and set(allowed["figure"]) <= set(PLOTS)
     assert set(LOSSES) == {name for kind in KINDS.values() for name in kind["loss"]}
-
-
-def test_the_probability_of_an_event_is_calibrated_where_errors_are_normal():
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.randn(200_000, generator=generator)
-    target = prediction + 0.7 * torch.randn(200_000, generator=generator)
-    chance, event = event_probability(prediction, 0.7, 1.0), target >= 1.0
-    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
-        inside = (chance >= low) & (chance < low + 0.2)
-        assert event[inside].double().mean() == pytest.approx(chance[inside].mean().item(), abs=0.01)
-    assert 0.3 < brier_skill(chance, event) < 1 and brier_skill(event.double(), event) == 1
-    share = torch.full_like(chance, event.double().mean())
-    assert brier_skill(share, event) == pytest.approx(0, abs=1e-9)
-    assert event_probability(torch.tensor([0.0, 2.0]), 0.0, 1.0).tolist() == [0.0, 1.0]  # a model without errors

@@ -30,7 +30,9 @@ from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, Specformer1D
 from helpers.model.lora import apply_lora
 from helpers.shared import find_weights
-from helpers.training.loop import fit, metrics_table, predict, reference_predictions, seed_everything
+from helpers.training.loop import fit, predict, seed_everything
+from helpers.training.references import reference_predictions
+from helpers.training.tasks import metrics_table
 from helpers.training.tracking import compare_runs, list_runs, start_run
 
 ROOT = Path(__file__).parents[1]

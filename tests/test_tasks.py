@@ -24,16 +24,9 @@ from helpers.model.heads import (
     specformer,
 )
 from helpers.model.lora import apply_lora
-from helpers.training.loop import fit, metrics_table, predict, reference_predictions, standardise_features
-from helpers.training.tasks import (
-    LOSSES,
-    Collector,
-    ImagePredictions,
-    bce_dice,
-    check_shapes,
-    compute_loss,
-    to_target_units,
-)
+from helpers.training.loop import fit, predict, standardise_features
+from helpers.training.references import reference_predictions
+from helpers.training.tasks import ImagePredictions, bce_dice, make_task, metrics_table
 
 ROOT = Path(__file__).parents[1]
 HOURS = pd.date_range("2014-01-07", periods=30, freq="1h")
@@ -122,23 +115,13 @@ def test_rare_pixels_weigh_more_the_rarer_they_are():
     assert ratio(0.01) > 2 * ratio(0.1) > 2 * ratio(0.5)
 
 
-def test_a_target_of_another_resolution_gets_its_own_sentence(config):
-    cfg, batch = config("active_region"), torch.zeros(2, 1, 8, 8)
-    with pytest.raises(ValueError, match=r"returns \(2, 1, 8, 8\) .* \(2, 1, 4, 4\).*labels.reduce \(now 1\)"):
-        check_shapes(batch, batch[..., ::2, ::2], cfg)
-    with pytest.raises(ValueError, match=r"out_chans of the head must be the number of channels"):
-        check_shapes(batch, batch.expand(2, 3, 8, 8), cfg)
-    with pytest.raises(ValueError, match=r"num_outputs .* labels.value_columns"):
-        check_shapes(torch.zeros(4, 1), torch.zeros(4), config("flare"))
-
-
 # ---------------------------------------------------------------------------------------------------- units
 def test_an_output_of_zero_means_the_mean_of_the_training_targets(config):
     for task in ("flare", "active_region"):
         cfg = config(task)
         loaders = make_loaders(cfg)
         target = next(iter(loaders.val))["target"]
-        said = to_target_units(torch.zeros_like(target), loaders, cfg)
+        said = make_task(cfg, loaders).to_units(torch.zeros_like(target))
         torch.testing.assert_close(said, loaders.target_mean.mean().expand_as(said))
     share = 16 * 32 / 64**2
     assert loaders.target_mean.mean().item() == pytest.approx(share, abs=1e-3) and loaders.target_span == 1
@@ -149,9 +132,10 @@ def test_images_are_learned_and_judged_in_normalised_values(config):
     loaders = make_loaders(cfg)
     batch = next(iter(loaders.val))
     output = torch.randn(batch["target"].shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(to_target_units(output, loaders, cfg), output)
+    task = make_task(cfg, loaders)
+    assert torch.equal(task.to_units(output), output)
     expected = F.smooth_l1_loss(output, batch["target"])
-    assert compute_loss(output, batch["target"], loaders, cfg).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert task.loss(output, batch["target"]).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_masks_that_are_all_outside_are_refused(config, tmp_path):
@@ -228,7 +212,7 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     truth = torch.stack([loaders.test.dataset.target(k) for k in range(3)])
     said = truth.clone()
     said[0] = 0  # misses all of the first
-    collector = Collector(loaders, cfg, samples=["a", "b", "c"])
+    collector = make_task(cfg, loaders).collector(["a", "b", "c"])
     collector.add(said[:2], truth[:2], {"timestamp": ["c", "a"], "ts": torch.zeros(2, 13, 2, 32, 32)})
     collector.add(said[2:], truth[2:], {"timestamp": ["b"], "ts": torch.zeros(1, 13, 2, 32, 32)})
     found = collector.predictions()
@@ -240,7 +224,7 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     assert found.joint.sum() == truth.numel() and found.joint[0, -1] == inside[0]
     again = ImagePredictions.from_table(found.table())
     assert again.same_samples(found) and not again.same_samples(ImagePredictions({}, found.scores.iloc[1:]))
-    quick = Collector(loaders, cfg, detailed=False)
+    quick = make_task(cfg, loaders).collector()
     quick.add(said, truth, {"timestamp": ["c", "a", "b"]})
     assert quick.metrics() == pytest.approx(found.values)
 
@@ -259,19 +243,6 @@ def test_what_is_to_beat_without_a_model(config):
     assert table.loc["mean of training", "rmse"] == pytest.approx(mean, rel=1e-5)
     same_time = reference_predictions(make_loaders(config("translation")), "test", config("translation"))
     assert list(same_time) == ["mean of training"]  # the channel itself at the same time would be the answer
-
-
-def test_predictions_of_the_training_split_are_not_augmented(config):
-    cfg = config("active_region", **{"training.augment": ["flip_ud"]})
-    loaders = make_loaders(cfg)
-    model = build(cfg, "baseline")
-    found = predict(model, loaders, "train", cfg)
-    means = [loaders.train.dataset.target(k) for k in range(len(loaders.train.dataset))]
-    places = {time.isoformat(): k for k, time in enumerate(loaders.train.dataset.samples["time"])}
-    assert found.timestamps == list(places)
-    for example in found.examples:
-        assert torch.equal(example.target, means[places[example.timestamp]])
-    assert loaders.train.dataset.augment == ("flip_ud",)
 
 
 # ---------------------------------------------------------------------------------------------------- Surya's decoder
@@ -307,9 +278,9 @@ def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tm
 def test_a_loss_metric_and_figure_of_ones_own_are_found_by_name(config, tmp_path, monkeypatch):
     (tmp_path / "my_task_for_a_test.py").write_text(
         "from torchmetrics import MeanAbsoluteError\n"
-        "from helpers.training.metrics import Metric\n"
-        "def absolute(output, target, share):\n    return (output - target).abs().mean() * 7\n"
-        "worst = Metric(None, False, 'mine', lambda *_: MeanAbsoluteError())\n"
+        "from helpers.training.metrics import ImageMetric\n"
+        "def absolute(output, target):\n    return (output - target).abs().mean() * 7\n"
+        "worst = ImageMetric(higher_is_better=False, make=lambda mask, span: MeanAbsoluteError())\n"
         "def draw(found, cfg):\n    return 'drawn'\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -319,12 +290,14 @@ def test_a_loss_metric_and_figure_of_ones_own_are_found_by_name(config, tmp_path
     loaders = make_loaders(cfg)
     batch = next(iter(loaders.val))
     zeros = torch.zeros_like(batch["target"])
-    expected = 7 * LOSSES["mae"](zeros, batch["target"], math.nan)
-    assert compute_loss(zeros, batch["target"], loaders, cfg).item() == pytest.approx(expected.item())
+    expected = 7 * (zeros - batch["target"]).abs().mean()
+    assert make_task(cfg, loaders).loss(zeros, batch["target"]).item() == pytest.approx(expected.item())
     history = fit(build(cfg, "baseline"), loaders, cfg)
     assert f"val_{mine}worst" in history.table
     from helpers.analysis.plots import plot_predictions
 
     assert plot_predictions({}, cfg) == "drawn"
+    with pytest.raises(ValueError, match=r"my_task_for_a_test:absolute must be a ImageMetric"):
+        make_task(config("translation", **own | {"target.metrics": [f"{mine}absolute"]}), loaders)
     with pytest.raises(ConfigError, match="my_task_for_a_test:nothing cannot be imported: .*no attribute 'nothing'"):
         config("translation", **{"target.loss": f"{mine}nothing"})

@@ -13,12 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 import yaml
 
-from helpers.config import Config, find_named, settings_that_matter
-from helpers.training.metrics import METRICS, compute_metrics
-from helpers.training.tasks import ImagePredictions, Predictions, predictions_from_table
+from helpers.config import Config, settings_that_matter
+from helpers.training.tasks import TASKS, ImagePredictions, Predictions, metrics_of
 from helpers.training.tracking import list_runs
 
 SAMPLES = "training samples"
@@ -117,7 +115,7 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
         ValueError: no seed has been run in both experiments, or the test samples differ.
     """
     key = cfg.target.metrics[0]
-    sign = 1 if find_named(key, METRICS).higher_is_better else -1
+    sign = 1 if metrics_of(cfg)[key].higher_is_better else -1
     pairs = []
     for _, group in runs.groupby("seed"):
         found = {row["experiment"]: _test_predictions(row["folder"], cfg) for row in group.to_dict("records")}
@@ -131,7 +129,7 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
     rows = [np.flatnonzero(days == day) for day in dict.fromkeys(days)]
 
     def gains(chosen: np.ndarray) -> list[float]:
-        return [sign * (_score(b, chosen, key, cfg) - _score(a, chosen, key, cfg)) for a, b in pairs]
+        return [sign * (b.score(key, chosen, cfg) - a.score(key, chosen, cfg)) for a, b in pairs]
 
     rng = np.random.default_rng(cfg.seed)
     draws = []
@@ -145,12 +143,4 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
 
 
 def _test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePredictions:
-    return predictions_from_table(pd.read_csv(Path(folder) / "predictions_test.csv"), cfg)
-
-
-def _score(p: Predictions | ImagePredictions, chosen: np.ndarray, key: str, cfg: Config) -> float:
-    """The metric of chosen samples; of images the mean of each one's."""
-    if isinstance(p, ImagePredictions):
-        return float(p.scores[key].to_numpy()[chosen].mean())
-    index = torch.from_numpy(chosen)
-    return compute_metrics(p.prediction[index], p.target[index], [key], cfg.target.event_threshold)[key]
+    return TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))

@@ -18,7 +18,7 @@ from helpers.data.dataset import Loaders
 from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import parameter_groups
-from helpers.training.tasks import compute_loss
+from helpers.training.tasks import make_task
 
 
 def input_sensitivity(model: nn.Module, batch: Mapping[str, Any], patch_size: int, output: int = 0) -> Tensor:
@@ -107,7 +107,7 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     Returns:
         One row a step: `lr`, `loss` of that batch, and `smoothed` (exponential mean, corrected for its start).
     """
-    accelerator = make_accelerator(cfg)
+    accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     first, last = cfg.diagnostics.range_lrs
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
@@ -119,7 +119,7 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
         for group in optimizer.param_groups:
             group["lr"] = lr
         with accelerator.autocast():
-            loss = compute_loss(model(batch), batch["target"], loaders, cfg)
+            loss = task.loss(model(batch), batch["target"])
         mean = 0.9 * mean + 0.1 * loss.item()
         rows.append({"lr": lr, "loss": loss.item(), "smoothed": mean / (1 - 0.9 ** (step + 1))})
         if not rows[-1]["smoothed"] <= 4 * min(row["smoothed"] for row in rows):  # NaN, too

@@ -22,10 +22,10 @@ from helpers.channels import (
     standardise,
     to_signed_log,
 )
-from helpers.config import KINDS, Config, find_named
+from helpers.config import Config, find_named
 from helpers.training.loop import History
-from helpers.training.metrics import brier_skill, event_probability, tss
-from helpers.training.tasks import ImageExample, ImagePredictions, Predictions
+from helpers.training.metrics import tss
+from helpers.training.tasks import TASKS, ImageExample, ImagePredictions, Predictions
 
 EXPERIMENT_COLORS = {"baseline": "0.35", "finetune": "tab:red"}
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
@@ -228,7 +228,7 @@ def plot_block_memory(kept: Mapping[str, Mapping[str, int]]) -> Figure:
 
 def plot_predictions(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target."""
-    return find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)(found, cfg)
+    return find_named(cfg.target.plot or TASKS[cfg.labels.kind].figure, PLOTS)(found, cfg)
 
 
 def plot_scatter(found: Mapping[str, Predictions], cfg: Config, output: int = 0) -> Figure:
@@ -256,15 +256,14 @@ def plot_scatter(found: Mapping[str, Predictions], cfg: Config, output: int = 0)
 def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """How far a prediction can be trusted: what was true, on average, where the model said so much.
 
-    For numbers with events and for masks also the score against the threshold from which on a prediction counts; for
-    events the reliability diagram of their probability.
+    For numbers with events and for masks also the score against the threshold from which on a prediction counts.
     """
     return {"scalar": _trust_numbers, "mask": _trust_masks, "image": _trust_images}[cfg.labels.kind](found, cfg)
 
 
 def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
     threshold = cfg.target.event_threshold
-    panels = 1 if threshold is None else 3
+    panels = 1 if threshold is None else 2
     fig, axes = plt.subplots(1, panels, figsize=(1 + 4 * panels, 3.8), squeeze=False, layout="constrained")
     for name, p in found.items():
         color, prediction, target = SPLIT_COLORS.get(name), p.prediction[:, 0], p.target[:, 0]
@@ -273,40 +272,17 @@ def _trust_numbers(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         axes[0, 0].plot(*means.T, "o-", ms=4, color=color, label=name)
         if threshold is not None:
             tried = np.linspace(float(prediction.min()), float(prediction.max()), 60)
-            scores = [tss(*(prediction - value, target - threshold), 0.0) for value in tried]
+            scores = [tss(prediction, target, threshold, called_from=value) for value in tried]
             axes[0, 1].plot(tried, scores, color=color, label=name)
     axes[0, 0].axline((means[0, 0], means[0, 0]), slope=1, color="k", lw=0.8)
     axes[0, 0].set(xlabel=f"mean predicted {_label(cfg)}", ylabel="mean true, of an eighth of the samples")
     if threshold is not None:
         axes[0, 1].axvline(threshold, color="k", lw=0.8, ls="--", label="threshold of an event")
         axes[0, 1].set(xlabel="a prediction counts as an event from", ylabel="tss")
-        _reliability_of_events(axes[0, 2], found, threshold)
     for axis in axes.flat:
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     return fig
-
-
-def _reliability_of_events(axis: plt.Axes, found: Mapping[str, Predictions], threshold: float) -> None:
-    """Observed share of events against their forecast probability, larger points for more samples.
-
-    The probability takes the spread of the errors in the first entry of `found`, which is the validation split.
-    """
-    first = next(iter(found.values()))
-    spread = float((first.target[:, 0] - first.prediction[:, 0]).std())
-    for name, p in found.items():
-        chance = event_probability(p.prediction[:, 0], spread, threshold)
-        event = (p.target[:, 0] >= threshold).double()
-        fifth = (chance * 5).long().clamp(max=4)
-        bins = [(chance[fifth == i].mean(), event[fifth == i].mean(), (fifth == i).sum()) for i in fifth.unique()]
-        x, y, counts = np.array(bins, dtype=float).T
-        skill, color = float(brier_skill(chance, event)), SPLIT_COLORS.get(name)
-        axis.plot(x, y, "-", color=color, label=f"{name}, Brier skill {skill:.2f}")
-        axis.scatter(x, y, 200 * counts / counts.sum() + 8, color=color)
-        axis.axhline(float(event.mean()), color=color, lw=0.8, ls=":")
-    axis.axline((0, 0), slope=1, color="k", lw=0.8)
-    axis.set(xlabel="forecast probability of an event", ylabel="observed share (dotted: of all)")
-    axis.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
 
 
 def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config, output: int = 0) -> Figure:

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from helpers.config import Config, find_named, settings_that_matter
+from helpers.config import Config, settings_that_matter
 from helpers.data.dataset import Loaders
 from helpers.model.checkpoint import (
     CheckpointError,
@@ -42,8 +42,7 @@ from helpers.shared import raise_if_full
 from helpers.training import processes
 from helpers.training.devices import make_accelerator, one_of_several
 from helpers.training.memory import recompute_if_needed
-from helpers.training.metrics import METRICS
-from helpers.training.tasks import Collector, ImagePredictions, Predictions, check_shapes, compute_loss, to_target_units
+from helpers.training.tasks import ImagePredictions, Predictions, Task, check_shapes, make_task
 
 if TYPE_CHECKING:
     from helpers.training.tracking import Run
@@ -150,38 +149,11 @@ def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Pred
     accelerator = make_accelerator(cfg)
     model = model.to(accelerator.device)
     loader = _in_order(getattr(loaders, split), cfg) if split == "train" else getattr(loaders, split)
-    collector = Collector(loaders, cfg, _times(loader.dataset))
+    task = make_task(cfg, loaders)
+    collector = task.collector(_times(loader.dataset))
     for output, target, batch in _outputs(model, loader, cfg, accelerator):
-        collector.add(to_target_units(output, loaders, cfg), target, batch)
+        collector.add(task.to_units(output), target, batch)
     return collector.predictions()
-
-
-def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str, Predictions | ImagePredictions]:
-    """What is to beat without any model, for one split.
-
-    Returns:
-        "mean of training": the mean of the training targets for every sample (of images: the mean image). Where the
-        target is a later frame also "persistence": the same channels at the time of the sample.
-    """
-    data = getattr(loaders, split).dataset
-    found = {"mean of training": lambda row: loaders.target_mean}
-    if cfg.labels.kind == "image" and cfg.labels.target_channels and cfg.labels.target_offset_minutes > 0:
-        now = copy.copy(data)
-        now.labels = replace(data.labels, offset_minutes=0)
-        found["persistence"] = now.target
-    collected = {}
-    for name, predicted in found.items():
-        collector = Collector(loaders, cfg)
-        for row, moment in enumerate(_times(data)):
-            target = data.targets[row] if cfg.labels.kind == "scalar" else data.target(row)
-            collector.add(predicted(row)[None], target[None], {"timestamp": [moment]})
-        collected[name] = collector.predictions()
-    return collected
-
-
-def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> pd.DataFrame:
-    """One row for each entry of `found`, one column a metric."""
-    return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -241,7 +213,8 @@ class _Training:
         steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_shape(cfg, steps))
         self.key = cfg.target.metrics[0]
-        self.sign = 1 if find_named(self.key, METRICS).higher_is_better else -1
+        self.task = make_task(cfg, loaders)
+        self.sign = 1 if self.task.metrics[self.key].higher_is_better else -1
         self.at, self.history, self.score, self.best = _Position(), History(), -math.inf, {}
         self.order: Tensor | None = None  # state of the loader's generator at the start of the epoch
         self.saved = "nothing was saved yet"
@@ -299,7 +272,7 @@ class _Training:
         size, share = min(whole, left), whole // count
         own = min(max(size - index * share, 0), share)
         output, target = self.model(batch), batch["target"]
-        loss = compute_loss(output[: max(own, 1)], target[: max(own, 1)], self.loaders, self.cfg) * (own * count / size)
+        loss = self.task.loss(output[: max(own, 1)], target[: max(own, 1)]) * (own * count / size)
         own_state = torch.stack([loss.detach(), loss.new_tensor(float(self.stop.asked))])
         value, stop = self.accelerator.reduce(own_state, "mean").tolist()
         self.stop.agreed = stop > 0
@@ -333,11 +306,11 @@ class _Training:
         count = min(len(loader.dataset), len(self.loaders.val.dataset))
         chosen = torch.linspace(0, len(loader.dataset) - 1, count).round().long().tolist()
         part = DataLoader(Subset(loader.dataset, chosen), loader.batch_size, generator=torch.Generator())
-        return _judge(self.model, part, self.loaders, self.cfg, self.accelerator)["loss"]
+        return _judge(self.model, part, self.task, self.cfg, self.accelerator)["loss"]
 
     def judge(self) -> dict[str, float]:
         """Loss and metrics of the validation split."""
-        judged = _judge(self.model, self.loaders.val, self.loaders, self.cfg, self.accelerator)
+        judged = _judge(self.model, self.loaders.val, self.task, self.cfg, self.accelerator)
         return {f"val_{name}": value for name, value in judged.items()}
 
     def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
@@ -584,15 +557,13 @@ def _check_judged(row: Mapping[str, float], key: str) -> None:
 
 
 @torch.no_grad()
-def _judge(
-    model: nn.Module, loader: DataLoader, loaders: Loaders, cfg: Config, accelerator: Accelerator
-) -> dict[str, float]:
+def _judge(model: nn.Module, loader: DataLoader, task: Task, cfg: Config, accelerator: Accelerator) -> dict[str, float]:
     """Loss and metrics over all samples of a loader, each once, however many processes share them."""
-    collector, total, count = Collector(loaders, cfg, detailed=False), 0.0, 0
+    collector, total, count = task.collector(), 0.0, 0
     for output, target, batch in _outputs(model, loader, cfg, accelerator):
-        total += compute_loss(output, target, loaders, cfg).item() * len(target)
+        total += task.loss(output, target).item() * len(target)
         count += len(target)
-        collector.add(to_target_units(output, loaders, cfg), target, batch)
+        collector.add(task.to_units(output), target, batch)
     return {"loss": total / count, **collector.metrics()}
 
 
@@ -604,7 +575,7 @@ def _outputs(
     for batch in accelerator.prepare_data_loader(loader):
         with accelerator.autocast():
             output = model(batch).float()
-        check_shapes(output, batch["target"], cfg)
+        check_shapes(output, batch["target"])
         output, target = accelerator.gather_for_metrics((output, batch["target"]))
         batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
         if accelerator.num_processes > 1:

@@ -1,4 +1,4 @@
-"""What depends on the kind of target: its loss, what an output of the model means, and what is kept of a split.
+"""What depends on the kind of target, one object for each kind: `make_task(cfg, loaders)`.
 
 A model learns numbers standardised by the training split, masks as log-odds beyond the share of the training pixels
 that are inside, and images in normalised values. So an output of zero means the mean of the training targets for
@@ -8,110 +8,24 @@ numbers and masks. Predictions of numbers are kept whole; images are judged as t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
+import torchmetrics
 from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.config import Config, find_named
 from helpers.data.dataset import Loaders
-from helpers.training.metrics import ImageMetrics, compute_metrics
+from helpers.training.metrics import IMAGES, NUMBERS, compute_metrics
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
 BINS = 50  # of the joint histogram of predicted and true pixels
-
-# --------------------------------------------------------------------------------------------------------------------
-# Losses and units
-# --------------------------------------------------------------------------------------------------------------------
-Loss = Callable[[Tensor, Tensor, float], Tensor]
-
-
-def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
-    """Cross-entropy plus soft Dice loss of masks; both count the few pixels inside for more than their number.
-
-    Args:
-        output: (B, C, H, W) logits.
-        target: (B, C, H, W), 0 outside and 1 inside.
-        share: of the training pixels that are inside. Pixels inside weigh sqrt((1 - share) / share) times as much in
-            the cross-entropy: full balance would draw the masks too large.
-
-    Source: soft Dice of V-Net (arXiv:1606.04797), one term an image.
-    """
-    weight = torch.tensor(((1 - share) / share) ** 0.5, device=output.device)
-    cross_entropy = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
-    inside = output.sigmoid()
-    both, sizes = (inside * target).sum((1, 2, 3)), (inside + target).sum((1, 2, 3))
-    return cross_entropy + (1 - (2 * both + 1) / (sizes + 1)).mean()
-
-
-# Functions of output and target in the units of learning, and of the share of training pixels inside the masks.
-LOSSES: dict[str, Loss] = {
-    "mse": lambda output, target, _: F.mse_loss(output, target),
-    "mae": lambda output, target, _: F.l1_loss(output, target),
-    "huber": lambda output, target, _: F.smooth_l1_loss(output, target),
-    "bce_dice": bce_dice,
-}
-
-
-def compute_loss(output: Tensor, target: Tensor, loaders: Loaders, cfg: Config) -> Tensor:
-    """The configured loss of a batch.
-
-    Args:
-        output: of the model, (B, K) or (B, C, H, W).
-        target: of the batch, in target units; the same shape, because broadcasting would hide a mistake.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    check_shapes(output, target, cfg)
-    output, share = output.float(), math.nan
-    if cfg.labels.kind == "scalar":
-        mean, std = (value.to(target.device) for value in (loaders.target_mean, loaders.target_std))
-        target = (target - mean) / std
-    elif cfg.labels.kind == "mask":
-        share = _share_inside(loaders)
-        output = output + _log_odds(share)
-    return find_named(cfg.target.loss, LOSSES)(output, target, share)
-
-
-def to_target_units(output: Tensor, loaders: Loaders, cfg: Config) -> Tensor:
-    """What an output means: numbers in target units, probabilities for masks, normalised values for images."""
-    if cfg.labels.kind == "scalar":
-        return output * loaders.target_std.to(output.device) + loaders.target_mean.to(output.device)
-    return (output + _log_odds(_share_inside(loaders))).sigmoid() if cfg.labels.kind == "mask" else output
-
-
-def _share_inside(loaders: Loaders) -> float:
-    share = loaders.target_mean.mean().item()
-    if not 0 < share < 1:
-        where = "outside" if share == 0 else "inside"
-        raise ValueError(f"Every pixel of the training masks is {where}, so there is nothing to tell apart.")
-    return share
-
-
-def _log_odds(share: float) -> float:
-    return math.log(share / (1 - share))
-
-
-def check_shapes(output: Tensor, target: Tensor, cfg: Config) -> None:
-    """Raise ValueError with both shapes and the setting to look at when they differ."""
-    if output.shape == target.shape:
-        return
-    found = f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}."
-    if cfg.labels.kind == "scalar":
-        hint = "num_outputs of the head must be the number of labels.value_columns; check head.pooling too."
-    elif output.shape[:2] == target.shape[:2]:
-        hint = (
-            "The target has another resolution than the output: labels.reduce (now "
-            f"{cfg.labels.reduce}) says by which factor targets are smaller than the input; build the model with it."
-        )
-    else:
-        hint = "Images are (B, C, H, W): out_chans of the head must be the number of channels of the target."
-    raise ValueError(f"{found} {hint}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -127,10 +41,12 @@ class Predictions:
 
     def metrics(self, cfg: Config) -> dict[str, float]:
         """The metrics that the configuration names, plus tss and hss where it says what an event is."""
-        names = list(cfg.target.metrics)
-        if cfg.target.event_threshold is not None:
-            names += [name for name in ("tss", "hss") if name not in names]
-        return compute_metrics(self.prediction, self.target, names, cfg.target.event_threshold)
+        return compute_metrics(self.prediction, self.target, metrics_of(cfg), cfg.target.event_threshold)
+
+    def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
+        """One metric of some of the samples."""
+        metric = {key: metrics_of(cfg)[key]}
+        return compute_metrics(self.prediction[rows], self.target[rows], metric, cfg.target.event_threshold)[key]
 
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
@@ -142,11 +58,11 @@ class Predictions:
     @classmethod
     def from_table(cls, table: pd.DataFrame) -> Predictions:
         """The way back from `table()`."""
-        values = {
-            kind: torch.tensor(table.filter(regex=rf"^{kind}_\d+$").to_numpy(), dtype=torch.float32)
-            for kind in ("prediction", "target")
-        }
-        return cls(values["prediction"], values["target"], [str(time) for time in table["timestamp"]])
+        prediction, target = (
+            torch.tensor(table.filter(regex=rf"^{name}_\d+$").to_numpy(), dtype=torch.float32)
+            for name in ("prediction", "target")
+        )
+        return cls(prediction, target, table["timestamp"].astype(str).tolist())
 
     def same_samples(self, other: Predictions) -> bool:
         """Whether both were judged on the same times and targets."""
@@ -190,6 +106,10 @@ class ImagePredictions:
         """The metrics of the split."""
         return self.values
 
+    def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
+        """The mean of one metric over some of the images."""
+        return float(self.scores[key].to_numpy()[rows].mean())
+
     def table(self) -> pd.DataFrame:
         """One row an image."""
         return self.scores
@@ -201,70 +121,246 @@ class ImagePredictions:
 
     def same_samples(self, other: ImagePredictions) -> bool:
         """Whether both were judged on the same times and targets."""
-        means = (torch.tensor(found.scores["target_mean"].to_numpy()) for found in (self, other))
-        return self.timestamps == other.timestamps and torch.allclose(*means, rtol=1e-4, atol=1e-6)
+        mine, others = (p.scores["target_mean"].to_numpy() for p in (self, other))
+        return self.timestamps == other.timestamps and np.allclose(mine, others, rtol=1e-4, atol=1e-6)
 
 
-def predictions_from_table(table: pd.DataFrame, cfg: Config) -> Predictions | ImagePredictions:
-    """The predictions of a run's CSV again."""
-    return (Predictions if cfg.labels.kind == "scalar" else ImagePredictions).from_table(table)
+def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> pd.DataFrame:
+    """One row for each entry of `found`, one column a metric."""
+    return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
 
 
-class Collector:
-    """Takes predictions batch by batch and keeps what this kind of target needs.
+class NumberCollector:
+    """Takes predictions of numbers batch by batch, and keeps them all."""
 
-    Args:
-        samples: times (ISO) of the split, from which the examples are chosen.
-        detailed: keep scores of each image, examples and the histogram, too; needed for `predictions`.
-    """
-
-    def __init__(self, loaders: Loaders, cfg: Config, samples: list[str] = (), detailed: bool = True) -> None:
-        self.cfg, self.detailed, self._images = cfg, detailed, cfg.labels.kind != "scalar"
-        self._numbers: list[tuple[Tensor, Tensor]] = []
-        self._times: list[str] = []
-        self._rows: list[dict[str, Any]] = []
-        self._examples: list[ImageExample] = []
-        places = [len(samples) * (2 * k + 1) // (2 * EXAMPLES) for k in range(EXAMPLES)] if samples else []
-        self._wanted = {samples[place] for place in places}
-        if self._images:
-            self._metrics = ImageMetrics(cfg.target.metrics, cfg.target.mask_threshold, loaders.target_span)
-            self._edges = _edges(cfg.labels.kind, loaders)
-            self._joint = torch.zeros(BINS, BINS)
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.batches: list[tuple[Tensor, Tensor]] = []
+        self.times: list[str] = []
 
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
-        """One batch: prediction and target in target units on the CPU, and the batch with its timestamps and ts."""
-        if not self._images:
-            self._numbers.append((prediction, target))
-            self._times += batch["timestamp"]
-        elif not self.detailed:
-            self._metrics.update(prediction, target)
-        else:
-            means = target.mean((1, 2, 3)).tolist()
-            each = self._metrics.each(prediction, target)
-            for k, (time, scores, mean) in enumerate(zip(batch["timestamp"], each, means, strict=True)):
-                self._rows.append({"timestamp": time, **scores, "target_mean": mean})
-                if time in self._wanted and "ts" in batch:
-                    self._examples.append(ImageExample(time, batch["ts"][k].cpu(), prediction[k], target[k]))
-            pixels = torch.stack([prediction.flatten(), target.flatten()], 1).clamp(self._edges[0], self._edges[-1])
-            self._joint += torch.histogramdd(pixels, [self._edges] * 2).hist
+        """One batch: prediction and target (B, K) in target units on the CPU, and the batch with its timestamps."""
+        self.batches.append((prediction, target))
+        self.times += batch["timestamp"]
 
     def metrics(self) -> dict[str, float]:
         """The metrics of what was taken so far."""
-        return self._metrics.compute() if self._images else self.predictions().metrics(self.cfg)
+        return self.predictions().metrics(self.cfg)
 
-    def predictions(self) -> Predictions | ImagePredictions:
+    def predictions(self) -> Predictions:
         """Everything that was taken, in the order of time."""
-        if self._images:
-            scores = pd.DataFrame(self._rows).sort_values("timestamp", ignore_index=True)
-            examples = sorted(self._examples, key=lambda example: example.timestamp)
-            return ImagePredictions(self._metrics.compute(), scores, examples, self._joint, self._edges)
-        prediction, target = (torch.cat(part) for part in zip(*self._numbers, strict=True))
-        order = sorted(range(len(self._times)), key=self._times.__getitem__)
-        return Predictions(prediction[order], target[order], [self._times[i] for i in order])
+        prediction, target = (torch.cat(part) for part in zip(*self.batches, strict=True))
+        order = np.argsort(self.times)
+        return Predictions(prediction[order], target[order], [self.times[i] for i in order])
 
 
-def _edges(kind: str, loaders: Loaders) -> Tensor:
-    """Equal bins of probability for masks; for images narrow bins near zero and wide ones far from it."""
-    if kind == "mask":
+class ImageCollector:
+    """Takes predictions of masks or images batch by batch: metrics, a few examples, and counts of pixels.
+
+    Args:
+        metrics: TorchMetrics metrics by name.
+        edges: (BINS + 1,) of the joint histogram.
+        times: ISO times of the split, from which the examples are chosen; None keeps the metrics of the split alone,
+            which is faster.
+    """
+
+    def __init__(self, metrics: dict[str, torchmetrics.Metric], edges: Tensor, times: Sequence[str] | None) -> None:
+        self._metrics, self._edges, self._detailed = metrics, edges, times is not None
+        places = np.linspace(0, len(times or ()) - 1, EXAMPLES + 2)[1:-1].round().astype(int)
+        self._drawn = {times[place] for place in places} if times else set()
+        self._rows: list[dict[str, Any]] = []
+        self._examples: list[ImageExample] = []
+        self._joint = torch.zeros(BINS, BINS)
+
+    def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
+        """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
+        if not self._detailed:
+            for metric in self._metrics.values():
+                metric.update(prediction, target)
+            return
+        for time, ts, p, t in zip(batch["timestamp"], batch.get("ts", target), prediction, target, strict=True):
+            # calling a metric takes the image in and returns the value of this image by itself
+            scores = {name: float(metric(p[None], t[None])) for name, metric in self._metrics.items()}
+            self._rows.append({"timestamp": time, **scores, "target_mean": t.mean().item()})
+            if time in self._drawn and "ts" in batch:
+                self._examples.append(ImageExample(time, ts.cpu(), p, t))
+        pixels = torch.stack([prediction.flatten(), target.flatten()], 1).clamp(self._edges[0], self._edges[-1])
+        self._joint += torch.histogramdd(pixels, [self._edges] * 2).hist
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics of what was taken so far."""
+        return {name: float(metric.compute()) for name, metric in self._metrics.items()}
+
+    def predictions(self) -> ImagePredictions:
+        """What was kept, in the order of time."""
+        scores = pd.DataFrame(self._rows).sort_values("timestamp", ignore_index=True)
+        examples = sorted(self._examples, key=lambda example: example.timestamp)
+        return ImagePredictions(self.metrics(), scores, examples, self._joint, self._edges)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------------------------
+def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
+    """Cross-entropy plus soft Dice loss of masks; both count the few pixels inside for more than their number.
+
+    Args:
+        output: (B, C, H, W) logits.
+        target: (B, C, H, W), 0 outside and 1 inside.
+        share: of the training pixels that are inside. Pixels inside weigh sqrt((1 - share) / share) times as much in
+            the cross-entropy: full balance would draw the masks too large.
+
+    Source: soft Dice of V-Net (arXiv:1606.04797), one term an image.
+    """
+    weight = torch.tensor(((1 - share) / share) ** 0.5, device=output.device)
+    cross_entropy = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
+    inside = output.sigmoid()
+    both, sizes = (inside * target).sum((1, 2, 3)), (inside + target).sum((1, 2, 3))
+    return cross_entropy + (1 - (2 * both + 1) / (sizes + 1)).mean()
+
+
+# functions of output and target in the units of learning; of masks also of the share of training pixels inside
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce_dice": bce_dice}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tasks
+# --------------------------------------------------------------------------------------------------------------------
+class Task:
+    """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`.
+
+    Attributes:
+        figure: name of the figure of predictions, where target.plot names none.
+        registry: the metrics that there are.
+        predictions: what is kept of a split; `predictions.from_table` reads it from a run's CSV.
+        metrics: those that the configuration asks for, by name.
+    """
+
+    figure: str
+    registry: dict[str, Any]
+    predictions: type[Predictions] | type[ImagePredictions]
+
+    def __init__(self, cfg: Config, loaders: Loaders) -> None:
+        self.cfg, self.loaders, self.metrics = cfg, loaders, metrics_of(cfg)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The configured loss of a batch.
+
+        Args:
+            output: of the model.
+            target: of the batch, in target units; the same shape, because broadcasting would hide a mistake.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        check_shapes(output, target)
+        return find_named(self.cfg.target.loss, LOSSES)(*self.learned(output.float(), target))
+
+    def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        """What the loss takes: output and target in the units of learning."""
+        return output, target
+
+    def to_units(self, output: Tensor) -> Tensor:
+        """What an output means, in target units."""
+        return output
+
+    def collector(self, times: Sequence[str] | None = None) -> NumberCollector | ImageCollector:
+        """What takes the predictions of a split; `times` (ISO) of the split, or None where its metrics are enough."""
+        raise NotImplementedError
+
+
+class NumberTask(Task):
+    """Numbers, (B, K): learned standardised by the training split, judged in target units."""
+
+    figure, registry, predictions = "scatter", NUMBERS, Predictions
+
+    def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        mean, std = self.loaders.target_mean.to(target.device), self.loaders.target_std.to(target.device)
+        return output, (target - mean) / std
+
+    def to_units(self, output: Tensor) -> Tensor:
+        return output * self.loaders.target_std.to(output.device) + self.loaders.target_mean.to(output.device)
+
+    def collector(self, times: Sequence[str] | None = None) -> NumberCollector:
+        return NumberCollector(self.cfg)
+
+
+class ImageTask(Task):
+    """Images, (B, C, H, W): learned and judged in normalised values."""
+
+    figure, registry, predictions = "image", IMAGES, ImagePredictions
+
+    def collector(self, times: Sequence[str] | None = None) -> ImageCollector:
+        threshold, span = self.cfg.target.mask_threshold, self.loaders.target_span
+        metrics = {name: metric.make(threshold, span) for name, metric in self.metrics.items()}
+        return ImageCollector(metrics, self.edges(), times)
+
+    def edges(self) -> Tensor:
+        """Edges of the bins of the joint histogram: narrow near zero, where most pixels are."""
+        return torch.sinh(torch.linspace(-1, 1, BINS + 1) * math.asinh(self.loaders.target_span))
+
+
+class MaskTask(ImageTask):
+    """Masks, (B, 1, H, W): learned as log-odds beyond the share of pixels inside, judged as probabilities."""
+
+    figure = "mask"
+
+    @cached_property
+    def share(self) -> float:
+        """Of the training pixels that are inside."""
+        share = self.loaders.target_mean.mean().item()
+        if not 0 < share < 1:
+            where = "outside" if share == 0 else "inside"
+            raise ValueError(f"Every pixel of the training masks is {where}, so there is nothing to tell apart.")
+        return share
+
+    @property
+    def log_odds(self) -> float:
+        """Of the share: what an output of zero means."""
+        return math.log(self.share / (1 - self.share))
+
+    def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return output + self.log_odds, target, self.share
+
+    def to_units(self, output: Tensor) -> Tensor:
+        return (output + self.log_odds).sigmoid()
+
+    def edges(self) -> Tensor:
         return torch.linspace(0, 1, BINS + 1)
-    return torch.sinh(torch.linspace(-1, 1, BINS + 1) * math.asinh(loaders.target_span))
+
+
+TASKS = {"scalar": NumberTask, "mask": MaskTask, "image": ImageTask}
+
+
+def make_task(cfg: Config, loaders: Loaders) -> Task:
+    """The task of `labels.kind`, which knows the training targets of these loaders."""
+    return TASKS[cfg.labels.kind](cfg, loaders)
+
+
+def metrics_of(cfg: Config) -> dict[str, Any]:
+    """The metrics that the configuration names, plus tss and hss where it says what an event of numbers is.
+
+    Raises:
+        ValueError: `module:name` is not a metric of this kind of target.
+    """
+    registry, names = TASKS[cfg.labels.kind].registry, list(cfg.target.metrics)
+    if "tss" in registry and cfg.target.event_threshold is not None:
+        names += [name for name in ("tss", "hss") if name not in names]
+    metrics = {name: find_named(name, registry) for name in names}
+    form = type(registry["rmse"])
+    if wrong := [name for name, metric in metrics.items() if not isinstance(metric, form)]:
+        raise ValueError(
+            f"target.metrics: {', '.join(wrong)} must be a {form.__name__} of helpers.training.metrics, because "
+            f"labels.kind is {cfg.labels.kind}."
+        )
+    return metrics
+
+
+def check_shapes(output: Tensor, target: Tensor) -> None:
+    """Raise ValueError with both shapes and the settings to look at when they differ."""
+    if output.shape != target.shape:
+        raise ValueError(
+            f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}. The "
+            "second number must be that of labels.value_columns, or of the target's channels (num_outputs or out_chans "
+            "of the head); images of another resolution mean that the model was built with another labels.reduce."
+        )

@@ -26,7 +26,7 @@ import yaml
 
 from helpers.config import Config, settings_that_matter
 from helpers.shared import atomic_write
-from helpers.training.tasks import ImagePredictions, Predictions, predictions_from_table
+from helpers.training.tasks import TASKS, ImagePredictions, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -226,7 +226,11 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     table = table[[_data(other) == _data(cfg) for other in same]]
     latest = table.groupby("experiment").tail(1).set_index("experiment")
     files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
-    found = {name: predictions_from_table(pd.read_csv(file), cfg) for name, file in files.items() if file.exists()}
+    found = {
+        name: TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(file))
+        for name, file in files.items()
+        if file.exists()
+    }
     newest = found.get(latest["finished"].astype(str).idxmax()) if len(latest) else None
     other = [name for name, p in found.items() if newest is not None and not p.same_samples(newest)]
     if other:

@@ -14,7 +14,8 @@ from helpers.data import frames
 from helpers.data.dataset import Loaders, make_loaders
 from helpers.data.synthetic import ensure_synthetic
 from helpers.experiment import build_model
-from helpers.training.loop import fit, predict, reference_predictions, seed_everything, standardise_features
+from helpers.training.loop import fit, predict, seed_everything, standardise_features
+from helpers.training.references import reference_predictions
 
 MODELS = {  # name: experiment, and what differs from the config
     "linear baseline": ("baseline", {}),
