@@ -10,7 +10,7 @@ import argparse
 import difflib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -320,6 +320,73 @@ class Config(_Section):
     def target_axes(self) -> tuple[str, ...]:
         """Names of the axes of a batch of targets."""
         return ("B", "outputs") if self.labels.kind == "scalar" else ("B", "C", "H", "W")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rules of the model, for the constructors in helpers/model too: what is wrong with the settings, a sentence each
+# --------------------------------------------------------------------------------------------------------------------
+POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
+QKV = ("q", "k", "v")
+
+
+def encoder_problems(
+    img_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    n_spectral_blocks: int,
+    num_heads: int,
+    window_size: int = 2,
+    rpe: bool = False,
+    nglo: int = 0,
+    recompute_blocks: Collection[int] = (),
+    **_: Any,
+) -> list[str]:
+    """What keeps the arguments of a SuryaEncoder from making one; img_size is data.native_size / data.reduce."""
+    problems = []
+    if img_size % patch_size:
+        problems.append(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
+    elif (grid := img_size // patch_size) % 2:
+        problems.append(f"the token grid {img_size} / {patch_size} = {grid} must be even, for windows of 2 x 2")
+    if embed_dim % num_heads:
+        problems.append(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
+    if embed_dim % 4:
+        problems.append(f"embed_dim {embed_dim} is not a multiple of 4, as the positions need")
+    if window_size != 2:
+        problems.append(f"window_size {window_size} is not in the release; use 2")
+    if not 0 <= n_spectral_blocks <= depth:
+        problems.append(f"n_spectral_blocks {n_spectral_blocks} is not between 0 and depth {depth}")
+    if wrong := sorted(set(recompute_blocks) - set(range(depth))):
+        problems.append(f"recompute_blocks {wrong} are no blocks, which are numbered 0 to {depth - 1}")
+    if rpe and nglo:
+        problems.append("rpe together with nglo has no reference to be checked against; use one of them")
+    return problems
+
+
+def pooling_problems(pooling: str, nglo: int) -> list[str]:
+    """What keeps a pooling from working on an encoder with `nglo` global tokens."""
+    if pooling not in POOLINGS:
+        return [f"there is no pooling {pooling!r}; choose one of {', '.join(POOLINGS)}"]
+    needed = 1 if pooling == "class_token" else 0
+    return [] if nglo == needed else [f"pooling {pooling!r} needs nglo={needed}, and nglo is {nglo}"]
+
+
+def lora_problems(rank: int, alpha: float, dropout: float, targets: Collection[str], qkv: Collection[str]) -> list[str]:
+    """What keeps the settings of `lora` from making adapters; which layers a model has is the model's matter."""
+    problems = []
+    if not isinstance(rank, int) or rank < 1:
+        problems.append(f"rank must be a whole number of at least 1, not {rank!r}")
+    if not alpha > 0:
+        problems.append(f"alpha must be positive, not {alpha!r}")
+    if not 0 <= dropout < 1:
+        problems.append(f"dropout must be at least 0 and below 1, not {dropout!r}")
+    if not targets:
+        problems.append("targets is empty, so nothing would be adapted")
+    if unknown := sorted(set(qkv) - set(QKV)):
+        problems.append(f"qkv may hold 'q', 'k' and 'v' alone, not {unknown}")
+    if "qkv" in targets and not qkv:
+        problems.append("qkv is a target but none of q, k, v is chosen")
+    return problems
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from small_encoder import SMALL
 from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
-from helpers.config import load_config
+from helpers.config import POOLINGS, load_config
 from helpers.model.checkpoint import (
     CheckpointError,
     export_merged,
@@ -22,7 +22,7 @@ from helpers.model.checkpoint import (
     save_adapter,
 )
 from helpers.model.encoder import SuryaEncoder, fourier_positions
-from helpers.model.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.model.lora import apply_lora, lora_state_dict, merge_lora
 
 ROOT = Path(__file__).parent.parent

@@ -253,7 +253,7 @@ def test_dropout_acts_in_training_alone():
         ({"embed_dim": 18}, "embed_dim 18 is not a multiple of 4"),
         ({"window_size": 4}, "window_size 4 is not in the release; use 2"),
         ({"n_spectral_blocks": 4}, "n_spectral_blocks 4 is not between 0 and depth 3"),
-        ({"recompute_blocks": [3]}, "recompute_blocks (3,) must be block numbers from 0 to 2"),
+        ({"recompute_blocks": [3]}, "recompute_blocks [3] are no blocks"),
         ({"rpe": True, "nglo": 1}, "rpe together with nglo has no reference"),
     ],
 )

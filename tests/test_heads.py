@@ -5,8 +5,9 @@ import torch
 from small_encoder import SMALL
 from torch import nn
 
+from helpers.config import POOLINGS
 from helpers.model.encoder import SuryaEncoder
-from helpers.model.heads import POOLINGS, LinearBaseline1D, LinearBaseline2D, PixelDecoder, Specformer1D, Specformer2D
+from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, PixelDecoder, Specformer1D, Specformer2D
 
 
 def make(pooling: str = "mean", **settings) -> Specformer1D:
@@ -79,12 +80,12 @@ def test_the_class_token_belongs_to_the_head_and_starts_at_zero():
 
 @pytest.mark.parametrize(("pooling", "nglo"), [("class_token", 0), ("mean", 1), ("attention", 1)])
 def test_a_pooling_that_does_not_suit_the_encoder_is_refused(pooling: str, nglo: int):
-    with pytest.raises(ValueError, match=rf"pooling='{pooling}' needs an encoder built with nglo={1 - nglo}"):
+    with pytest.raises(ValueError, match=rf"pooling '{pooling}' needs nglo={1 - nglo}"):
         Specformer1D(SuryaEncoder(**SMALL, nglo=nglo), pooling=pooling)
 
 
 def test_an_unknown_pooling_is_refused():
-    with pytest.raises(ValueError, match="There is no pooling 'median'; choose one of mean, max"):
+    with pytest.raises(ValueError, match="there is no pooling 'median'; choose one of mean, max"):
         make("median")
 
 

@@ -8,9 +8,10 @@ import torch
 from small_encoder import SMALL
 from torch import nn
 
+from helpers.config import POOLINGS
 from helpers.model.checkpoint import save_adapter
 from helpers.model.encoder import SuryaEncoder
-from helpers.model.heads import POOLINGS, LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.model.lora import LoRALinear, apply_lora, kept, lora_state_dict, merge_lora, trainable_summary
 
 

@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.config import encoder_problems
+
 BLOCK_SIDES = (8, 4, 2)  # of a block of queries; the first that divides the grid is taken
 
 
@@ -363,7 +365,7 @@ class SuryaEncoder(nn.Module):
     ):
         super().__init__()
         recompute_blocks = tuple(recompute_blocks)
-        check_settings(
+        problems = encoder_problems(
             img_size,
             patch_size,
             embed_dim,
@@ -375,6 +377,8 @@ class SuryaEncoder(nn.Module):
             nglo,
             recompute_blocks,
         )
+        if problems:
+            raise ValueError(f"The encoder cannot be built: {'; '.join(problems)}.")
         self.img_size, self.patch_size, self.in_chans, self.time_dim = img_size, patch_size, in_chans, time_dim
         self.embed_dim, self.num_heads, self.nglo = embed_dim, num_heads, nglo
         self.grid = img_size // patch_size
@@ -417,42 +421,6 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def check_settings(
-    img_size: int,
-    patch_size: int,
-    embed_dim: int,
-    depth: int,
-    n_spectral_blocks: int,
-    num_heads: int,
-    window_size: int,
-    rpe: bool,
-    nglo: int,
-    recompute_blocks: tuple[int, ...],
-) -> None:
-    """Raise one ValueError with every setting of the encoder that does not fit."""
-    grid = img_size / patch_size
-    whole = img_size % patch_size == 0
-    problems = [
-        (not whole, f"img_size {img_size} is not a multiple of patch_size {patch_size}"),
-        (whole and grid % 2, f"the token grid {img_size} / {patch_size} = {grid:g} must be even"),
-        (embed_dim % num_heads, f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}"),
-        (embed_dim % 4, f"embed_dim {embed_dim} is not a multiple of 4, as the positions need"),
-        (window_size != 2, f"window_size {window_size} is not in the release; use 2"),
-        (
-            not 0 <= n_spectral_blocks <= depth,
-            f"n_spectral_blocks {n_spectral_blocks} is not between 0 and depth {depth}",
-        ),
-        (
-            not set(recompute_blocks) <= set(range(depth)),
-            f"recompute_blocks {recompute_blocks} must be block numbers from 0 to {depth - 1}",
-        ),
-        (rpe and nglo, "rpe together with nglo has no reference to be checked against; use one of them"),
-    ]
-    found = [sentence for wrong, sentence in problems if wrong]
-    if found:
-        raise ValueError("The encoder cannot be built: " + "; ".join(found) + ".")
 
 
 def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from helpers.config import Config
+from helpers.config import Config, pooling_problems
 from helpers.model.encoder import SuryaEncoder, to_working_dtype
 
 Batch = Mapping[str, Tensor]
-POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
 
 
 def _images(batch: Batch, model: nn.Module) -> Tensor:
@@ -153,7 +152,8 @@ class Specformer1D(FeatureModel):
         penultimate: int | None = None,
         dropout: float = 0.0,
     ):
-        _check_pooling(pooling, encoder.nglo)
+        if problems := pooling_problems(pooling, encoder.nglo):
+            raise ValueError(f"The model cannot be built: {problems[0]}.")
         dim = encoder.embed_dim
         pools = {
             "mean": MeanPooling,
@@ -177,17 +177,6 @@ class Specformer1D(FeatureModel):
     def features(self, batch: Batch) -> Tensor:
         tokens = self.encoder(_images(batch, self), self.class_token)  # (B, nglo + L, D)
         return self.norm(self.pool(tokens).float()).float()  # (B, D)
-
-
-def _check_pooling(pooling: str, nglo: int) -> None:
-    if pooling not in POOLINGS:
-        raise ValueError(f"There is no pooling {pooling!r}; choose one of {', '.join(POOLINGS)}.")
-    needed = 1 if pooling == "class_token" else 0
-    if nglo != needed:
-        raise ValueError(
-            f"pooling={pooling!r} needs an encoder built with nglo={needed}, and this one has nglo={nglo}: "
-            f"set model.nglo to {needed} or choose another pooling."
-        )
 
 
 def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer2D":

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.config import Config
+from helpers.config import QKV, Config, lora_problems
 from helpers.model.encoder import SpectralFilter, SuryaEncoder, to_working_dtype
 
-QKV = ("q", "k", "v")
 BITS = {2: torch.int16, 4: torch.int32}  # whole numbers by their size in bytes
 
 
@@ -138,7 +137,15 @@ def apply_lora(
     """
     encoder, targets, qkv = _encoder_of(model), tuple(targets), tuple(qkv)
     layers = [(name, layer) for name, layer in encoder.backbone.named_modules() if isinstance(layer, nn.Linear)]
-    _check_settings(layers, rank, alpha, dropout, targets, qkv)
+    if any(isinstance(layer, LoRALinear) for _, layer in layers):
+        raise ValueError("This model has adapters already; build it again, or adapt what merge_lora returns.")
+    there = Counter(name.rpartition(".")[2] for name, _ in layers)
+    problems = lora_problems(rank, alpha, dropout, targets, qkv)
+    if unknown := [target for target in targets if target not in there]:
+        listed = ", ".join(f"{name} ({count} layers)" for name, count in there.items())
+        problems.append(f"targets {unknown} match no linear layer; the encoder's blocks have {listed}")
+    if problems:
+        raise ValueError(f"The adapters cannot be made: {'; '.join(problems)}.")
     for name, layer in layers:
         parent, leaf = name.rpartition(".")[::2]
         if leaf in targets:
@@ -184,35 +191,6 @@ def _encoder_of(model: nn.Module) -> SuryaEncoder:
             "give a Specformer1D, a Specformer2D or a SuryaEncoder."
         )
     return encoder
-
-
-def _check_settings(
-    layers: list[tuple[str, nn.Linear]],
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: tuple[str, ...],
-    qkv: tuple[str, ...],
-) -> None:
-    if any(isinstance(layer, LoRALinear) for _, layer in layers):
-        raise ValueError(
-            "This model has adapters already; build it again, or export it with merge_lora, before adapting it anew."
-        )
-    there = Counter(name.rpartition(".")[2] for name, _ in layers)
-    listed = ", ".join(f"{name} ({count} layers)" for name, count in there.items())
-    unknown = [target for target in targets if target not in there]
-    problems = [
-        (not isinstance(rank, int) or rank < 1, f"rank must be a whole number of at least 1, not {rank!r}"),
-        (not alpha > 0, f"alpha must be positive, not {alpha!r}"),
-        (not 0 <= dropout < 1, f"dropout must be at least 0 and below 1, not {dropout!r}"),
-        (not targets, f"targets is empty; the encoder's blocks have {listed}"),
-        (unknown, f"targets {unknown} match no linear layer; the encoder's blocks have {listed}"),
-        (set(qkv) - set(QKV), f"qkv {qkv} may hold 'q', 'k' and 'v' alone"),
-        ("qkv" in targets and not qkv, "qkv is a target but none of q, k, v is chosen"),
-    ]
-    found = [sentence for wrong, sentence in problems if wrong]
-    if found:
-        raise ValueError("The adapters cannot be made: " + "; ".join(found) + ".")
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
