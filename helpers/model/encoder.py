@@ -33,8 +33,8 @@ def to_working_dtype(x: Tensor, layer: nn.Module) -> Tensor:
     return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype)
 
 
-def computed_again(function: Callable[..., Tensor], *inputs: Tensor | nn.Module) -> Tensor:
-    """function(*inputs), of which the backward pass keeps the inputs alone and computes the rest again.
+def recompute(function: Callable[..., Tensor], *inputs: Tensor | nn.Module) -> Tensor:
+    """Activation checkpointing: function(*inputs) keeps its inputs alone; the backward pass computes the rest again.
 
     Recomputation stops at the last tensor that the backward pass reads, so a frozen product at the end of `function` is
     not computed a second time.
@@ -51,7 +51,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around an exact GELU."""
+    """Two linear layers around an exact GELU. Shape: (B, L, D) to (B, L, D)."""
 
     def __init__(self, dim: int, hidden: int, dropout: float):
         super().__init__()
@@ -61,9 +61,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(to_working_dtype(x, self.fc1))  # (B, L, 4D)
-        return computed_again(self._second, x)  # (B, L, D)
+        # Keeps the output of fc1 and computes the GELU again, which costs little and saves as much memory again.
+        return recompute(self.gelu_fc2, x)
 
-    def _second(self, x: Tensor) -> Tensor:
+    def gelu_fc2(self, x: Tensor) -> Tensor:
+        """Shape: (B, L, 4D) to (B, L, D)."""
         return self.dropout(self.fc2(self.dropout(F.gelu(x))))
 
 
@@ -122,7 +124,7 @@ class SpectralFilter(nn.Module):
 
 
 class SpectralBlock(nn.Module):
-    """x + mlp(norm2(filter(norm1(x)))), with one residual."""
+    """x + mlp(norm2(filter(norm1(x)))), with one residual. Shape: (B, L, D) to (B, L, D)."""
 
     def __init__(self, dim: int, hidden: int, grid: int, dropout: float):
         super().__init__()
@@ -138,56 +140,68 @@ class SpectralBlock(nn.Module):
 class Neighbourhood(nn.Module):
     """Who looks at whom: for each b x b block of queries, the keys to gather and an additive mask over them.
 
-    A query in window (wy, wx) of w x w tokens sees the (w + 2) x (w + 2) tokens around that window, the r long-range
-    keys and the global ones. A window of 2 x 2 is too small for matrix units, so a block of queries shares its (b +
-    2) x (b + 2) neighbours and the mask takes out, for each query, those beyond its window or the image. Tokens come
-    in block-major order (`to_blocks`).
+    A query in a window of w x w tokens sees the (w + 2) x (w + 2) tokens around that window, the r long-range keys and
+    the global ones. A window of 2 x 2 is too small for matrix units, so a block of queries shares the keys of the block
+    and its rim, and the mask takes out, for each query, those beyond its window or the image. A block with b = 8:
+
+        . . . . . . . . . .
+        . o o o o o o o o .        Q  the four queries of one window (they see each other, too)
+        . o o # # # # o o .        #  what they see around it
+        . o o # Q Q # o o .        o  the other queries of the block, masked for Q
+        . o o # Q Q # o o .        .  the rim: keys of other blocks, masked for Q
+        . o o # # # # o o .
+        . o o o o o o o o .
+        . o o o o o o o o .
+        . o o o o o o o o .
+        . . . . . . . . . .
+
+    Tokens come in block-major order (`to_blocks`).
 
     Args:
         grid: G, tokens along a side (even).
         window: w, 2.
         rank: r, number of long-range keys, which stand after the L tokens.
         nglo: number of global keys, which stand before the tokens.
+        rpe: keep, for each query and key of a window, which pair of the window's bias table they are.
     """
 
-    def __init__(self, grid: int, window: int, rank: int, nglo: int):
+    def __init__(self, grid: int, window: int, rank: int, nglo: int, rpe: bool = False):
         super().__init__()
-        self.grid, self.window = grid, window
-        self.block = next(b for b in BLOCK_SIDES if grid % b == 0)
-        self.blocks = (grid // self.block) ** 2
-        starts = torch.arange(0, grid, self.block)
-        rows = starts[:, None] + torch.arange(-1, self.block + 1)  # (G/b, b+2), the same for columns
-        inside = (rows >= 0) & (rows < grid)
-        order = self.to_blocks(torch.arange(grid * grid).view(1, -1, 1)).flatten()  # row-major index of each position
-        place = torch.empty_like(order).index_copy_(0, order, torch.arange(grid * grid)).view(grid, grid)
-        rows = rows.clamp(0, grid - 1)
-        near = rearrange(place[rows[:, None, :, None], rows[None, :, None, :]], "ny nx ky kx -> (ny nx) (ky kx)") + nglo
-        in_image = rearrange(inside[:, None, :, None] & inside[None, :, None, :], "ny nx ky kx -> (ny nx) 1 (ky kx)")
-        in_window, self_offsets = self._window_membership()
+        self.grid = grid
+        self.block = b = next(side for side in BLOCK_SIDES if grid % side == 0)
+        self.blocks = (grid // b) ** 2
 
-        always = torch.cat([torch.arange(rank) + nglo + grid * grid, torch.arange(nglo)])  # long, then global
-        padding = -(near.shape[1] + len(always)) % 8  # a multiple of 8 keeps the fast attention kernels
-        extra = F.pad(always, (0, padding)).expand(self.blocks, -1)
-        seen = F.pad(
-            F.pad(in_window & in_image, (0, len(always)), value=True), (0, padding), value=False
-        )  # (n, b*b, K)
-        self.register_buffer("gather", torch.cat([near, extra], dim=1).flatten(), persistent=False)  # (n*K,)
-        self.register_buffer("mask", torch.zeros(seen.shape).masked_fill(~seen, -torch.inf), persistent=False)
-        offsets = F.pad(self_offsets, (0, seen.shape[2] - self_offsets.shape[1]), value=-1)
-        self.register_buffer("offsets", offsets, persistent=False)  # (b*b, K)
+        # Where on the grid the queries of each block are, and the tokens of the block with its rim.
+        order = self.to_blocks(torch.arange(grid * grid).view(1, -1, 1)).view(self.blocks, b * b)  # row-major indices
+        query_y, query_x = order // grid, order % grid  # (n, b*b)
+        around = torch.arange(-1, b + 1)
+        key_y = (query_y[:, :1] + around).repeat_interleave(b + 2, dim=1)  # (n, (b+2)**2)
+        key_x = (query_x[:, :1] + around).repeat(1, b + 2)
 
-    def _window_membership(self) -> tuple[Tensor, Tensor]:
-        """For each query of a block and each neighbour: is it in the query's tile, and as which pair of the tile."""
-        w, tile = self.window, self.window + 2
-        query = torch.arange(self.block)
-        key = torch.arange(-1, self.block + 1)
-        step = key[None, :] - (query // w * w)[:, None] + 1  # (b, b+2), position of the key in the tile: 0 ... w+1
-        member = (step >= 0) & (step < tile)
-        pair_query = (query % w)[:, None, None, None] * w + (query % w)[None, :, None, None]
-        pair_key = step[:, None, :, None] * tile + step[None, :, None, :]
-        both = rearrange(member[:, None, :, None] & member[None, :, None, :], "qy qx ky kx -> (qy qx) (ky kx)")
-        pair = rearrange(pair_query * tile * tile + pair_key, "qy qx ky kx -> (qy qx) (ky kx)")
-        return both, pair.masked_fill(~both, -1)
+        # What each query sees of them.
+        down = key_y[:, None] - (query_y // window * window)[:, :, None]  # (n, b*b, (b+2)**2), from the window's corner
+        right = key_x[:, None] - (query_x // window * window)[:, :, None]
+        in_window = (down >= -1) & (down <= window) & (right >= -1) & (right <= window)
+        on_image = (key_y >= 0) & (key_y < grid) & (key_x >= 0) & (key_x < grid)
+        visible = in_window & on_image[:, None]
+
+        # The keys: tokens in block-major order, then long-range and global ones, which everybody sees, then padding to
+        # a multiple of 8, which nobody sees and which keeps the fast attention kernels.
+        position = order.flatten().argsort().view(grid, grid)  # of token (y, x) in block-major order
+        tokens = position[key_y.clamp(0, grid - 1), key_x.clamp(0, grid - 1)] + nglo
+        everybodys = torch.cat([torch.arange(rank) + nglo + grid * grid, torch.arange(nglo)])
+        keys = torch.cat([tokens, everybodys.expand(self.blocks, -1)], dim=1)
+        padding = -keys.shape[1] % 8
+        visible = F.pad(F.pad(visible, (0, len(everybodys)), value=True), (0, padding), value=False)  # (n, b*b, K)
+        self.register_buffer("gather", F.pad(keys, (0, padding)).flatten(), persistent=False)  # (n*K,)
+        self.register_buffer("mask", torch.zeros(visible.shape).masked_fill(~visible, -torch.inf), persistent=False)
+        if rpe:
+            tile = window + 2
+            query = query_y % window * window + query_x % window  # (n, b*b): 0 ... w*w-1
+            key = (down + 1) * tile + right + 1  # 0 ... tile*tile-1 in the window, the same for all blocks
+            pair = (query[:, :, None] * tile * tile + key).masked_fill(~in_window, -1)[0]
+            pair = F.pad(pair, (0, visible.shape[2] - pair.shape[1]), value=-1)
+            self.register_buffer("pair", pair, persistent=False)  # (b*b, K), -1 for keys without a bias
 
     def to_blocks(self, x: Tensor) -> Tensor:
         """Row-major tokens (B, L, D) into block-major order: all tokens of block 0 first."""
@@ -215,20 +229,18 @@ class LongShortAttention(nn.Module):
         if rpe:
             inner, outer = torch.arange(window), torch.arange(-1, window + 1)
             step = inner[:, None] - outer[None, :] + window  # (w, w+2): 0 ... 2w
-            index = (
-                step[:, None, :, None] * (2 * window) + step[None, :, None, :]
-            )  # a row stride of 2w, as in the release
-            self.local_relative_position_bias_table = nn.Parameter(
-                torch.zeros(2 * window * (2 * window + 1) + 1, heads)
+            # A row stride of 2w, as in the release.
+            index = rearrange(
+                step[:, None, :, None] * 2 * window + step[None, :, None, :], "qy qx ky kx -> (qy qx) (ky kx)"
             )
-            self.register_buffer(
-                "relative_position_index", rearrange(index, "qy qx ky kx -> (qy qx) (ky kx)").contiguous()
-            )
+            self.register_buffer("relative_position_index", index.contiguous())
+            table = torch.zeros(2 * window * (2 * window + 1) + 1, heads)
+            self.local_relative_position_bias_table = nn.Parameter(table)
 
     def forward(self, y: Tensor, near: Neighbourhood) -> Tensor:
         """(B, nglo + L, D), tokens in block-major order, to the same shape."""
         y = to_working_dtype(y, self.qkv)
-        return self.dropout(self.proj(computed_again(self.mix, y, self.qkv(y), near)))
+        return self.dropout(self.proj(recompute(self.mix, y, self.qkv(y), near)))
 
     def mix(self, y: Tensor, qkv: Tensor, near: Neighbourhood) -> Tensor:
         """What the tokens take from each other: (B, nglo + L, D) and their (B, nglo + L, 3D) to (B, nglo + L, D)."""
@@ -244,10 +256,8 @@ class LongShortAttention(nn.Module):
     def long_range(self, y: Tensor, kv: Tensor) -> Tensor:
         """r weighted means of all keys and values for each head, the weights read off the tokens: (B, r, 2, D)."""
         weights = self.to_dynamic_projection(y).softmax(dim=1, dtype=torch.float32).to(kv.dtype)  # (B, L, h*r)
-        # Every head's weights times every head's keys, of which the diagonal is wanted: cheaper than a copy a head.
-        means = weights.transpose(1, 2) @ kv.flatten(2)  # (B, h*r, 2*D)
-        means = rearrange(means, "b (h r) (two g d) -> b h g r two d", r=self.rank, two=2, g=self.heads)
-        means = rearrange(means.diagonal(dim1=1, dim2=2), "b r two d h -> b r two (h d)")
+        weights, kv = weights.unflatten(-1, (self.heads, self.rank)), kv.unflatten(-1, (self.heads, -1))
+        means = torch.einsum("blhr,blthd->brthd", weights, kv).flatten(3)  # (B, r, 2, D)
         return self.dual_ln_dp(means)
 
     def local(self, q: Tensor, kv: Tensor, near: Neighbourhood) -> Tensor:
@@ -258,10 +268,9 @@ class LongShortAttention(nn.Module):
         k, v = rearrange(kv, "b (n k) (two h d) -> two (b n) h k d", n=n, two=2, h=self.heads)
         mask = near.mask[:, None]  # (n, 1, b*b, K)
         if self.rpe:
-            table = F.pad(self.local_relative_position_bias_table[self.relative_position_index.flatten()], (0, 0, 0, 1))
-            mask = mask + rearrange(
-                table[near.offsets], "q k h -> 1 h q k"
-            )  # row -1 of the table is the zero of all other keys
+            table = self.local_relative_position_bias_table[self.relative_position_index.flatten()]  # (w*w*(w+2)**2, h)
+            table = F.pad(table, (0, 0, 0, 1))  # the last row is the zero of keys without a bias
+            mask = mask + rearrange(table[near.pair], "q k h -> 1 h q k")
         mask = mask.to(q.dtype).expand(size, *(-1,) * 4).flatten(0, 1)  # (B*n, 1 or h, b*b, K)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return rearrange(out, "(b n) h q d -> b (n q) (h d)", n=n)
@@ -311,7 +320,7 @@ class Backbone(nn.Module):
         return torch.cat([x[:, :nglo], self.near.from_blocks(x[:, nglo:])], dim=1) if nglo else self.near.from_blocks(x)
 
     def _run(self, index: int, block: nn.Module, *inputs: Tensor | nn.Module) -> Tensor:
-        return computed_again(block, *inputs) if index in self.recompute_blocks else block(*inputs)
+        return recompute(block, *inputs) if index in self.recompute_blocks else block(*inputs)
 
 
 class SuryaEncoder(nn.Module):
@@ -365,18 +374,8 @@ class SuryaEncoder(nn.Module):
     ):
         super().__init__()
         recompute_blocks = tuple(recompute_blocks)
-        problems = encoder_problems(
-            img_size,
-            patch_size,
-            embed_dim,
-            depth,
-            n_spectral_blocks,
-            num_heads,
-            window_size,
-            rpe,
-            nglo,
-            recompute_blocks,
-        )
+        sizes = img_size, patch_size, embed_dim, depth, n_spectral_blocks, num_heads
+        problems = encoder_problems(*sizes, window_size, rpe, nglo, recompute_blocks)
         if problems:
             raise ValueError(f"The encoder cannot be built: {'; '.join(problems)}.")
         self.img_size, self.patch_size, self.in_chans, self.time_dim = img_size, patch_size, in_chans, time_dim
@@ -390,7 +389,7 @@ class SuryaEncoder(nn.Module):
                 AttentionBlock(embed_dim, hidden, num_heads, dp_rank, window_size, nglo, rpe, drop_rate)
                 for _ in range(depth - n_spectral_blocks)
             ],
-            Neighbourhood(self.grid, window_size, dp_rank, nglo),
+            Neighbourhood(self.grid, window_size, dp_rank, nglo, rpe),
         )
         self.backbone.recompute_blocks = frozenset(recompute_blocks)
         self.apply(_initialise)
@@ -429,43 +428,24 @@ def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
     if got[1:] == expected:
         return
     channels, frames, side, _ = expected
-    seen = f"The encoder takes ts of shape (B, C, T, H, W) = (B, {channels}, {frames}, {side}, {side}) and got {got}."
-    if len(got) != 5:
-        batch = " If this is one sample, add the batch axis: ts[None]." if got == expected else ""
-        raise ValueError(f"{seen} It has {len(got)} axes where 5 are needed.{batch}")
-    for order in permutations((1, 2, 3, 4)):
-        if tuple(got[i] for i in order) == expected:
-            names = dict(zip(order, "cthw", strict=True))
-            pattern = f"b {' '.join(names[i] for i in (1, 2, 3, 4))} -> b c t h w"
-            raise ValueError(f'{seen} The axes are in another order: use einops.rearrange(ts, "{pattern}").')
-    if got[3] != got[4]:
-        raise ValueError(
-            f"{seen} The image is not square ({got[3]} x {got[4]}); crop or pad it to {side} x {side} first."
-        )
-    hints = []
-    if got[1] != channels:
-        hints.append(f"{got[1]} channels instead of {channels}: data.channels and the encoder's in_chans must agree")
-    if got[2] != frames:
-        hints.append(f"{got[2]} frames instead of {frames}: the input offsets of the data and time_dim must agree")
-    if got[3] != side:
-        hints.append(f"{got[3]} pixels a side instead of {side}: data.reduce must reduce the native side to img_size")
-    raise ValueError(f"{seen} It has {'; '.join(hints)}.")
+    orders = permutations((1, 2, 3, 4)) if len(got) == 5 else ()
+    order = next((order for order in orders if tuple(got[i] for i in order) == expected), None)
+    if order:
+        axes = " ".join("cthw"[order.index(i)] for i in (1, 2, 3, 4))
+        hint = f'The axes are in another order: use einops.rearrange(ts, "b {axes} -> b c t h w").'
+    elif got == expected:
+        hint = "If this is one sample, add the batch axis: ts[None]."
+    elif len(got) != 5:
+        hint = f"It has {len(got)} axes where 5 are needed."
+    else:
+        hint = "C follows from data.channels, T from data.offsets_minutes, H and W from data.native_size / data.reduce."
+    wanted = f"(B, C, T, H, W) = (B, {channels}, {frames}, {side}, {side})"
+    raise ValueError(f"The encoder takes ts of shape {wanted} and got {got}. {hint}")
 
 
 def check_global_tokens(tokens: Tensor | None, batch: int, nglo: int, dim: int) -> None:
     """Raise a ValueError when global tokens are missing, unwanted or of another shape than (1 or batch, nglo, dim)."""
-    if tokens is None and nglo:
-        raise ValueError(
-            f"This encoder was built with nglo={nglo}, so it needs global_tokens of shape (1 or B, {nglo}, {dim}): "
-            'use Specformer1D(pooling="class_token"), or build it with nglo=0.'
-        )
-    if tokens is not None and not nglo:
-        raise ValueError(
-            "This encoder was built with nglo=0 and takes no global_tokens: build it with nglo=1 to use them."
-        )
-    if tokens is not None and (
-        tokens.ndim != 3 or tokens.shape[0] not in (1, batch) or tokens.shape[1:] != (nglo, dim)
-    ):
-        raise ValueError(
-            f"global_tokens must have the shape (1 or {batch}, {nglo}, {dim}) and got {tuple(tokens.shape)}."
-        )
+    got = None if tokens is None else tuple(tokens.shape)
+    if got not in ([(1, nglo, dim), (batch, nglo, dim)] if nglo else [None]):
+        wanted = f"global_tokens of shape (1 or {batch}, {nglo}, {dim})" if nglo else "no global_tokens"
+        raise ValueError(f"This encoder was built with nglo={nglo} and takes {wanted}; it got {got}.")
