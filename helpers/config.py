@@ -40,7 +40,7 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of targ
         "metric": ("rmse", "mae", "r2", "rrse", "tss", "hss"),
         "figure": ("scatter",),
     },
-    "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("mask", "image")},
+    "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("image",)},
     "image": {
         "loss": ("mse", "mae", "huber"),
         "metric": ("rmse", "mae", "correlation", "ssim"),

@@ -82,7 +82,7 @@ def test_the_range_test_covers_its_rates_finds_the_blow_up_and_puts_the_weights_
     assert table["lr"][0] == pytest.approx(1e-4) and len(table) < 120  # stopped when it blew up
     np.testing.assert_allclose(table["lr"][1:].values / table["lr"][:-1].values, 1e6 ** (1 / 119))
     assert torch.equal(model.weight, torch.zeros(1, 1))
-    assert 1e-3 < diagnostics.suggest_lr(table) < table["lr"].iloc[-1] / 10
+    assert 1e-2 < table["lr"][table["smoothed"].idxmin()] < table["lr"].iloc[-1]
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -28,6 +28,7 @@ NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if not 
 TOP_LEVEL = {
     "README.md", "Makefile", "config.yaml", "environment.yml", "pyproject.toml", "notebooks", "helpers", "tests",
     "LICENSE", "requirements.lock", ".gitattributes", ".gitignore", ".ci",
+    "CONTRIBUTING.md",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Figures with what a reader needs on them, and where a model looks."""
+"""Figures with what a reader needs on them."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +10,8 @@ import torch
 from matplotlib import pyplot as plt
 
 from helpers.analysis import plots
-from helpers.analysis.diagnostics import input_sensitivity, trace_shapes
-from helpers.channels import CHANNELS, denormalise, load_scalers
+from helpers.analysis.diagnostics import trace_shapes
+from helpers.channels import CHANNELS, denormalise
 from helpers.config import load_config
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
@@ -95,15 +95,6 @@ def test_labels_are_shown_by_split_with_the_threshold(cfg, found):
     assert list(line.lines[3].get_ydata()) == [500, 500]
 
 
-def test_labels_without_unit_or_threshold(cfg, found):
-    plain = load_config(
-        cfg.root / "config.yaml", {"target.unit": "", "target.name": "x", "target.event_threshold": None}
-    )
-    figure = plots.plot_labels({"train": pd.DataFrame(found["baseline"].target.numpy(), TIMES)}, plain)
-    drawn(figure)
-    assert figure.axes[0].get_ylabel() == "x" and len(figure.axes[0].lines) == 1
-
-
 def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
     rows = [
         {"epoch": i, "lr": 0.1 / (i + 1), "train_loss": 1 / (i + 0.5), "val_loss": 1 / (i + 1)}
@@ -146,58 +137,10 @@ def test_series_have_the_truth_and_one_line_a_model(cfg, found):
     assert axis.get_ylabel() == "solar-wind speed [km/s]"
 
 
-def test_the_sensitivity_map_shows_the_channel_that_counts_most():
-    channels = ["aia94", "hmi_m", "aia171"]
-    sensitivity = (
-        torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 3, 2])[:, None, None]
-    )
-    figure = plots.plot_sensitivity(np.ones((3, 16, 16)), channels, sensitivity)
-    drawn(figure)
-    left, right, bars, _ = figure.axes
-    assert left.get_title().startswith("hmi_m")
-    overlay = right.images[1]
-    assert overlay.get_array().shape == (4, 4) and overlay.get_array().mean() == pytest.approx(1)
-    assert tuple(overlay.get_extent()) == tuple(right.images[0].get_extent())  # laid over the very image
-    widths = [bar.get_width() for bar in bars.patches]
-    assert sum(widths) == pytest.approx(1) and np.argmax(widths) == 1
-    assert [text.get_text() for text in bars.get_yticklabels()] == channels
-
-
 # ---------------------------------------------------------------------------------------------------- diagnostics
 def batch(samples: int = 3) -> dict:
     generator = torch.Generator().manual_seed(0)
     return {"ts": torch.randn(samples, 2, 2, 16, 16, generator=generator), "timestamp": ["t"] * samples}
-
-
-def test_a_line_on_the_means_looks_everywhere_alike():
-    model, inputs = LinearBaseline1D(2, 2, 2), batch()
-    model.head.weight.data = torch.tensor([[1.0, 2.0, 0.5, 0.0], [0, 0, 0, 4.0]])
-    found = input_sensitivity(model, inputs, patch_size=4)
-    assert found.shape == (3, 2, 4, 4)
-    expected = torch.tensor([1.5, 0.25]) / 256  # mean over the two frames of |weight|, spread over 16 x 16 pixels
-    torch.testing.assert_close(found, expected[:, None, None].expand(3, 2, 4, 4))
-    second = input_sensitivity(model, inputs, patch_size=8, output=1)
-    torch.testing.assert_close(second, (torch.tensor([0, 2.0]) / 256)[:, None, None].expand(3, 2, 2, 2))
-
-
-def test_a_transformer_looks_at_places_and_samples_do_not_mix():
-    torch.manual_seed(0)
-    encoder = SuryaEncoder(
-        img_size=16, patch_size=4, in_chans=2, time_dim=2, embed_dim=16, depth=2, n_spectral_blocks=1, num_heads=2
-    )
-    model, inputs = Specformer1D(encoder, pooling="max").train(), batch()
-    found = input_sensitivity(model, inputs, patch_size=4)
-    spread = found.std((2, 3)) / found.mean((2, 3))
-    assert found.shape == (3, 2, 4, 4) and (spread > 0.05).all() and (found >= 0).all()
-    torch.testing.assert_close(found[1:2], input_sensitivity(model, {"ts": inputs["ts"][1:2]}, patch_size=4))
-    assert inputs["ts"].grad is None and not inputs["ts"].requires_grad
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_frozen_models_can_be_looked_into():
-    model = LinearBaseline1D(2, 1, 2).requires_grad_(False)
-    model.head.weight.fill_(1.0)
-    assert input_sensitivity(model, batch(), patch_size=16).sum() > 0
 
 
 def test_the_way_through_a_model_is_measured_not_assumed():
@@ -227,11 +170,11 @@ def image_predictions(cfg, size: int = 32) -> ImagePredictions:
     """Three examples whose truth is a square and whose prediction lies two pixels beside it."""
     truth, said = (torch.zeros(cfg.num_outputs, size, size) for _ in range(2))
     truth[:, 8:16, 8:20], said[:, 10:18, 8:20] = 1, 0.9
-    loaders = SimpleNamespace(target_span=1.0)
-    collector = make_task(cfg, loaders).collector([str(k) for k in range(3)])
+    times = [str(k) for k in range(3)]
+    collector = make_task(cfg, SimpleNamespace(target_span=1.0)).collector(times)
     ts = torch.randn(1, len(cfg.data.channels), 2, size, size, generator=torch.Generator().manual_seed(0))
-    for k in range(3):
-        collector.add(said[None], truth[None], {"timestamp": [str(k)], "ts": ts})
+    for time in times:
+        collector.add(said[None], truth[None], {"timestamp": [time], "ts": ts})
     return collector.predictions()
 
 
@@ -241,7 +184,7 @@ def test_masks_are_drawn_with_both_outlines_and_what_is_wrong(tmp_path):
     figure = plots.plot_predictions({"train": p, "test": p}, cfg)
     drawn(figure)
     panels = [axis for axis in figure.axes if axis.images and axis.get_title()]
-    assert len(panels) == 3 * 4 and figure.get_suptitle().startswith("test: iou 0.60")
+    assert len(panels) == len(p.examples) * 4 and figure.get_suptitle().startswith("test: iou 0.60")
     assert len(panels[0].collections) == 2 and "truth cyan, prediction red" in panels[0].get_title()
     error = np.asarray(panels[3].images[0].get_array())
     assert (error == -1).sum() == (error == 1).sum() == 2 * 12  # missed two rows, two too many
@@ -256,10 +199,9 @@ def test_images_are_drawn_in_physical_units_with_their_own_colours(tmp_path):
     assert [axis.get_title().split(":")[0] for axis in panels[:3]] == ["input", "truth", "prediction"]
     truth, said = panels[1].images[0], panels[2].images[0]
     assert truth.get_clim() == said.get_clim() and truth.get_cmap().name == "hmimag"
-    gauss = float(denormalise(torch.ones(1), load_scalers()["hmi_m"]))
-    assert np.asarray(truth.get_array()).max() == pytest.approx(gauss, rel=1e-5) and panels[3].get_title().endswith(
-        " G"
-    )
+    gauss = float(denormalise(torch.ones(1), cfg.scalers["hmi_m"]))
+    assert np.asarray(truth.get_array()).max() == pytest.approx(gauss, rel=1e-5)
+    assert panels[3].get_title().endswith(" G")
 
 
 def test_a_forecast_shows_a_few_channels_of_one_example(tmp_path):
@@ -277,26 +219,28 @@ def test_trust_in_masks_is_their_reliability_and_the_score_at_every_threshold(tm
     drawn(figure)
     reliable, score = figure.axes
     x, y = reliable.lines[0].get_data()
-    assert len(x) == 2 and y[-1] == pytest.approx(72 / 96)  # of 96 pixels said at 0.9, 72 are inside
+    # of 96 pixels said at 0.9, 72 are inside; values are known to a fiftieth
+    assert len(x) == 2 and y[-1] == pytest.approx(72 / 96, abs=0.02)
     iou = score.lines[0]
     assert np.interp(0.5, iou.get_xdata(), iou.get_ydata()) == pytest.approx(p.values["iou"])
-    dice = score.lines[1]
-    assert np.interp(0.5, dice.get_xdata(), dice.get_ydata()) == pytest.approx(p.values["dice"])
 
 
 def test_trust_in_numbers_and_images(cfg, found, tmp_path):
     figure = plots.plot_trust(found, cfg)
     drawn(figure)
     reliable, score = figure.axes
-    assert score.get_ylabel() == "tss" and len(reliable.lines[0].get_xdata()) == 8
-    tried, scores = score.lines[0].get_data()
+    said, true = reliable.lines[0].get_data()
+    assert len(said) == 8 and score.get_ylabel() == "tss"
     prediction, target = found["baseline"].prediction[:, 0], found["baseline"].target[:, 0]
+    lowest = prediction.argsort()[:3]
+    assert (said[0], true[0]) == pytest.approx((prediction[lowest].mean().item(), target[lowest].mean().item()))
+    tried, scores = score.lines[0].get_data()
     hits, alarms = (prediction >= tried[30])[target >= 500], (prediction >= tried[30])[target < 500]
     assert scores[30] == pytest.approx(hits.double().mean() - alarms.double().mean())
     translation = image_task(tmp_path, "translation")
     figure = plots.plot_trust({"val": image_predictions(translation)}, translation)
     drawn(figure)
-    assert figure.axes[0].get_xscale() == "asinh" and figure.axes[0].get_title() == "val"
+    assert len(figure.axes) == 1 and figure.axes[0].get_xscale() == "asinh"
 
 
 def test_the_series_of_images_is_the_first_metric_of_each(tmp_path):
@@ -317,3 +261,22 @@ def test_a_sample_is_shown_with_what_is_to_be_predicted(tmp_path, task, panels):
     drawn(figure)
     assert len([axis for axis in figure.axes if axis.images]) == panels
     assert ("to predict: -5.25 (log10 X-ray flux" in figure.get_suptitle()) is (task == "flare")
+
+
+def test_the_three_spaces_share_their_colours_and_zero_is_the_middle(cfg):
+    image = np.random.default_rng(0).normal(5, 100, (16, 16)).astype(np.float32)
+    figure = plots.plot_three_spaces({"hmi_m": image, "aia94": np.abs(image)}, cfg.scalers)
+    drawn(figure)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert len(panels) == 6 and panels[0].get_title() == "hmi_m, physical"
+    for axis, zero in zip(panels[:3], (0, 0, cfg.scalers["hmi_m"]), strict=True):
+        low, high = axis.images[0].get_clim()
+        middle = 0 if zero == 0 else -zero.mean / (zero.std + zero.epsilon)
+        assert (low + high) / 2 == pytest.approx(middle, abs=1e-3)
+
+
+def test_errors_are_symmetric_about_zero():
+    figure = plots.plot_errors({"one": torch.linspace(-1, 3, 64).view(8, 8), "none": torch.zeros(8, 8)}, "G")
+    drawn(figure)
+    low, high = figure.axes[0].images[0].get_clim()
+    assert low == -high and high == pytest.approx(3, rel=0.05)

@@ -20,6 +20,7 @@ from frame_files import write_netcdf
 from matplotlib import pyplot as plt
 from sunpy.data.test import get_test_filepath
 
+from helpers.analysis.comparison import compare_runs
 from helpers.channels import CHANNELS, load_scalers, normalise
 from helpers.config import load_config
 from helpers.data.dataset import make_loaders
@@ -33,7 +34,7 @@ from helpers.shared import find_weights
 from helpers.training.loop import fit, predict, seed_everything
 from helpers.training.references import reference_predictions
 from helpers.training.tasks import metrics_table
-from helpers.training.tracking import compare_runs, list_runs, start_run
+from helpers.training.tracking import list_runs, start_run
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"

@@ -20,6 +20,7 @@ from helpers.training.tasks import TASKS, ImagePredictions, Predictions, metrics
 from helpers.training.tracking import list_runs
 
 SAMPLES = "training samples"
+DATA = ("data.", "labels.", "target.", "split.", "synthetic.")
 
 
 def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -33,29 +34,85 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
     return runs
 
 
+def finished_runs(cfg: Config) -> pd.DataFrame:
+    """The finished runs of this task and profile, oldest first; a run without a readable config.yaml is named.
+
+    Returns:
+        `list_runs` with the column `settings`, the configuration of each run as a dict.
+    """
+    table = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
+    settings = []
+    for folder in table["folder"]:
+        try:
+            settings.append(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            print(f"Left out: {folder}, whose config.yaml cannot be read ({type(error).__name__}).")
+            settings.append(None)
+    table = table.assign(settings=pd.Series(settings, dtype=object))
+    return table[table["settings"].map(lambda found: isinstance(found, dict)).astype(bool)]
+
+
 def comparable_runs(configs: Mapping[str, Config]) -> pd.DataFrame:
     """The finished runs with the settings of `configs` (one for each experiment), oldest first; the newest of a seed.
 
     Returns:
-        `list_runs` with the columns `seed` and `max_train_samples`.
+        `list_runs` with the columns `seed` and `max_train_samples` (0: all).
     """
-    cfg, rows = next(iter(configs.values())), []
-    wanted = {name: settings_that_matter(c, "compare") for name, c in configs.items()}
-    table = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
-    trained = table[table[SAMPLES].notna()] if SAMPLES in table else table[:0]  # runs of the notebooks lack the costs
-    for row in trained.to_dict("records"):
-        there = yaml.safe_load((Path(row["folder"]) / "config.yaml").read_text(encoding="utf-8"))
-        if settings_that_matter(there, "compare") == wanted.get(row["experiment"]):
-            rows.append({**row, "seed": there["seed"], "max_train_samples": there["training"]["max_train_samples"]})
-    columns = [*table.columns, "seed", "max_train_samples"]
-    return pd.DataFrame(rows, columns=columns).drop_duplicates(["experiment", "seed", "max_train_samples"], keep="last")
+    table = finished_runs(next(iter(configs.values())))
+    # the runs of the notebooks do not note what they cost
+    table = table[table[SAMPLES].notna()] if SAMPLES in table else table[:0]
+    wanted = {experiment: settings_that_matter(cfg, "compare") for experiment, cfg in configs.items()}
+    same = [
+        settings_that_matter(settings, "compare") == wanted.get(experiment)
+        for settings, experiment in zip(table["settings"], table["experiment"], strict=True)
+    ]
+    table = table[same]
+    table["seed"] = [settings["seed"] for settings in table["settings"]]
+    table["max_train_samples"] = [settings["training"]["max_train_samples"] or 0 for settings in table["settings"]]
+    return table.drop_duplicates(["experiment", "seed", "max_train_samples"], keep="last")
 
 
 def contains(runs: pd.DataFrame, cfg: Config) -> bool:
     """Whether a run with the seed and number of training samples of `cfg` is among them."""
-    wanted = (cfg.seed, cfg.training.max_train_samples)
-    there = zip(runs["seed"], runs["max_train_samples"], strict=True)
-    return wanted in {(seed, None if pd.isna(samples) else int(samples)) for seed, samples in there}
+    same_samples = runs["max_train_samples"] == (cfg.training.max_train_samples or 0)
+    return bool((same_samples & (runs["seed"] == cfg.seed)).any())
+
+
+def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
+    """The latest finished run of each experiment on the very data of `cfg`, for a fair comparison.
+
+    Data, labels, target and split must be equal; how the model is built and trained may differ. Runs that were tested
+    on other samples than the latest one, although their settings are equal, are named and left out.
+
+    Returns:
+        The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
+    """
+    table = finished_runs(cfg)
+    latest = table[[_data(settings) == _data(cfg) for settings in table["settings"]]].groupby("experiment").tail(1)
+    found = {}
+    for run in latest.sort_values("finished", ascending=False).to_dict("records"):
+        if not (run["folder"] / "predictions_test.csv").exists():
+            continue
+        predictions = test_predictions(run["folder"], cfg)
+        if all(predictions.same_samples(newest) for newest in found.values()):
+            found[run["experiment"]] = predictions
+        else:
+            print(f"Not compared: {run['name']}, tested on other frames or labels than the latest run. Run it again.")
+            latest = latest[latest["name"] != run["name"]]
+    metrics = latest.sort_values("experiment").filter(like="test_").astype(float).round(3)
+    metrics.index = [
+        f"{run['experiment']} ({run['name']})" for run in latest.sort_values("experiment").to_dict("records")
+    ]
+    return metrics.T, dict(sorted(found.items()))
+
+
+def _data(settings: Config | dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(DATA)}
+
+
+def test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePredictions:
+    """What a run said of the test split."""
+    return TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))
 
 
 def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
@@ -118,29 +175,25 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
     sign = 1 if metrics_of(cfg)[key].higher_is_better else -1
     pairs = []
     for _, group in runs.groupby("seed"):
-        found = {row["experiment"]: _test_predictions(row["folder"], cfg) for row in group.to_dict("records")}
-        if {"baseline", "finetune"} <= set(found):
-            pairs.append((found["baseline"], found["finetune"]))
+        folders = dict(zip(group["experiment"], group["folder"], strict=True))
+        if {"baseline", "finetune"} <= set(folders):
+            pairs.append([test_predictions(folders[experiment], cfg) for experiment in ("baseline", "finetune")])
     if not pairs:
         raise ValueError("No seed has a finished run of both baseline and finetune with these settings.")
     if not all(p.same_samples(pairs[0][0]) for pair in pairs for p in pair):
         raise ValueError("The runs were tested on different samples; delete the old ones, or train them again.")
-    days = pd.Series(pairs[0][0].timestamps).str[:10].to_numpy()
-    rows = [np.flatnonzero(days == day) for day in dict.fromkeys(days)]
+    days = pd.Series(pairs[0][0].timestamps).str[:10]
+    rows = list(days.groupby(days).indices.values())
 
     def gains(chosen: np.ndarray) -> list[float]:
-        return [sign * (b.score(key, chosen, cfg) - a.score(key, chosen, cfg)) for a, b in pairs]
+        return [
+            sign * (finetune.score(key, chosen, cfg) - baseline.score(key, chosen, cfg)) for baseline, finetune in pairs
+        ]
 
     rng = np.random.default_rng(cfg.seed)
-    draws = []
-    for _ in range(cfg.compare.draws):
-        chosen = np.concatenate([rows[i] for i in rng.integers(len(rows), size=len(rows))])
-        draws.append(np.mean(gains(chosen)))
-    each = gains(np.arange(len(days)))
+    drawn = (rng.integers(len(rows), size=len(rows)) for _ in range(cfg.compare.draws))
+    draws = [np.mean(gains(np.concatenate([rows[day] for day in chosen]))) for chosen in drawn]
     low, high = np.nanquantile(draws, [0.025, 0.975])
+    each = gains(np.arange(len(days)))
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
     return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread)
-
-
-def _test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePredictions:
-    return TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))

@@ -1,4 +1,4 @@
-"""Looking into a model, what its input becomes and what moves its output; and into its training, curve by curve."""
+"""Looking into a model, what its input becomes on the way; and into its training, curve by curve."""
 
 from __future__ import annotations
 
@@ -10,34 +10,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from einops import reduce
 from torch import Tensor, nn
 
 from helpers.config import Config
 from helpers.data.dataset import Loaders
-from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
+from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import parameter_groups
 from helpers.training.tasks import make_task
-
-
-def input_sensitivity(model: nn.Module, batch: Mapping[str, Any], patch_size: int, output: int = 0) -> Tensor:
-    """How strongly each patch and channel moves the prediction: mean |d output / d input| over pixels and frames.
-
-    Args:
-        model: takes the batch dict, returns (B, K) or (B, C, H, W).
-        batch: `ts` (B, C, T, H, W), normalised.
-        patch_size: side of the squares to average over, in pixels.
-        output: which of the K outputs, or of the C channels (of an image, all pixels together).
-
-    Returns:
-        (B, C, H / patch_size, W / patch_size), in standardised target units per normalised input unit.
-    """
-    ts = batch["ts"].detach().to(next(model.parameters()).device, copy=True).requires_grad_()
-    model.eval()
-    prediction = model({**batch, "ts": ts})[:, output].sum()  # samples do not mix, so the sum keeps them apart
-    (gradient,) = torch.autograd.grad(prediction, ts)
-    return reduce(gradient.abs(), "b c t (gy y) (gx x) -> b c gy gx", "mean", y=patch_size, x=patch_size).cpu()
 
 
 def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
@@ -50,46 +30,52 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
     Returns:
         One row a stage: `shape`, what happens there (as an einops pattern where axes move), and `numbers` a sample.
     """
-    rows: list[tuple[str, Tensor, str]] = [("pixels", batch["ts"], "(b c t h w)")]
+    found: dict[str, tuple[Tensor, str]] = {"pixels": (batch["ts"], "(b c t h w)")}
 
-    def note(name: str, how: str) -> Any:
-        return lambda _, inputs, output: rows.append((name, inputs[0] if name == "features" else output, how))
+    def note(name: str, how: str, features: bool) -> Any:
+        return lambda _, inputs, output: found.update({name: (inputs[0] if features else output, how)})
 
-    hooks = [module.register_forward_hook(note(name, how)) for name, module, how in _stages(model)]
+    hooks = [
+        module.register_forward_hook(note(name, how, features=name == "features"))
+        for name, module, how in _stages(model)
+    ]
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             output = model(batch)
-            rows.append(("output", output, "(b k)" if output.ndim == 2 else "(b c h w)"))
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    table = {name: (tuple(x.shape), how, x[0].numel()) for name, x, how in rows}
+    found["output"] = output, "(b k)" if output.ndim == 2 else "(b c h w)"
+    table = {name: (tuple(x.shape), how, x[0].numel()) for name, (x, how) in found.items()}
     return pd.DataFrame.from_dict(table, orient="index", columns=["shape", "how", "numbers a sample"])
 
 
 def _stages(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Modules of a model whose outputs are worth a row: name, module, and how its output comes about."""
-    encoder = getattr(model, "encoder", None)
-    if encoder is None:
-        means = "b c t h w -> b (c t), the mean over h and w"
-        how = means if isinstance(model, LinearBaseline1D) else "b c t h w -> b h w (c t)"
-        return [("features", model.head, how)]  # the input of its only layer
+    # the features are the input of a baseline's only layer
+    if isinstance(model, LinearBaseline1D):
+        return [("features", model.head, "b c t h w -> b (c t), the mean over h and w")]
+    if isinstance(model, LinearBaseline2D):
+        return [("features", model.head, "b c t h w -> b h w (c t)")]
+    encoder = model.encoder
     p, grid, blocks = encoder.patch_size, encoder.grid, encoder.backbone
     cut = f"b c t (gy {p}) (gx {p}) -> b (gy gx) (c t {p} {p}), then a linear map to d"
-    stages = [("patches", encoder.embedding.patch_embed.proj, cut)]
-    stages.append(("tokens", encoder.embedding, f"+ position on the {grid} x {grid} grid"))
-    if len(blocks.blocks_spectral_gating):
-        how = f"b (gy gx) d -> b gy gx d, Fourier filter, and back; {len(blocks.blocks_spectral_gating)} blocks"
+    stages = [
+        ("patches", encoder.embedding.patch_embed.proj, cut),
+        ("tokens", encoder.embedding, f"+ position on the {grid} x {grid} grid"),
+    ]
+    if spectral := len(blocks.blocks_spectral_gating):
+        how = f"b (gy gx) d -> b gy gx d, Fourier filter, and back; {spectral} blocks"
         stages.append(("spectral blocks", blocks.blocks_spectral_gating[-1], how))
     stages.append(("attention blocks", encoder, f"long-short attention; {len(blocks.blocks_attention)} blocks"))
     if isinstance(model, Specformer2D):
         u = model.unembed.unembed[0].upscale
         how = f"a linear map to (c {u} {u}), then b (gy gx) (c {u} {u}) -> b c (gy {u}) (gx {u})"
         stages.append(("decoder", model.unembed.unembed[0], how))
-    elif isinstance(model, Specformer1D):
+    if isinstance(model, Specformer1D):
         stages.append((f"{model.pooling} pooling", model.pool, "b l d -> b d"))
     return stages
 
@@ -109,31 +95,29 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     """
     accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    first, last = cfg.diagnostics.range_lrs
+    (first, last), steps = cfg.diagnostics.range_lrs, cfg.diagnostics.range_steps
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
-    train, rows, mean = accelerator.prepare(loaders.train), [], 0.0
+    rows, mean, lowest = [], 0.0, math.inf
     model.to(accelerator.device).train()
-    batches = chain.from_iterable(repeat(train))
-    for step, batch in enumerate(islice(batches, cfg.diagnostics.range_steps)):
-        lr = first * (last / first) ** (step / max(1, cfg.diagnostics.range_steps - 1))
+    batches = chain.from_iterable(repeat(accelerator.prepare(loaders.train)))
+    for step, batch in enumerate(islice(batches, steps)):
+        lr = first * (last / first) ** (step / max(1, steps - 1))
         for group in optimizer.param_groups:
             group["lr"] = lr
         with accelerator.autocast():
             loss = task.loss(model(batch), batch["target"])
         mean = 0.9 * mean + 0.1 * loss.item()
-        rows.append({"lr": lr, "loss": loss.item(), "smoothed": mean / (1 - 0.9 ** (step + 1))})
-        if not rows[-1]["smoothed"] <= 4 * min(row["smoothed"] for row in rows):  # NaN, too
+        smoothed = mean / (1 - 0.9 ** (step + 1))
+        lowest = min(lowest, smoothed)
+        rows.append({"lr": lr, "loss": loss.item(), "smoothed": smoothed})
+        # not larger: a loss that is not a number ends the test, too
+        if not smoothed <= 4 * lowest:
             break
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     model.load_state_dict(before, strict=False)
     return pd.DataFrame(rows)
-
-
-def suggest_lr(table: pd.DataFrame) -> float:
-    """A tenth of the rate at which the smoothed loss of a `range_test` was lowest: there it was about to blow up."""
-    return float(table["lr"][table["smoothed"].idxmin()] / 10)
 
 
 @dataclass(frozen=True)
@@ -169,17 +153,23 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     """
     limits = cfg.diagnostics
     train, val = (table[name] / table[name].iloc[0] for name in ("train_loss", "val_loss"))
-    rise = math.inf if diverged else train.max()
-    jumps = train.iloc[1:].diff().clip(lower=0).mean() if len(train) > 2 else 0.0
-    fall = 1 - train.iloc[-2:].mean()
-    turn = val.iloc[-2:].mean() - val.min()
-    rules = [  # number, limit, whether it is beyond, word, advice
-        ("rise", rise, limits.diverged, rise > limits.diverged, "diverged", "Divide training.lr by ten."),
-        ("jumps", jumps, limits.erratic, jumps > limits.erratic, "too large (erratic)", "Divide training.lr by three."),
-        ("fall", fall, limits.flat, fall < limits.flat, "too small (flat)", "Triple training.lr, or train longer."),
-        ("turn", turn, limits.overfitting, turn > limits.overfitting, "overfitting",
-         "Keep the best epoch; raise lora.dropout or weight_decay, lower lora.rank, or get more samples."),
-    ]  # fmt: skip
-    numbers = {name: (float(value), limit) for name, value, limit, _, _, _ in rules}
-    word, advice = next(((w, a) for *_, beyond, w, a in rules if beyond), ("healthy", "Nothing to mend."))
-    return Verdict(word, numbers, advice)
+    rise = math.inf if diverged else float(train.max())
+    jumps = float(train.iloc[1:].diff().clip(lower=0).mean()) if len(train) > 2 else 0.0
+    fall = float(1 - train.iloc[-2:].mean())
+    turn = float(val.iloc[-2:].mean() - val.min())
+    if rise > limits.diverged:
+        word, advice = "diverged", "Divide training.lr by ten."
+    elif jumps > limits.erratic:
+        word, advice = "too large (erratic)", "Divide training.lr by three."
+    elif fall < limits.flat:
+        word, advice = "too small (flat)", "Triple training.lr, or train longer."
+    elif turn > limits.overfitting:
+        word, advice = (
+            "overfitting",
+            "Keep the best epoch; raise lora.dropout or weight_decay, lower lora.rank, or get more samples.",
+        )
+    else:
+        word, advice = "healthy", "Nothing to mend."
+    limited = {"rise": limits.diverged, "jumps": limits.erratic, "fall": limits.flat, "turn": limits.overfitting}
+    values = {"rise": rise, "jumps": jumps, "fall": fall, "turn": turn}
+    return Verdict(word, {name: (values[name], limit) for name, limit in limited.items()}, advice)

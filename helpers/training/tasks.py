@@ -303,8 +303,6 @@ class ImageTask(Task):
 class MaskTask(ImageTask):
     """Masks, (B, 1, H, W): learned as log-odds beyond the share of pixels inside, judged as probabilities."""
 
-    figure = "mask"
-
     @cached_property
     def share(self) -> float:
         """Of the training pixels that are inside."""

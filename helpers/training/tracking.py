@@ -24,9 +24,8 @@ from urllib.parse import urlparse
 import pandas as pd
 import yaml
 
-from helpers.config import Config, settings_that_matter
+from helpers.config import Config
 from helpers.shared import atomic_write
-from helpers.training.tasks import TASKS, ImagePredictions, Predictions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -210,41 +209,6 @@ def sync_command(runs: str | Path) -> str:
     if not found:
         return f"No run in {runs} waits for an upload."
     return f"wandb sync {Path(runs)}/*/wandb/offline-run-*   # {len(found)} runs"
-
-
-def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
-    """The latest finished run of each experiment on the very data of `cfg`, for a fair comparison.
-
-    Two runs are comparable when task, profile, labels, target, split and input channels are equal; how the model is
-    built and trained may differ.
-
-    Returns:
-        The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
-    """
-    table = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
-    same = [yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) for folder in table["folder"]]
-    table = table[[_data(other) == _data(cfg) for other in same]]
-    latest = table.groupby("experiment").tail(1).set_index("experiment")
-    files = {name: folder / "predictions_test.csv" for name, folder in latest["folder"].items()}
-    found = {
-        name: TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(file))
-        for name, file in files.items()
-        if file.exists()
-    }
-    newest = found.get(latest["finished"].astype(str).idxmax()) if len(latest) else None
-    other = [name for name, p in found.items() if newest is not None and not p.same_samples(newest)]
-    if other:
-        print(f"Not compared: {', '.join(other)}, tested on other frames or labels than the latest run. Run it again.")
-    latest, found = latest.drop(other), {name: p for name, p in found.items() if name not in other}
-    metrics = latest.filter(like="test_").astype(float).round(3)
-    metrics.index = [f"{name} ({latest['name'][name]})" for name in metrics.index]
-    return metrics.T, found
-
-
-def _data(settings: Config | dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for two runs to be comparable."""
-    wanted = ("data.", "labels.", "target.", "split.", "synthetic.")
-    return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(wanted)}
 
 
 def _now() -> str:
