@@ -3,7 +3,14 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab test bench cache update new-notebook lint lock clean
+.PHONY: help env run-notebook lab test test-fast test-notebooks bench cache update new-notebook lint lock clean
+
+# Variables of the command line: one that no target knows would be lost without a word.
+KNOWN := NB TASK PROFILE P FROM NAME ARGS B PYTHON
+$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(KNOWN),$(name)),, \
+	$(error No target knows '$(name)'; there are $(KNOWN). Settings go into one P, in quotes: P="training.lr=1e-3 seed=2"))))
+# These reach the recipes through the environment, word for word: neither make nor the shell looks for $ in them.
+$(foreach name,NB TASK PROFILE P FROM NAME,$(eval override export $(name) := $$(value $(name))))
 
 # The first of these that runs and can make an environment; choose another with `make PYTHON=/path/to/python3.12 ...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -17,10 +24,11 @@ ACTIVE := $(shell for folder in "$$VIRTUAL_ENV" "$$CONDA_PREFIX"; do \
 		&& ! "$$folder/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' && continue; \
 	echo "$$folder"; break; done)
 PY := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
+PARALLEL := -n 2 --dist loadgroup
 
 help:  ## what there is (this list)
 	@echo "make TARGET, where TARGET is one of:"
-	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-13s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-15s %s\n", $$1, $$2 }'
 
 env:  ## install what the course needs, once (every target below does this by itself)
 ifeq ($(ACTIVE),)
@@ -28,19 +36,25 @@ ifeq ($(ACTIVE),)
 		"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 			echo "This course needs Python 3.11 or newer with its venv module; '$(PYTHON)' is none."; \
 			echo "Install one, or name yours: make PYTHON=/path/to/python3.12 env"; exit 1; }; \
-		echo "Making .venv with $$("$(PYTHON)" --version) ..."; "$(PYTHON)" -m venv --clear .venv; }
+		"$(PYTHON)" -P helpers/tools/environment.py .venv; }
 endif
 	@"$(PY)" -P helpers/tools/environment.py
 
 run-notebook: env  ## run NB=finetune from top to bottom [TASK=..] [PROFILE=..] [P="training.lr=1e-3 seed=1"]
-	@"$(PY)" -m helpers.tools.run_notebook $(if $(NB),"$(NB)") $(if $(TASK),--task "$(TASK)") \
-		$(if $(PROFILE),--profile "$(PROFILE)") --parameters "$$P"
+	@"$(PY)" -m helpers.tools.run_notebook "$$NB" $(if $(TASK),--task "$$TASK") \
+		$(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 
 lab: env  ## open JupyterLab on the same environment
 	@JUPYTER_PREFER_ENV_PATH=1 "$(PY)" -m jupyterlab --ServerApp.root_dir=. $(ARGS)
 
-test: env  ## run the tests [ARGS="tests/test_lora.py -k merge"]
-	@"$(PY)" -m pytest -n 2 --dist worksteal $(ARGS)
+test: env  ## run the tests but those of whole notebooks, 6 minutes [ARGS="tests/test_lora.py -k merge"]
+	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook" $(ARGS)
+
+test-fast: env  ## run the tests that take no time
+	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook and not slow" $(ARGS)
+
+test-notebooks: env  ## run every notebook with every kind of task, 40 minutes
+	@"$(PY)" -m pytest $(PARALLEL) -m notebook $(ARGS)
 
 bench: env  ## measure the speed, one table (8 minutes); B=list names other benchmarks, B=name runs one [ARGS=..]
 ifeq ($(B),list)
@@ -52,13 +66,13 @@ else
 endif
 
 cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]
-	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$(TASK)") $(if $(PROFILE),--profile "$(PROFILE)") $(ARGS)
+	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") $(ARGS)
 
 update: env  ## merge the template's news into your branch [FROM=origin, a git remote]
-	@"$(PY)" -m helpers.tools.update $(if $(FROM),"$(FROM)")
+	@"$(PY)" -m helpers.tools.update "$${FROM:-origin}"
 
 new-notebook: env  ## copy a notebook to one of your own: FROM=finetune NAME=my_ribbons
-	@"$(PY)" -m helpers.tools.new_notebook "$(or $(FROM),finetune)" "$(NAME)"
+	@"$(PY)" -m helpers.tools.new_notebook "$${FROM:-finetune}" "$$NAME"
 
 lint: env  ## check style and format
 	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .

@@ -1,14 +1,17 @@
 """The house: requirements, lock, Makefile, notebooks and layout agree with each other."""
 
+import ast
 import difflib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 import tomllib
+from graphlib import TopologicalSorter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -27,8 +30,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if not path.name.startswith("my_"))
 TOP_LEVEL = {
     "README.md", "Makefile", "config.yaml", "environment.yml", "pyproject.toml", "notebooks", "helpers", "tests",
-    "LICENSE", "requirements.lock", ".gitattributes", ".gitignore", ".ci",
-    "CONTRIBUTING.md",
+    "LICENSE", "CONTRIBUTING.md", "requirements.lock", ".gitattributes", ".gitignore", ".ci", ".github",
 }  # fmt: skip
 
 
@@ -104,8 +106,8 @@ def test_the_installation_is_done_once_and_again_when_requirements_change(tmp_pa
 @pytest.mark.parametrize(
     "own, torch, pins, told",
     [
-        (True, "2.13.0+cpu", ["-r", "requirements.lock"], "exact versions of requirements.lock"),
-        (False, None, ["-r", "requirements.lock"], "exact versions of requirements.lock"),
+        (True, "2.13.0+cpu", ["-r", "requirements.lock"], "requirements.lock"),
+        (False, None, ["-r", "requirements.lock"], "requirements.lock"),
         (False, "2.9.1+cu128", ["torch==2.9.1+cu128"], "its torch 2.9.1+cu128 stays"),
     ],
 )
@@ -143,6 +145,19 @@ def test_a_laptops_bare_conda_base_is_left_alone(make, tmp_path):
     assert '".venv/bin/python" -m jupyterlab' in dry
     dry = make("-n", "lab", CONDA_DEFAULT_ENV="hub", **conda).stdout
     assert f'"{base}/python" -m jupyterlab' in dry
+
+
+@pytest.mark.slow
+def test_of_two_at_once_the_second_waits(tmp_path):
+    """Two calls of `make env` in one folder: one makes .venv, the other finds it whole."""
+    (tmp_path / "helpers" / "tools").mkdir(parents=True)
+    script = Path(shutil.copy(environment.__file__, tmp_path / "helpers" / "tools"))
+    (tmp_path / "pyproject.toml").touch()
+    words = [sys.executable, "-P", script, ".venv"]
+    calls = [subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    said = "".join(call.communicate()[0] for call in calls)
+    assert [call.returncode for call in calls] == [0, 0, 0] and said.count("Making .venv") == 1
+    subprocess.run([tmp_path / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=True, capture_output=True)
 
 
 def test_git_reads_notebooks_with_this_environment(tmp_path, monkeypatch):
@@ -209,6 +224,42 @@ def in_git(path: Path) -> str:
     words = ["git", "cat-file", "blob", f":{path.relative_to(ROOT).as_posix()}"]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     return path.read_text() if found.returncode else found.stdout
+
+
+# --- the wings ---
+
+FLOORS = ("channels", "shared", "config", "data", "model", "training", "analysis", "experiment", "tools")
+CEILING = 9_300
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of helpers that a file imports anywhere, also inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute here"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("helpers.")}
+
+
+def test_imports_point_one_way_and_helpers_stay_thin():
+    files = [path for path in (ROOT / "helpers").rglob("*.py") if not path.name.startswith("my_")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in files}
+    graph = {module: imported(path) & set(modules) for module, path in modules.items() if "__init__" not in module}
+
+    def floor(module: str) -> int:
+        return FLOORS.index(module.split(".")[1])
+
+    upwards = [f"{module} -> {to}" for module, others in graph.items() for to in others if floor(to) > floor(module)]
+    assert upwards == []
+    TopologicalSorter(graph).prepare()  # raises CycleError, and names the circle
+    for path in files:
+        if path.name == "__init__.py":
+            assert not imported(path), f"{path} hands names on"
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    assert lines <= CEILING, f"helpers/ has {lines} lines"
 
 
 # --- git holds no results ---

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shlex
 import shutil
@@ -17,28 +19,48 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 ROOT = Path(__file__).resolve().parents[2]
+PIP_FAILED = "The installation failed; pip's own message stands above. Mend that, then call the same command again."
 
 
-def main() -> int:
-    """Make the environment ready; returns the exit code of what failed, else 0."""
-    if not is_current() and (failed := install()):
-        print("The installation failed; pip's own message stands above. Mend that, then call the same command again.")
-        return failed
-    configure_git()
-    return 0
+def main(folder: str = "") -> int:
+    """Make the environment ready; returns the exit code of what failed, else 0.
+
+    Args:
+        folder: make only this virtual environment, if it does not work; empty: install into the present one.
+    """
+    with contextlib.suppress(OSError):  # a folder that one may only read, or a disk without locks
+        lock = open(ROOT / "pyproject.toml", "a")  # noqa: SIM115 - a second `make` waits until this process ends
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    if folder:
+        return make_virtual_environment(ROOT / folder)
+    failed = 0 if is_current() else install()
+    if failed:
+        print(PIP_FAILED)
+    else:
+        configure_git()
+    return failed
+
+
+def make_virtual_environment(folder: Path) -> int:
+    """Make `folder` a virtual environment of this Python, unless another process has just done so."""
+    with contextlib.suppress(OSError):
+        if subprocess.run([folder / "bin" / "python", "-m", "pip", "--version"], capture_output=True).returncode == 0:
+            return 0
+    print(f"Making {folder.name} with Python {sys.version.split()[0]} ...", flush=True)
+    return subprocess.run([sys.executable, "-m", "venv", "--clear", folder]).returncode
 
 
 def is_current() -> bool:
     """True if this environment holds this very folder, installed after the last change of its requirements."""
-    found = (file for project in distributions(name="surya-course") for file in project.files or ())
-    records = [Path(file.locate()) for file in found if file.name == "direct_url.json"]
     changed = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock"))
-    return any(_folder(record) == ROOT and record.stat().st_mtime >= changed for record in records)
-
-
-def _folder(record: Path) -> Path:
-    """The folder that an editable installation points to."""
-    return Path(url2pathname(urlparse(json.loads(record.read_text())["url"]).path))
+    for project in distributions(name="surya-course"):
+        for file in project.files or ():
+            if file.name == "direct_url.json":
+                record = Path(file.locate())
+                installed = Path(url2pathname(urlparse(json.loads(record.read_text())["url"]).path))
+                if installed == ROOT and record.stat().st_mtime >= changed:
+                    return True
+    return False
 
 
 def install() -> int:
@@ -48,13 +70,15 @@ def install() -> int:
         own = Path(sys.prefix) == ROOT / ".venv"
     except PackageNotFoundError:
         torch, own = "", True
-    pins = ["-r", "requirements.lock"] if own else [f"torch=={torch}"]
-    print(
-        f"Installing the exact versions of requirements.lock into {sys.prefix}: two minutes, 2 GB (CUDA: more) ..."
-        if own
-        else f"Installing this course into the active environment {sys.prefix}; its torch {torch} stays ...",
-        flush=True,
-    )
+    if own:
+        pins = ["-r", "requirements.lock"]
+        print(
+            f"Installing the exact versions of requirements.lock into {sys.prefix}: two minutes, 2 GB (CUDA: more) ..."
+        )
+    else:
+        pins = [f"torch=={torch}"]
+        print(f"Installing this course into the active environment {sys.prefix}; its torch {torch} stays ...")
+    sys.stdout.flush()
     begin = time.monotonic()
     # without compiling: Python does that for the tenth of the files that is ever imported
     command = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pins, "-e", ".[dev]"]
@@ -75,30 +99,31 @@ def configure_git() -> None:
     # what every kernel writes about itself; the name of the language stays
     about = ("codemirror_mode", "file_extension", "mimetype", "nbconvert_exporter", "pygments_lexer", "version")
     keys = " ".join(f"metadata.language_info.{key}" for key in about)
+    # cells that ask to keep their output (`init_cell`, `keep_output`) get no exception
+    outputs = "--strip-init-cells --drop-output-type stream display_data execute_result error"
     commands = {
-        "filter.nbstripout.clean": f"-m nbstripout --keep-id --extra-keys '{keys}'",
+        "filter.nbstripout.clean": f"-m nbstripout --keep-id --extra-keys '{keys}' {outputs}",
         "diff.jupyternotebook.command": "-m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts
         "merge.jupyternotebook.driver": "-m helpers.tools.merge_notebook %O %A %B %P",
     }
-    plain = {
+    wanted = {
         "filter.nbstripout.smudge": "cat",
         "filter.nbstripout.required": "false",
         "merge.jupyternotebook.name": "cell by cell, with nbdime",
     }
     listing = subprocess.run(["git", "config", "--local", "--list"], cwd=ROOT, capture_output=True, text=True).stdout
     present = dict(line.partition("=")[::2] for line in listing.splitlines())
-    python = shlex.quote(sys.executable)
-    wanted = {name: f"{python} {rest}" for name, rest in commands.items() if not _works(present.get(name, ""), rest)}
-    for name, value in (wanted | plain).items():
+    for name, rest in commands.items():
+        value = present.get(name, "")
+        python = Path((shlex.split(value) or [""])[0].replace("%%", "%"))
+        if not (value.endswith(f" {rest}") and python.is_absolute() and python.exists()):
+            # in the other two, git takes %O and the like for something to fill in
+            percent = "%" if name == "diff.jupyternotebook.command" else "%%"
+            wanted[name] = f"{shlex.quote(sys.executable).replace('%', percent)} {rest}"
+    for name, value in wanted.items():
         if present.get(name) != value:
             subprocess.run(["git", "config", "--local", name, value], cwd=ROOT, check=True)
 
 
-def _works(command: str, rest: str) -> bool:
-    """True if `command` is `rest` behind a Python that exists, wherever git calls it from."""
-    python = Path("".join(shlex.split(command.removesuffix(rest))))
-    return command.endswith(rest) and python.is_absolute() and python.exists()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""What the commands share: where the course lies, which notebooks there are, and how a command ends."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Refusal(Exception):
+    """Why nothing was done, and what to do; the text is ready to print."""
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call a command and end the process.
+
+    An error of our own is a sentence already. Of any other, the person sees the message and the path of a log with the
+    traceback.
+
+    Exit codes: what `main` returns, 130 after Ctrl-C, 1 after an error.
+    """
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt as interrupt:
+        print(interrupt if str(interrupt) else "Interrupted.")
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, Refusal) or type(error).__module__.startswith("helpers."):
+            print(error)
+        else:
+            with tempfile.NamedTemporaryFile("w", prefix="surya-course-", suffix=".log", delete=False) as log:
+                traceback.print_exc(file=log)
+            print(f"{type(error).__name__}: {error}\nWhere it happened stands in {log.name}")
+        sys.exit(1)
+
+
+def find_notebook(name: str, folder: Path) -> Path:
+    """The notebook called `name`, with or without folder and ending; Refusal lists what there is."""
+    notebooks = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    stem = Path(name).name.removesuffix(".ipynb")
+    if stem in notebooks:
+        return notebooks[stem]
+    problem = f"There is no notebook '{name}'." if name else "Which notebook? For example: NB=finetune"
+    raise Refusal("\n".join([problem, "There is:", *(f"  {key:15} {title(path)}" for key, path in notebooks.items())]))
+
+
+def title(path: Path) -> str:
+    """The first heading of a notebook."""
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+    except Exception:  # whatever is wrong with this one, the others are listed
+        return "(cannot be read)"
+    headings = (re.match(r"# +(.+)", cell.source) for cell in cells if cell.cell_type == "markdown")
+    return next((heading[1] for heading in headings if heading), "")
