@@ -1,8 +1,10 @@
 """Filtered loading, adapter files, and a sentence for every file that is something else."""
 
+import re
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -123,10 +125,13 @@ def test_channels_are_picked_by_name(file: Path, names: tuple[str, ...]):
 
 
 def test_a_checkpoint_of_other_channels(state: dict[str, Tensor]):
-    small = {**state, PATCHES: state[PATCHES][:, :4]}
+    """Their number follows from the decoder; without one it must leave frames that a checkpoint can have."""
+    small = {**{key: value for key, value in state.items() if "unembed" not in key}, PATCHES: state[PATCHES][:, :4]}
     model = encoder(in_chans=1)
     load_filtered(model, small, channels=["hmi_m"], source_channels=["aia171", "hmi_m"])
     assert torch.equal(model.state_dict()[PATCHES], state[PATCHES][:, 2:4])
+    with pytest.raises(CheckpointError, match="4 input planes .*1 names are given"):
+        load_filtered(model, small, source_channels=["hmi_m"])
 
 
 @pytest.mark.parametrize("side", [8, 24, 48])
@@ -198,7 +203,18 @@ def test_a_decoder_of_another_meaning_stays_fresh(file: Path, settings: dict):
     assert sorted(report.fresh) == ["unembed.unembed.0.bias", "unembed.unembed.0.weight"]
 
 
-@pytest.mark.parametrize("wrap", ["state_dict", "model", "module.", "_orig_mod.module.", "model."])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "state_dict",
+        "model",
+        "module.",
+        "_orig_mod.module.",
+        "model._orig_mod.",
+        "model.module.encoder.",
+        "0._orig_mod.",
+    ],
+)
 def test_wrapped_checkpoints_are_unwrapped(state: dict[str, Tensor], wrap: str, tmp_path: Path):
     wrapped = {f"{wrap}{k}": v for k, v in state.items()} if wrap.endswith(".") else {wrap: state, "epoch": 3}
     torch.save(wrapped, tmp_path / "wrapped.pt")
@@ -226,16 +242,20 @@ def test_relative_position_bias_is_loaded(state: dict[str, Tensor]):
 
 
 REFUSALS = [
-    ({"embed_dim": 32}, {}, "embed_dim is 16 in the checkpoint and 32 in the model"),
-    ({"patch_size": 8}, {}, "patch_size is 4 in the checkpoint and 8 in the model"),
-    ({"dp_rank": 4}, {}, "num_heads x dp_rank is 4 in the checkpoint and 8 in the model"),
-    ({"mlp_ratio": 2}, {}, "(embed_dim x mlp_ratio) is 64 in the checkpoint and 32 in the model"),
+    ({"embed_dim": 32}, {}, "embedding.patch_embed.proj.weight, (16, 26, 4, 4) in the checkpoint and (32, 26, 4, 4)"),
+    ({"patch_size": 8}, {}, "embedding.patch_embed.proj.weight, (16, 26, 4, 4) in the checkpoint and (16, 26, 8, 8)"),
+    ({"dp_rank": 4}, {}, "attn.to_dynamic_projection.weight, (4, 16) in the checkpoint and (8, 16) in the model"),
+    ({"mlp_ratio": 2}, {}, "mlp.fc1.weight, (64, 16) in the checkpoint and (32, 16) in the model"),
     ({"img_size": 128}, {}, "The model's token grid is 32 x 32 and the checkpoint's is 16 x 16"),
-    ({"time_dim": 3}, {}, "The model takes 3 frames and the checkpoint was trained with 2: set time_dim to 2 or less"),
-    ({"in_chans": 5}, {}, "The model has 5 input channels, but 13 names are given"),
-    ({}, {"channels": ["aia94"]}, "The model has 13 input channels, but 1 names are given"),
+    ({"time_dim": 3}, {}, "The model takes 3 frames and the checkpoint was trained with 2: set time_dim to 2"),
+    ({"in_chans": 5}, {}, "The model has 5 input channels, and 13 names are given"),
+    ({}, {"channels": ["aia94"]}, "The model has 13 input channels, and 1 names are given"),
     ({"in_chans": 1}, {"channels": ["aia95"]}, "channels ['aia95'] are not among the checkpoint's channels"),
-    ({"in_chans": 1}, {"channels": ["x"], "source_channels": ["x", "y", "z"]}, "26 input planes, no multiple of its 3"),
+    ({"in_chans": 1}, {"channels": ["x"], "source_channels": ["x", "y", "z"]}, "26 input planes"),
+    ({"in_chans": 2}, {"source_channels": ["aia94", "aia131"]}, "13 decoded channels, and 2 names are given"),
+    ({"in_chans": 2}, {"channels": ["aia94", "aia94"]}, "named twice"),
+    ({}, {"source_channels": [*CHANNELS[:12], "aia94"]}, "named twice"),
+
     ({"depth": 4}, {}, "17 encoder tensors of the model are not in it (backbone.blocks_attention.2."),
     ({"depth": 2}, {}, "17 of its encoder tensors have no place in the model (backbone.blocks_attention.1."),
     ({"rpe": True}, {}, "4 encoder tensors of the model are not in it"),
@@ -255,11 +275,35 @@ def test_what_cannot_be_loaded_is_said_and_nothing_is_written(
     assert same(before, bits(model))
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda weight: weight[:, :8],
+        lambda weight: (100 * weight).to(torch.int8),
+        lambda weight: weight * torch.nan,
+    ],
+    ids=["shape", "int8", "nan"],
+)
+@pytest.mark.parametrize("key", ["backbone.blocks_attention.1.mlp.fc2.bias", FILTER])
+def test_nothing_is_written_before_everything_fits(state: dict[str, Tensor], spoil: Callable, key: str):
+    spoilt = spoil(state[key]) if key == FILTER else spoil(state[key][None])[0]
+    model = encoder()
+    before = bits(model)
+    with pytest.raises(CheckpointError, match=re.escape(key)):
+        load_filtered(model, {**state, key: spoilt})
+    assert same(before, bits(model)) and model.loaded_from is None
+
+
+def test_two_models_in_one_file_are_refused(state: dict[str, Tensor]):
+    with pytest.raises(CheckpointError, match="under two prefixes"):
+        load_filtered(encoder(), state | {f"module.{key}": value for key, value in state.items()})
+
+
 def test_partial_loading_on_request(file: Path, state: dict[str, Tensor]):
     deeper = encoder(depth=4)
     report = load_filtered(deeper, file, strict=False)
     assert len(report.missing) == 17 and all(key.startswith("backbone.blocks_attention.2.") for key in report.missing)
-    assert "missing    17 tensors: backbone.blocks_attention.2." in str(report)
+    assert "missing    17 tensors of the encoder: backbone.blocks_attention.2." in str(report)
     shallower = encoder(depth=2)
     report = load_filtered(shallower, file, strict=False)
     assert report.skipped["backbone.blocks_attention.1.attn.qkv.weight"] == "no such tensor in the model"
@@ -268,10 +312,10 @@ def test_partial_loading_on_request(file: Path, state: dict[str, Tensor]):
 
 
 def test_decoder_channels_must_be_as_many_as_the_outputs(file: Path, state: dict[str, Tensor]):
-    with pytest.raises(CheckpointError, match="names 2 channels .* and the model has 1 outputs"):
+    with pytest.raises(CheckpointError, match="names .*hmi_m.*; the model has 1 outputs"):
         load_filtered(Specformer2D(encoder()), file, decoder_channels=["aia94", "hmi_m"])
     without = {key: value for key, value in state.items() if "unembed" not in key}
-    with pytest.raises(CheckpointError, match="has no decoder for 13 channels"):
+    with pytest.raises(CheckpointError, match="decoder for no channels"):
         load_filtered(Specformer2D(encoder()), without, decoder_channels=["aia94"])
 
 
@@ -282,7 +326,7 @@ def test_adapters_in_a_checkpoint_are_not_dropped_in_silence(file: Path):
 
 
 def test_a_model_without_an_encoder_is_refused(file: Path):
-    with pytest.raises(CheckpointError, match="LinearBaseline1D has no Surya encoder"):
+    with pytest.raises(ValueError, match="LinearBaseline1D has no Surya encoder"):
         load_filtered(LinearBaseline1D(13), file)
 
 
@@ -298,6 +342,11 @@ def broken(kind: str, file: Path, folder: Path) -> Path:
         path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     elif kind == "truncated":
         path.write_bytes(file.read_bytes()[:-5000])
+    elif kind == "hole":
+        torch.save({"weight": torch.ones(100_000)}, path)
+        whole = bytearray(path.read_bytes())
+        whole[200_000:204_096] = bytes(4096)
+        path.write_bytes(whole)
     elif kind == "archive":
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("notes.txt", "hello")
@@ -316,17 +365,18 @@ def broken(kind: str, file: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "sentence"),
     [
-        ("absent", "does not exist: check the path"),
-        ("folder", "is a folder, not a file"),
-        ("text", "is not a PyTorch checkpoint (a file that torch.save writes); it begins with b'<html>404"),
-        ("empty", "is not a PyTorch checkpoint"),
+        ("absent", "There is no checkpoint file"),
+        ("folder", "There is no checkpoint file"),
+        ("text", "no file of torch.save"),
+        ("empty", "(0 bytes)"),
         ("pointer", "is a git-LFS pointer, not the weights themselves: run `git lfs pull`"),
-        ("truncated", "is truncated ("),
-        ("archive", "is a zip archive of something else"),
-        ("damaged", "delete it and download it again"),
+        ("truncated", "is cut short"),
+        ("hole", "the checksum of hole/data"),
+        ("archive", "no file of torch.save"),
+        ("damaged", ""),
         ("objects", "holds Python objects besides tensors"),
         ("numbers", "holds no tensors by name"),
-        ("other", "holds another architecture: a Surya checkpoint has keys such as"),
+        ("other", "It holds another architecture, without embedding.patch_embed.proj.weight"),
     ],
 )
 def test_a_file_that_is_no_checkpoint_gets_one_sentence(kind: str, sentence: str, file: Path, tmp_path: Path):
@@ -413,13 +463,13 @@ def test_an_adapter_on_another_checkpoint_or_model_is_refused(file: Path, tmp_pa
     ):
         load_adapter(path, target, "b" * 16)
     wider = apply_lora(Specformer1D(encoder(), pooling="attention"), rank=4)
-    with pytest.raises(CheckpointError, match=r"lora_A of shape \(2, 16\), and the model's is \(4, 16\): rank"):
+    with pytest.raises(CheckpointError, match=r"20 have another shape \(encoder.*lora_A"):
         load_adapter(path, wider, "a" * 16)
     with pytest.raises(CheckpointError, match="adapter.pt was trained with another model.*apply_lora"):
         load_adapter(path, Specformer1D(encoder(), pooling="attention"), "a" * 16)
     with pytest.raises(CheckpointError, match="surya.test.pt is no adapter file of this course"):
         load_adapter(file, target)
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="There is no checkpoint file"):
         load_adapter(tmp_path / "absent.pt", target)
     assert same(before, bits(target))
 

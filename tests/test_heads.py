@@ -149,7 +149,7 @@ def test_the_1d_baseline_trains_quickly_to_the_least_squares_solution():
 
 
 def test_scalers_of_another_number_of_channels_are_refused():
-    with pytest.raises(ValueError, match="std must hold one number for each of the 3 channels"):
+    with pytest.raises(ValueError, match="one number for each of the 3 channels"):
         LinearBaseline1D(3, std=[1.0, 2.0])
 
 

@@ -17,7 +17,7 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from einops import reduce
 from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
-from helpers.model.encoder import SuryaEncoder
+from helpers.model.encoder import SuryaEncoder, encoder_of
 from helpers.model.heads import Specformer2D
 from helpers.model.lora import merge_lora
 from helpers.shared import atomic_write
@@ -36,6 +36,8 @@ State = Mapping[str, Tensor]
 PATCHES = "embedding.patch_embed.proj.weight"
 POSITIONS = "embedding.pos_embed"
 DECODER = "unembed.unembed.0."
+WRAPPERS = {"_orig_mod", "module", "model", "encoder"}  # what torch.compile and other classes add to names
+MOST_FRAMES = 2  # that a released checkpoint was trained with
 ADAPTER_FORMAT = "surya-course-adapter-1"
 STATE_FORMAT = "surya-course-state-1"
 
@@ -46,40 +48,26 @@ class CheckpointError(ValueError):
 
 @dataclass
 class LoadReport:
-    """What `load_filtered` did; prints as a table. Keys are the checkpoint's.
+    """What `load_filtered` did; prints as a table. Keys are the checkpoint's, but for missing and fresh."""
 
-    Attributes:
-        source: the file.
-        loaded: keys taken as they are.
-        adapted: {key: how} of those cut to the model's shape.
-        skipped: {key: why} of the checkpoint's tensors that were not used.
-        missing: encoder tensors of the model that found no source.
-        fresh: tensors of the model that no checkpoint has to fill: head and adapters.
-        parameters_loaded: how many of the model's parameters were filled.
-        parameters_total: how many the model has.
-    """
-
-    source: str
-    loaded: list[str] = field(default_factory=list)
-    adapted: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    fresh: list[str] = field(default_factory=list)
-    parameters_loaded: int = 0
+    source: str  # the file
+    loaded: list[str] = field(default_factory=list)  # keys taken as they are
+    adapted: dict[str, str] = field(default_factory=dict)  # {key: how} of those cut to the model's shape
+    skipped: dict[str, str] = field(default_factory=dict)  # {key: why} of the checkpoint's tensors that were not used
+    missing: list[str] = field(default_factory=list)  # encoder tensors of the model that found no source
+    fresh: list[str] = field(default_factory=list)  # of the model, which no checkpoint has to fill: head and adapters
+    parameters_loaded: int = 0  # of the model's
     parameters_total: int = 0
 
     def __str__(self) -> str:
         share = 100 * self.parameters_loaded / max(self.parameters_total, 1)
-        rows = [
-            f"{self.source}: {self.parameters_loaded:,} of {self.parameters_total:,} parameters ({share:.1f}%)",
-            f"  loaded   {len(self.loaded):4} tensors as they are",
-        ]
+        rows = [f"{self.source}: {self.parameters_loaded:,} of {self.parameters_total:,} parameters ({share:.1f}%)"]
+        rows.append(f"  loaded   {len(self.loaded):4} tensors as they are")
         for name, entries in (("adapted", self.adapted), ("skipped", self.skipped)):
-            rows.append(f"  {name}  {len(entries):4} tensors" + ":" * bool(entries))
+            rows.append(f"  {name}  {len(entries):4} tensors")
             rows += [f"      {key}: {why}" for key, why in entries.items()]
-        for name, keys in (("missing", self.missing), ("fresh", self.fresh)):
-            note = " (random or zero, trained from here)" if name == "fresh" and keys else ""
-            rows.append(f"  {name:7}  {len(keys):4} tensors{note}" + (f": {_some(keys)}" if keys else ""))
+        rows.append(f"  missing  {len(self.missing):4} tensors of the encoder: {_some(self.missing)}")
+        rows.append(f"  fresh    {len(self.fresh):4} tensors, random or zero, trained from here: {_some(self.fresh)}")
         return "\n".join(rows)
 
 
@@ -93,6 +81,8 @@ def load_filtered(
 ) -> LoadReport:
     """Fill a model from a Surya checkpoint, in place, and report on every tensor. Nothing is written when it raises.
 
+    The fingerprint of the checkpoint is noted in `encoder.loaded_from`.
+
     Args:
         model: a Specformer1D, a Specformer2D or a SuryaEncoder, with adapters or without.
         source: a checkpoint file, or a state dict; None leaves the random weights, and the report says so.
@@ -104,212 +94,176 @@ def load_filtered(
             leaves it fresh.
 
     Raises:
-        CheckpointError: when the file is no checkpoint, its architecture is another, it has less frames or a smaller
-            grid than the model, a channel is unknown, or (strict) a tensor finds no partner.
+        CheckpointError: when the file is no checkpoint or damaged, its architecture is another, it has less frames or a
+            smaller grid than the model, the names do not agree with it, or (strict) a tensor finds no partner.
     """
-    total = sum(p.numel() for p in model.parameters())
-    encoder = getattr(model, "encoder", model)
+    total, encoder = sum(p.numel() for p in model.parameters()), encoder_of(model)
     if source is None:
         encoder.loaded_from = "none"
         return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
-    if not isinstance(encoder, SuryaEncoder):
-        raise CheckpointError(f"{type(model).__name__} has no Surya encoder, so a Surya checkpoint has no place in it.")
-    _check_architecture(state, encoder, name)
+    targets = {key: tensor for key, tensor in encoder.state_dict(keep_vars=True).items() if "lora_" not in key}
     try:
-        names = _Channels.of(channels, source_channels, encoder.in_chans)
-        targets, copies = _plan(model, encoder, state, names, decoder_channels)
+        names = channel_names(state, encoder, channels, source_channels)
+        transfers = {key: fit(key, state[key], target, *names) for key, target in targets.items() if key in state}
+        if isinstance(model, Specformer2D):
+            transfers |= fit_decoder(state, model, names[1], decoder_channels)
+            targets |= {f"{DECODER}{kind}": getattr(model.unembed.unembed[0], kind) for kind in ("weight", "bias")}
+        elif decoder_channels:
+            raise CheckpointError(f"decoder_channels is for a Specformer2D; {type(model).__name__} has no decoder.")
+        check_transfers(transfers, targets)
     except CheckpointError as error:
         raise CheckpointError(f"{name} does not suit the model. {error}") from None
+
     report = LoadReport(name, parameters_total=total)
-    report.missing = [key for key in targets if key not in copies and not key.startswith(DECODER)]
-    report.skipped = {key: _why_skipped(key, encoder) for key in state if key not in copies}
+    report.missing = [key for key in targets if key not in transfers and not key.startswith(DECODER)]
+    for key in state.keys() - transfers.keys():
+        report.skipped[key] = "no such tensor in the model"
+        if key == POSITIONS:
+            report.skipped[key] = f"regenerated for the {encoder.grid} x {encoder.grid} grid"
+        elif key.startswith(DECODER):
+            report.skipped[key] = "pretraining decoder; the model has a head of its own"
     lost = [key for key in report.skipped if key.startswith(("embedding.", "backbone.")) and key != POSITIONS]
     if strict and (report.missing or lost):
-        raise CheckpointError(_no_partner(name, report.missing, lost))
-    for key, (take, how) in copies.items():
+        raise CheckpointError(
+            f"{name} does not fill this encoder: {len(report.missing)} encoder tensors of the model are not in it "
+            f"({_some(report.missing)}) and {len(lost)} of its encoder tensors have no place in the model "
+            f"({_some(lost)}). Set depth, n_spectral_blocks and rpe as the checkpoint has them, or pass strict=False."
+        )
+    for key, transfer in transfers.items():
         with torch.no_grad():
-            targets[key].copy_(take(state[key]))
+            targets[key].copy_(transfer.values)
         report.parameters_loaded += targets[key].numel() * isinstance(targets[key], nn.Parameter)
-        if how:
-            report.adapted[key] = how
+        if transfer.how:
+            report.adapted[key] = transfer.how
         else:
             report.loaded.append(key)
     encoder.loaded_from = fingerprint(state)
-    known = {*copies, *report.missing}
-    report.fresh = [key for key in model.state_dict() if key.removeprefix("encoder.") not in known]
+    filled = {*transfers, *report.missing}
+    report.fresh = [key for key in model.state_dict() if key.removeprefix("encoder.") not in filled]
     return report
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Giving each tensor its source: (function from the checkpoint's tensor to the model's, how it was adapted or "")
+# Giving each tensor of the model its values
 # --------------------------------------------------------------------------------------------------------------------
-Copy = tuple[Callable[[Tensor], Tensor], str]
+@dataclass
+class Transfer:
+    """Values for a tensor of the model, from the checkpoint's tensor of that name, and how they were cut out of it."""
+
+    values: Tensor
+    how: str = ""
 
 
-@dataclass(frozen=True)
-class _Channels:
-    model: tuple[str, ...]
-    source: tuple[str, ...]
-
-    @classmethod
-    def of(cls, model: Sequence[str] | None, source: Sequence[str] | None, count: int) -> "_Channels":
-        source = CHANNELS if source is None else tuple(source)
-        model = source if model is None else tuple(model)
-        if len(model) != count:
-            raise CheckpointError(
-                f"The model has {count} input channels, but {len(model)} names are given for them: pass channels=[...] "
-                "with their names in the model's order. Which ones they are cannot be read off the shapes."
-            )
-        return cls(model, source)
-
-    def find(self, wanted: Sequence[str], argument: str) -> list[int]:
-        unknown = [name for name in wanted if name not in self.source]
-        if unknown:
-            raise CheckpointError(f"{argument} {unknown} are not among the checkpoint's channels {list(self.source)}.")
-        return [self.source.index(name) for name in wanted]
+def check_transfers(transfers: Mapping[str, Transfer], targets: State) -> None:
+    """Raise a CheckpointError unless all values are of their target's shape, floating-point numbers and finite."""
+    values = {key: transfer.values for key, transfer in transfers.items()}
+    if wrong := [key for key, value in values.items() if value.shape != targets[key].shape]:
+        theirs, ours = tuple(values[wrong[0]].shape), tuple(targets[wrong[0]].shape)
+        raise CheckpointError(
+            f"{len(wrong)} tensors differ in shape, such as {wrong[0]}, {theirs} in the checkpoint and {ours} in the "
+            "model: set embed_dim, patch_size, num_heads, dp_rank and mlp_ratio as the checkpoint has them."
+        )
+    for key, value in values.items():
+        if targets[key].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f"{key} holds {value.dtype} in the checkpoint, not floating-point numbers.")
+        if not value.sum(dtype=torch.float32).isfinite():
+            raise CheckpointError(f"{key} holds numbers that are not finite: the checkpoint is spoilt, get it anew.")
 
 
-def _plan(
-    model: nn.Module, encoder: SuryaEncoder, state: State, names: _Channels, decoder_channels: Sequence[str] | None
-) -> tuple[dict[str, Tensor], dict[str, Copy]]:
-    """The model's tensors that a checkpoint may fill, and how to fill those for which it has something."""
-    targets = {key: tensor for key, tensor in encoder.state_dict(keep_vars=True).items() if "lora_" not in key}
-    copies = {key: _fit(key, state[key], tensor, encoder, names) for key, tensor in targets.items() if key in state}
-    if isinstance(model, Specformer2D):
-        copies |= _fit_decoder(state, model, names, decoder_channels)
-        targets |= {f"{DECODER}{kind}": getattr(model.unembed.unembed[0], kind) for kind in ("weight", "bias")}
-    elif decoder_channels:
-        raise CheckpointError(f"decoder_channels is for a Specformer2D; {type(model).__name__} has no decoder.")
-    return targets, copies
+def channel_names(
+    state: State, encoder: SuryaEncoder, model: Sequence[str] | None, source: Sequence[str] | None
+) -> tuple[list[str], list[str]]:
+    """The channels of model and checkpoint, after a check that their names and numbers agree with both."""
+    source = list(CHANNELS if source is None else source)
+    model = list(source if model is None else model)
+    if PATCHES not in state or state[PATCHES].ndim != 4:
+        raise CheckpointError(f"It holds another architecture, without {PATCHES}; it begins with {_some(list(state))}.")
+    if len(model) != encoder.in_chans:
+        raise CheckpointError(
+            f"The model has {encoder.in_chans} input channels, and {len(model)} names are given for them: pass "
+            "channels=[...] with their names in the model's order."
+        )
+    planes, outputs = state[PATCHES].shape[1], len(state.get(f"{DECODER}bias", ())) // state[PATCHES].shape[3] ** 2
+    if planes % len(source) or planes // len(source) > MOST_FRAMES or outputs not in (0, len(source)):
+        raise CheckpointError(
+            f"The checkpoint has {planes} input planes (channels x frames) and {outputs or 'no'} decoded channels, "
+            f"and {len(source)} names are given for it: model.weights_channels names each of its channels once."
+        )
+    if len(set(source)) < len(source) or len(set(model)) < len(model):
+        raise CheckpointError(f"A channel is named twice in {model} or in {source}.")
+    return model, source
 
 
-def _fit(key: str, source: Tensor, target: Tensor, encoder: SuryaEncoder, names: _Channels) -> Copy:
+def places(wanted: Sequence[str], source: Sequence[str], argument: str) -> list[int]:
+    """Where these channels stand in the checkpoint."""
+    if unknown := [name for name in wanted if name not in source]:
+        raise CheckpointError(f"{argument} {unknown} are not among the checkpoint's channels {source}.")
+    return [source.index(name) for name in wanted]
+
+
+def fit(key: str, values: Tensor, target: Tensor, channels: list[str], source_channels: list[str]) -> Transfer:
+    """The values of one tensor of the encoder."""
     if key == PATCHES:
-        return _fit_patches(source, encoder, names)
-    if key.endswith(".filter.complex_weight"):
-        return _fit_filter(key, source, target)
-    if source.shape != target.shape:
-        raise CheckpointError(
-            f"{key} has the shape {tuple(source.shape)} in the checkpoint and {tuple(target.shape)} in the model, "
-            "and the one cannot be cut to the other: give the model the settings of the checkpoint."
-        )
-    return (lambda tensor: tensor), ""
+        return fit_patches(values, target.shape[1] // len(channels), channels, source_channels)
+    if key.endswith(".filter.complex_weight") and values.ndim == 4:
+        return fit_filter(values, target.shape[0])
+    return Transfer(values)
 
 
-def _fit_patches(source: Tensor, encoder: SuryaEncoder, names: _Channels) -> Copy:
-    planes, count = source.shape[1], len(names.source)
-    frames, wanted = planes // count, encoder.time_dim
-    if planes % count:
-        raise CheckpointError(
-            f"The checkpoint's patch embedding has {planes} input planes, no multiple of its {count} channels: "
-            "pass source_channels=[...] with the channels that it was trained with."
-        )
+def fit_patches(values: Tensor, wanted: int, channels: list[str], source_channels: list[str]) -> Transfer:
+    """Channels by name, and the last `wanted` frames: (D, C*T, p, p) of the checkpoint to that of the model."""
+    planes = values.unflatten(1, (len(source_channels), -1))  # (D, C, T, p, p)
+    frames, picked = planes.shape[2], places(channels, source_channels, "channels")
     if wanted > frames:
         raise CheckpointError(
-            f"The model takes {wanted} frames and the checkpoint was trained with {frames}: "
-            f"set time_dim to {frames} or less."
+            f"The model takes {wanted} frames and the checkpoint was trained with {frames}: set time_dim to {frames}."
         )
-    picked = names.find(names.model, "channels")
-    index = torch.tensor([c * frames + t for c in picked for t in range(frames - wanted, frames)])  # (C*T,)
-    how = []
-    if picked != list(range(count)):
-        how.append(f"{len(picked)} of {count} channels, by name")
-    if wanted != frames:
-        how.append(f"the last {wanted} of {frames} frames")
-    return (lambda tensor: tensor.index_select(1, index) if how else tensor), "; ".join(how)
+    how = [f"{len(picked)} of {len(source_channels)} channels, by name"] if channels != source_channels else []
+    how += [f"the last {wanted} of {frames} frames"] if wanted != frames else []
+    return Transfer(planes[:, picked, frames - wanted :].flatten(1, 2) if how else values, "; ".join(how))
 
 
-def _fit_filter(key: str, source: Tensor, target: Tensor) -> Copy:
-    old, new = source.shape[0], target.shape[0]
+def fit_filter(values: Tensor, new: int) -> Transfer:
+    """The modes that a smaller grid of side `new` has: (G, G/2+1, D, 2) of the checkpoint to that of the model."""
+    old = values.shape[0]
     if new > old:
         raise CheckpointError(
-            f"The model's token grid is {new} x {new} and the checkpoint's is {old} x {old}: {key} has no values for "
-            "the higher frequencies. Use smaller images (a larger data.reduce)."
+            f"The model's token grid is {new} x {new} and the checkpoint's is {old} x {old}, without the higher "
+            "frequencies. Use smaller images (a larger data.reduce)."
         )
+    if new == old:
+        return Transfer(values)
     rows = torch.cat([torch.arange(new // 2 + 1), torch.arange(old - new // 2 + 1, old)])  # 0 ... G/2, -(G/2-1) ... -1
-    how = f"the modes of a {new} x {new} grid, out of {old} x {old}" if new < old else ""
-    return (lambda tensor: tensor.narrow(1, 0, new // 2 + 1).index_select(0, rows) if how else tensor), how
+    modes = values[:, : new // 2 + 1].index_select(0, rows)
+    return Transfer(modes, f"the modes of a {new} x {new} grid, out of {old} x {old}")
 
 
-def _fit_decoder(state: State, model: Specformer2D, names: _Channels, wanted: Sequence[str] | None) -> dict[str, Copy]:
-    decoder, patch, count = model.unembed.unembed[0], model.encoder.patch_size, len(names.source)
-    outputs = decoder.out_channels // decoder.upscale**2
-    keys = [f"{DECODER}weight", f"{DECODER}bias"]
-    there = all(key in state and len(state[key]) == count * patch**2 for key in keys)
+def fit_decoder(
+    state: State, model: Specformer2D, source_channels: list[str], wanted: Sequence[str] | None
+) -> dict[str, Transfer]:
+    """Weight and bias of the decoder: whole where it is the model's own, else the rows of the wanted channels."""
+    decoder, patch, count = model.unembed.unembed[0], model.encoder.patch_size, len(source_channels)
+    outputs, factor = decoder.out_channels // decoder.upscale**2, patch // decoder.upscale
+    rows = {key: state[key] for key in (f"{DECODER}weight", f"{DECODER}bias") if key in state}
     if not wanted:
-        whole = there and outputs == count and decoder.upscale == patch
-        return dict.fromkeys(keys, ((lambda tensor: tensor), "")) if whole else {}
-    if not there:
-        raise CheckpointError(f"decoder_channels is given, but the checkpoint has no decoder for {count} channels.")
-    if len(wanted) != outputs:
+        return {key: Transfer(tensor) for key, tensor in rows.items() if outputs == count and factor == 1}
+    if len(rows) < 2 or len(wanted) != outputs:
         raise CheckpointError(
-            f"decoder_channels names {len(wanted)} channels {list(wanted)} and the model has {outputs} outputs."
+            f"decoder_channels names {list(wanted)}; the model has {outputs} outputs, and the checkpoint a decoder for "
+            f"{count if rows else 'no'} channels."
         )
-    picked = names.find(wanted, "decoder_channels")
-    factor = patch // decoder.upscale
-
-    def take(tensor: Tensor) -> Tensor:
-        rows = tensor.unflatten(0, (count, patch**2))[picked]  # (out, p*p, ...)
-        pattern = "c (uy fy ux fx) ... -> (c uy ux) ..."  # a smaller target is the mean over its pixels
-        return reduce(rows, pattern, "mean", uy=decoder.upscale, ux=decoder.upscale, fy=factor, fx=factor)
-
+    picked = places(wanted, source_channels, "decoder_channels")
     how = f"the rows of {', '.join(wanted)}" + (f", averaged over {factor} x {factor} pixels" if factor > 1 else "")
-    return dict.fromkeys(keys, (take, how))
-
-
-def _why_skipped(key: str, encoder: SuryaEncoder) -> str:
-    if key == POSITIONS:
-        return f"regenerated for the {encoder.grid} x {encoder.grid} grid"
-    if key.startswith(DECODER):
-        return "pretraining decoder; the model has a head of its own"
-    return "no such tensor in the model"
+    pattern = "c (uy fy ux fx) ... -> (c uy ux) ..."  # a smaller target is the mean over its pixels
+    sizes = {"uy": decoder.upscale, "ux": decoder.upscale, "fy": factor, "fx": factor}
+    rows = {key: tensor.unflatten(0, (count, patch**2))[picked] for key, tensor in rows.items()}  # (out, p*p, ...)
+    return {key: Transfer(reduce(tensor, pattern, "mean", **sizes), how) for key, tensor in rows.items()}
 
 
 def _some(keys: Sequence[str], count: int = 4) -> str:
     more = f" and {len(keys) - count} more" if len(keys) > count else ""
     return (", ".join(keys[:count]) or "none") + more
-
-
-def _no_partner(name: str, missing: list[str], lost: list[str]) -> str:
-    sentences = []
-    if missing:
-        sentences.append(f"{len(missing)} encoder tensors of the model are not in it ({_some(missing)})")
-    if lost:
-        sentences.append(f"{len(lost)} of its encoder tensors have no place in the model ({_some(lost)})")
-    return (
-        f"{name} does not fill this encoder: {'; '.join(sentences)}. Set depth, n_spectral_blocks and rpe as the "
-        "checkpoint has them, or pass strict=False to leave the rest as it is."
-    )
-
-
-def _check_architecture(state: State, encoder: SuryaEncoder, name: str) -> None:
-    """Raise one CheckpointError with every number in which the checkpoint's architecture differs from the model's."""
-    if PATCHES not in state or not any(key.startswith("backbone.blocks_") for key in state):
-        raise CheckpointError(
-            f"{name} holds another architecture: a Surya checkpoint has keys such as {PATCHES} and "
-            f"backbone.blocks_attention.0.attn.qkv.weight, and this one begins with {_some(list(state))}."
-        )
-    own = encoder.state_dict()
-    numbers = {
-        "embed_dim": lambda s: s[PATCHES].shape[0],
-        "patch_size": lambda s: s[PATCHES].shape[-1],
-        "num_heads x dp_rank": lambda s: _first(s, ".attn.to_dynamic_projection.weight"),
-        "hidden width of the MLPs (embed_dim x mlp_ratio)": lambda s: _first(s, ".mlp.fc1.weight"),
-    }
-    wrong = []
-    for what, number in numbers.items():
-        theirs, ours = number(state), number(own)
-        if None not in (theirs, ours) and theirs != ours:
-            wrong.append(f"{what} is {theirs} in the checkpoint and {ours} in the model")
-    if wrong:
-        raise CheckpointError(
-            f"{name} has another architecture: {'; '.join(wrong)}. Set the model as the checkpoint is."
-        )
-
-
-def _first(state: State, ending: str) -> int | None:
-    return next((tensor.shape[0] for key, tensor in state.items() if key.endswith(ending)), None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -318,56 +272,55 @@ def _first(state: State, ending: str) -> int | None:
 def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
     """The tensors of a checkpoint under Surya's keys, memory-mapped, and a name for messages.
 
-    A state dict inside another dict ("state_dict", "model") and the prefixes that wrappers leave are taken off.
+    A state dict inside another dict ("state_dict", "model") and what wrappers put into the names are taken off.
     """
-    if isinstance(source, (str, Path)):
-        contents, name = _read(Path(source)), Path(source).name
-    else:
-        contents, name = source, "The given state dict"
+    name = Path(source).name if isinstance(source, (str, Path)) else "The given state dict"
+    contents = read_file(Path(source)) if isinstance(source, (str, Path)) else source
     for wrapper in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(contents, Mapping) and isinstance(contents.get(wrapper), Mapping):
             contents = contents[wrapper]
-    tensors = {k: v for k, v in contents.items() if isinstance(v, Tensor)} if isinstance(contents, Mapping) else {}
-    if not tensors:
+    state: dict[str, Tensor] = {}
+    for key, tensor in contents.items() if isinstance(contents, Mapping) else ():
+        if isinstance(tensor, Tensor):
+            parts = [part for part in key.split(".") if part not in WRAPPERS]
+            own = ".".join(parts[1:] if parts[:1] and parts[0].isdigit() else parts)
+            if own in state:
+                raise CheckpointError(f"{name} holds {own} under two prefixes: keep one of its two models.")
+            state[own] = tensor
+    if not state:
         raise CheckpointError(f"{name} holds no tensors by name, so it is not a checkpoint of a model.")
-    for prefix in ("_orig_mod.", "module.", "model.", "encoder."):
-        if any(key.startswith(prefix) for key in tensors):
-            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-    return tensors, name
+    return state, name
 
 
-def _read(path: Path) -> Any:
-    """torch.load, memory-mapped and weights_only, with a sentence for everything that the file can be instead."""
+def read_file(path: Path) -> Any:
+    """torch.load of a whole file (its checksums are tested), memory-mapped and weights_only.
+
+    Raises:
+        CheckpointError: no such file, or something else than torch.save wrote.
+    """
     if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
-        raise CheckpointError(f"The checkpoint {path} {kind}: check the path, or let the course download it.")
-    with open(path, "rb") as file:
-        head = file.read(64)
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{path} is a git-LFS pointer, not the weights themselves: run `git lfs pull` or download the file."
-        )
-    if not zipfile.is_zipfile(path):
-        if head.startswith(b"PK"):
-            size = path.stat().st_size
-            raise CheckpointError(
-                f"{path} is truncated ({size:,} bytes, without its end): delete it and download it again."
-            )
-        raise CheckpointError(
-            f"{path} is not a PyTorch checkpoint (a file that torch.save writes); it begins with {head[:20]!r}."
-        )
-    with zipfile.ZipFile(path) as archive:
-        if not any(entry.endswith("data.pkl") for entry in archive.namelist()):
-            raise CheckpointError(f"{path} is a zip archive of something else, not a checkpoint that torch.save wrote.")
+        raise CheckpointError(f"There is no checkpoint file {path}: check the path, or let the course download it.")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if spoilt := archive.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {spoilt} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds Python objects besides tensors, which are not read because they can run code: "
             "save it anew as a plain state dict."
         ) from error
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged and cannot be read: delete it and download it again.") from error
+    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError) as error:
+        with path.open("rb") as file:
+            pointer = file.read(64).startswith(b"version https://git-lfs")
+        if pointer:
+            raise CheckpointError(
+                f"{path} is a git-LFS pointer, not the weights themselves: run `git lfs pull` or download the file."
+            ) from None
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size:,} bytes) is cut short, damaged, or no file of torch.save "
+            f"({str(error).splitlines()[0]}): delete it, and get or make it again."
+        ) from error
 
 
 def fingerprint(source: str | Path | State | None, samples: int = 64) -> str:
@@ -435,32 +388,28 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
     Raises:
         CheckpointError: for another file, another checkpoint, or a model of another shape. Nothing is written then.
     """
-    contents, name = _read(Path(path)), Path(path).name
+    contents, name = read_file(Path(path)), Path(path).name
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
         raise CheckpointError(
             f"{name} is no adapter file of this course; a whole checkpoint is read with load_filtered."
         )
-    holds = fingerprint or loaded_from(model)
-    if holds != contents["fingerprint"] and _has_frozen(model):
+    holds, targets = fingerprint or loaded_from(model), trained_state(model)
+    frozen = any(not p.requires_grad for p in model.parameters())  # weights that the file does not hold
+    if frozen and holds != contents["fingerprint"]:
         raise CheckpointError(
             f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds "
             f"{holds or 'none that load_filtered put there'}: its adapters mean nothing on other weights. Fill the "
             "model from the checkpoint that the run used (load_filtered), then load this file."
         )
-    state, targets = contents["state"], trained_state(model)
-    missing, lost = [k for k in targets if k not in state], [k for k in state if k not in targets]
-    if missing or lost:
+    state = contents["state"]
+    missing, lost = [key for key in targets if key not in state], [key for key in state if key not in targets]
+    other = [key for key in state if key in targets and state[key].shape != targets[key].shape]
+    if missing or lost or other:
         raise CheckpointError(
-            f"{name} was trained with another model: {len(lost)} of its tensors have no place here ({_some(lost, 2)}) "
-            f"and {len(missing)} of the model's are not in it ({_some(missing, 2)}). Build the model, its head and its "
-            "adapters (apply_lora) with the settings in the file."
+            f"{name} was trained with another model: {len(lost)} of its tensors have no place here ({_some(lost, 2)}), "
+            f"{len(missing)} of the model's are not in it ({_some(missing, 2)}), and {len(other)} have another shape "
+            f"({_some(other, 2)}). Build model, head and adapters (apply_lora) with the settings in the file."
         )
-    for key, tensor in state.items():
-        if tensor.shape != targets[key].shape:
-            raise CheckpointError(
-                f"{name} holds {key} of shape {tuple(tensor.shape)}, and the model's is {tuple(targets[key].shape)}: "
-                "rank, head or number of outputs differ. Build the model with the settings in the file."
-            )
     with torch.no_grad():
         for key, tensor in state.items():
             targets[key].copy_(tensor)
@@ -479,12 +428,6 @@ def loaded_from(model: nn.Module) -> str | None:
     return getattr(getattr(model, "encoder", model), "loaded_from", None)
 
 
-def _has_frozen(model: nn.Module) -> bool:
-    """Whether the encoder has weights that an adapter file does not hold."""
-    encoder = getattr(model, "encoder", model)
-    return isinstance(encoder, SuryaEncoder) and not all(p.requires_grad for p in encoder.parameters())
-
-
 def export_merged(path: str | Path, model: nn.Module) -> Path:
     """Write the whole model in float32 with every adapter added to its weight, for use without this course.
 
@@ -498,22 +441,14 @@ def export_merged(path: str | Path, model: nn.Module) -> Path:
 
 
 def save_state(path: str | Path, contents: Mapping[str, Any]) -> None:
-    """Write what a training needs to go on (plain values and tensors); others see the old file or the new one, whole.
-
-    Raises:
-        DiskFullError: the disk became full; the old file is still there.
-    """
+    """Write what a training needs to go on (plain values and tensors), whole or not at all."""
     with atomic_write(path) as temporary:
         torch.save({"format": STATE_FORMAT, **contents}, temporary)
 
 
 def load_state(path: str | Path) -> dict[str, Any]:
-    """What `save_state` wrote.
-
-    Raises:
-        CheckpointError: no such file, or another one.
-    """
-    contents = _read(Path(path))
+    """What `save_state` wrote; a CheckpointError for no such file, or another one."""
+    contents = read_file(Path(path))
     if not isinstance(contents, Mapping) or contents.get("format") != STATE_FORMAT:
         raise CheckpointError(f"{path} does not hold the state of a training.")
     return dict(contents)

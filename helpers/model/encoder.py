@@ -381,6 +381,7 @@ class SuryaEncoder(nn.Module):
         self.img_size, self.patch_size, self.in_chans, self.time_dim = img_size, patch_size, in_chans, time_dim
         self.embed_dim, self.num_heads, self.nglo = embed_dim, num_heads, nglo
         self.grid = img_size // patch_size
+        self.loaded_from: str | None = None  # fingerprint of the checkpoint it was filled from; "none": left random
         hidden = int(embed_dim * mlp_ratio)
         self.embedding = Embedding(in_chans, time_dim, embed_dim, patch_size, self.grid)
         self.backbone = Backbone(
@@ -413,6 +414,14 @@ class SuryaEncoder(nn.Module):
         check_input(ts, (self.in_chans, self.time_dim, self.img_size, self.img_size))
         check_global_tokens(global_tokens, ts.shape[0], self.nglo, self.embed_dim)
         return self.backbone(self.embedding(ts), global_tokens)
+
+
+def encoder_of(model: nn.Module) -> SuryaEncoder:
+    """The encoder of a model, or the encoder itself; a ValueError for a model without one."""
+    encoder = getattr(model, "encoder", model)
+    if not isinstance(encoder, SuryaEncoder):
+        raise ValueError(f"{type(model).__name__} has no Surya encoder; a Specformer1D or Specformer2D has one.")
+    return encoder
 
 
 def _initialise(module: nn.Module) -> None:

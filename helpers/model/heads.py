@@ -27,25 +27,33 @@ def _images(batch: Batch, model: nn.Module) -> Tensor:
     return batch["ts"].to(next(model.parameters()).device)
 
 
-class MeanPooling(nn.Module):
+class Pooling(nn.Module):
+    """From the tokens (B, L, D) of a sample to one vector (B, width)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.width = dim
+
+
+class MeanPooling(Pooling):
     """Every patch counts the same: right for sums over the disc."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens.mean(dim=1)  # (B, D)
 
 
-class MaxPooling(nn.Module):
+class MaxPooling(Pooling):
     """Each feature from the patch where it is strongest: right when one active region decides."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens.amax(dim=1)  # (B, D)
 
 
-class AttentionPooling(nn.Module):
+class AttentionPooling(Pooling):
     """A learned query weighs the patches (softmax); it starts as the mean."""
 
     def __init__(self, dim: int):
-        super().__init__()
+        super().__init__(dim)
         self.query = nn.Parameter(torch.zeros(dim))
 
     def weights(self, tokens: Tensor) -> Tensor:
@@ -57,21 +65,19 @@ class AttentionPooling(nn.Module):
         return (self.weights(tokens)[:, :, None] * tokens).sum(dim=1)  # (B, D)
 
 
-class TransformerPooling(nn.Module):
-    """One small transformer layer over a readout token and the patches: patches may be compared before they are
-    summed up.
+class TransformerPooling(Pooling):
+    """One small transformer layer over a readout token and the patches: these are compared before they are summed up.
 
-    It works at `width` features, because its cost grows with the square of the number of tokens.
+    It works at a width of at most 128, because its cost grows with the square of the number of tokens.
     """
 
-    def __init__(self, dim: int, width: int = 128, heads: int = 4):
-        super().__init__()
-        self.width = min(dim, width)
+    def __init__(self, dim: int):
+        super().__init__(min(dim, 128))
         self.norm = nn.LayerNorm(dim)
         self.reduce = nn.Linear(dim, self.width)
         self.readout = nn.Parameter(torch.randn(1, 1, self.width) * 0.02)
         self.layer = nn.TransformerEncoderLayer(
-            self.width, heads, 2 * self.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            self.width, 4, 2 * self.width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -80,11 +86,20 @@ class TransformerPooling(nn.Module):
         return self.layer(x)[:, 0]  # (B, width)
 
 
-class ClassTokenPooling(nn.Module):
+class ClassTokenPooling(Pooling):
     """The class token went through the attention blocks with the patches and stands first."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]  # (B, D)
+
+
+POOLS = {
+    "mean": MeanPooling,
+    "max": MaxPooling,
+    "attention": AttentionPooling,
+    "transformer": TransformerPooling,
+    "class_token": ClassTokenPooling,
+}
 
 
 class FeatureModel(nn.Module):
@@ -154,24 +169,16 @@ class Specformer1D(FeatureModel):
     ):
         if problems := pooling_problems(pooling, encoder.nglo):
             raise ValueError(f"The model cannot be built: {problems[0]}.")
-        dim = encoder.embed_dim
-        pools = {
-            "mean": MeanPooling,
-            "max": MaxPooling,
-            "attention": lambda: AttentionPooling(dim),
-            "transformer": lambda: TransformerPooling(dim),
-            "class_token": ClassTokenPooling,
-        }
-        pool = pools[pooling]()
-        width = pool.width if pooling == "transformer" else dim
-        super().__init__(width)
+        dim, pool = encoder.embed_dim, POOLS[pooling](encoder.embed_dim)
+        super().__init__(pool.width)
         self.encoder, self.pooling, self.pool = encoder, pooling, pool
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if pooling == "class_token" else None
-        self.norm = nn.LayerNorm(width)
-        last = nn.Linear(penultimate or width, num_outputs)
-        nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)  # outputs of about 0.1 for standardised features
+        self.norm = nn.LayerNorm(pool.width)
+        last = nn.Linear(penultimate or pool.width, num_outputs)
+        # Outputs of about 0.1 for standardised features.
+        nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
         nn.init.zeros_(last.bias)
-        hidden = [nn.Linear(width, penultimate), nn.GELU()] if penultimate else []
+        hidden = [nn.Linear(pool.width, penultimate), nn.GELU()] if penultimate else []
         self.head = nn.Sequential(*hidden, nn.Dropout(dropout), last)
 
     def features(self, batch: Batch) -> Tensor:
@@ -237,10 +244,7 @@ class Specformer2D(nn.Module):
             raise ValueError(f"Specformer2D needs an encoder with nglo=0, and this one has nglo={encoder.nglo}.")
         if upscale < 1 or patch % upscale:
             sides = [u for u in range(1, patch + 1) if patch % u == 0]
-            raise ValueError(
-                f"upscale={upscale} does not divide the patch size {patch}, so the target is not smaller than the "
-                f"{encoder.img_size}-pixel input by a whole factor: choose one of {sides}."
-            )
+            raise ValueError(f"upscale={upscale} does not divide the patch size {patch}: choose one of {sides}.")
         self.encoder = encoder
         self.unembed = nn.Module()
         self.unembed.unembed = nn.ModuleList([PixelDecoder(encoder.embed_dim, out_chans, upscale)])
@@ -252,19 +256,18 @@ class Specformer2D(nn.Module):
 
 
 class LinearBaseline1D(FeatureModel):
-    """A linear map of the mean brightness of each channel in signed-log space: what a number of the disc can be read
-    from.
+    """A linear map of the mean of each channel over the image, in signed-log space, for all T frames: C*T features.
 
-    The features are the spatial means of signed-log values, for all T frames: C*T numbers a sample. The batch holds
-    normalised values z, and signed-log values are y = z * std + mean; the mean over the image commutes with that map.
-    Trained by gradient descent in the same loop as the others; call `fit_features(train_loader)` first, because the
-    channels differ in scale.
+    The batch holds normalised values z, and signed-log values are y = z * std + mean; the mean over the image commutes
+    with that map. Trained by gradient descent in the same loop as the others; call `fit_features(train_loader)` first,
+    because the channels differ in scale.
 
     Args:
         in_chans: C.
         num_outputs: how many numbers.
-        time_dim: T. mean, std: (C,) each channel's mean and standard deviation (plus epsilon) in signed-log space, as
-            in the scalers; None when the normalised means themselves will do.
+        time_dim: T.
+        mean, std: (C,) each channel's mean and standard deviation (plus epsilon) in signed-log space, as in the
+            scalers; None when the normalised means themselves will do.
     """
 
     def __init__(
@@ -277,13 +280,12 @@ class LinearBaseline1D(FeatureModel):
     ):
         super().__init__(in_chans * time_dim)
         self.shape = (in_chans, time_dim)
-        for name, values, default in (("mean", mean, torch.zeros(in_chans)), ("std", std, torch.ones(in_chans))):
-            values = default if values is None else torch.as_tensor(values, dtype=torch.float32)
-            if values.shape != (in_chans,):
-                raise ValueError(
-                    f"{name} must hold one number for each of the {in_chans} channels; got {tuple(values.shape)}."
-                )
-            self.register_buffer(f"signed_log_{name}", values)
+        mean = torch.zeros(in_chans) if mean is None else torch.as_tensor(mean, dtype=torch.float32)
+        std = torch.ones(in_chans) if std is None else torch.as_tensor(std, dtype=torch.float32)
+        if mean.shape != (in_chans,) or std.shape != (in_chans,):
+            raise ValueError(f"mean and std must hold one number for each of the {in_chans} channels.")
+        self.register_buffer("signed_log_mean", mean)
+        self.register_buffer("signed_log_std", std)
         self.head = nn.Linear(in_chans * time_dim, num_outputs)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -325,7 +327,5 @@ class LinearBaseline2D(nn.Module):
 
 def _check_channels_and_frames(ts: Tensor, expected: tuple[int, int]) -> None:
     if ts.ndim != 5 or tuple(ts.shape[1:3]) != expected:
-        raise ValueError(
-            f"The baseline takes ts of shape (B, C, T, H, W) with C={expected[0]} and T={expected[1]} and got "
-            f"{tuple(ts.shape)}: in_chans and time_dim must agree with the data, and the axes must stand in this order."
-        )
+        wanted = f"(B, C, T, H, W) with C={expected[0]} and T={expected[1]}"
+        raise ValueError(f"The baseline takes ts of shape {wanted} and got {tuple(ts.shape)}.")

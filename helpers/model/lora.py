@@ -19,49 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.config import QKV, Config, lora_problems
-from helpers.model.encoder import SpectralFilter, SuryaEncoder, to_working_dtype
-
-BITS = {2: torch.int16, 4: torch.int32}  # whole numbers by their size in bytes
-
-
-def kept(x: Tensor, share: float) -> Tensor:
-    """A mask (int16, the shape of x) for a dropout of `share`: all bits set where x is kept, none where it is dropped.
-
-    Fifteen random bits an element, drawn 64 at a time: nn.Dropout draws a float for each, which on a CPU takes longer
-    than the frozen product itself.
-    """
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    bits = bits.view(torch.int16)[: x.numel()].bitwise_right_shift_(1)  # uniform from -2**14 to 2**14 - 1
-    return bits.sub_(round((1 - share) * 2**15) - 2**14).bitwise_right_shift_(15).view(x.shape)  # its sign, in all bits
-
-
-class _DropoutLinear(torch.autograd.Function):
-    """A times x after dropout. Kept for the backward pass: x after dropout, and its mask, two bytes an element.
-
-    A bitwise "and" with the mask leaves x or 0, and takes a third of the time of a product with booleans.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        x = (x.view(BITS[x.element_size()]) & mask).view(x.dtype)
-        ctx.save_for_backward(x, weight, mask)
-        return F.linear(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
-        x, weight, mask = ctx.saved_tensors
-        for_x = grad @ weight if ctx.needs_input_grad[0] else None
-        if for_x is not None:
-            for_x.view(BITS[for_x.element_size()]).bitwise_and_(mask)
-        return for_x, grad.t() @ x, None
+from helpers.model.encoder import SpectralFilter, SuryaEncoder, encoder_of, to_working_dtype
+from helpers.model.kernels import dropout_linear
 
 
 class LoRALinear(nn.Linear, loralib.LoRALayer):
-    """A frozen linear layer y = W x + b plus scaling * B A dropout(x), with one (A, B) pair for each adapted part of y.
+    """A frozen linear layer with an update of low rank: y = W x + b + (alpha / r) B A dropout(x).
 
     Args:
         base: the layer to adapt; its very parameters are shared.
-        rank: r, rank of each pair.
+        rank: r, rank of each pair (A, B).
         alpha: the update is scaled by alpha / rank.
         dropout: on the input of the adapter alone.
         parts: which equal parts of the output get a pair: (True,) for a plain layer, three for the fused qkv.
@@ -82,27 +49,25 @@ class LoRALinear(nn.Linear, loralib.LoRALayer):
         self.lora_B = nn.Parameter(torch.zeros(n * out, rank, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
-    def _up(self) -> Tensor:
-        """B of all pairs as one block-diagonal matrix (out, n*r), zero rows where a part has no pair; scaled."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape: (..., in) to (..., out)."""
+        shape, x = x.shape[:-1], to_working_dtype(x, self).flatten(0, -2)  # (N, in)
+        p = self.lora_dropout.p if self.training else 0.0
+        frozen = F.linear(x, self.weight, self.bias)  # (N, out), W x + b
+        low = dropout_linear(x, self.lora_A.to(x.dtype), p)  # (N, n*r), A dropout(x)
+        y = frozen.addmm_(low, self.scaled_B().to(x.dtype).t())  # frozen + (alpha / r) B low, without a second (N, out)
+        return y.unflatten(0, shape)
+
+    def scaled_B(self) -> Tensor:
+        """(alpha / r) B as one matrix (out, n*r): the B of each part on the diagonal, zeros where a part has none."""
         blocks = iter(self.lora_B.chunk(sum(self.parts)))
         none = self.lora_B.new_zeros(self.out_features // len(self.parts), 0)
-        return torch.block_diag(*[next(blocks) if adapted else none for adapted in self.parts]) * self.scaling
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape, x = x.shape, to_working_dtype(x, self).flatten(0, -2)  # (N, in)
-        down, up = self.lora_A.to(x.dtype), self._up()
-        share = self.lora_dropout.p if self.training else 0.0
-        if share:
-            low, up = _DropoutLinear.apply(x, down, kept(x, share)), up / (1 - share)
-        else:
-            low = F.linear(x, down)  # (N, n*r)
-        out = F.linear(low, up.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))  # (N, out)
-        return out.addmm_(x, self.weight.to(x.dtype).t()).unflatten(0, shape[:-1])  # the frozen product, added in place
+        return self.scaling * torch.block_diag(*[next(blocks) if adapted else none for adapted in self.parts])
 
     def merge(self) -> nn.Linear:
         """A plain layer with the update added to a copy of the weight."""
         plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        update = (self._up() @ self.lora_A).detach()
+        update = (self.scaled_B() @ self.lora_A).detach()
         plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype))
         plain.bias = self.bias
         return plain.train(self.training)
@@ -135,7 +100,7 @@ def apply_lora(
     Raises:
         ValueError: for settings out of range, a target that matches no layer, or a model that is adapted already.
     """
-    encoder, targets, qkv = _encoder_of(model), tuple(targets), tuple(qkv)
+    encoder, targets, qkv = encoder_of(model), tuple(targets), tuple(qkv)
     layers = [(name, layer) for name, layer in encoder.backbone.named_modules() if isinstance(layer, nn.Linear)]
     if any(isinstance(layer, LoRALinear) for _, layer in layers):
         raise ValueError("This model has adapters already; build it again, or adapt what merge_lora returns.")
@@ -165,7 +130,7 @@ def adapt(model: nn.Module, cfg: Config) -> nn.Module:
     if cfg.training.regime == "lora":
         apply_lora(model, **cfg.lora.model_dump())
     else:
-        _encoder_of(model).requires_grad_(cfg.training.regime != "probe")
+        encoder_of(model).requires_grad_(cfg.training.regime != "probe")
     if cfg.training.frozen_dtype == "bf16":
         hold_frozen(model, torch.bfloat16)
     return model
@@ -176,21 +141,11 @@ def hold_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     The spectral filters compute in float32, and normalisations have few weights: both stay as they are.
     """
-    for module in _encoder_of(model).modules():
+    for module in encoder_of(model).modules():
         for parameter in module.parameters(recurse=False):
             if not parameter.requires_grad and not isinstance(module, SpectralFilter | nn.LayerNorm):
                 parameter.data = parameter.data.to(dtype)
     return model
-
-
-def _encoder_of(model: nn.Module) -> SuryaEncoder:
-    encoder = getattr(model, "encoder", model)
-    if not isinstance(encoder, SuryaEncoder):
-        raise ValueError(
-            f"{type(model).__name__} has no Surya encoder to adapt; "
-            "give a Specformer1D, a Specformer2D or a SuryaEncoder."
-        )
-    return encoder
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -232,24 +187,13 @@ class TrainableSummary:
     def total(self) -> int:
         return sum(total for _, total in self.groups.values())
 
-    @property
-    def frozen(self) -> int:
-        return self.total - self.trainable
-
-    @property
-    def percentage(self) -> float:
-        return 100 * self.trainable / max(self.total, 1)
-
     def __str__(self) -> str:
+        groups = {**self.groups, "all": (self.trainable, self.total)}
         rows = [f"{'':10}{'trainable':>14}{'frozen':>14}"]
-        rows += [f"{name:10}{train:>14,}{total - train:>14,}" for name, (train, total) in self.groups.items() if total]
-        rows += [
-            f"{'all':10}{self.trainable:>14,}{self.frozen:>14,}   {self.percentage:.2f}% trainable",
-            "",
-            "What trains:",
-        ]
-        rows += [f"  {name}  ({count} x, {size:,})" for name, (count, size) in self.trains.items()]
-        return "\n".join(rows if self.trains else [*rows, "  nothing"])
+        rows += [f"{name:10}{train:>14,}{total - train:>14,}" for name, (train, total) in groups.items() if total]
+        rows[-1] += f"   {100 * self.trainable / max(self.total, 1):.2f}% trainable"
+        trains = [f"  {name}  ({count} x, {size:,})" for name, (count, size) in self.trains.items()]
+        return "\n".join([*rows, "", "What trains:", *(trains or ["  nothing"])])
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
