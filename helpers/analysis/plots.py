@@ -21,9 +21,6 @@ EXPERIMENT_COLORS = {"baseline": "0.35", "finetune": "tab:red"}
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Panels
-# --------------------------------------------------------------------------------------------------------------------
 def _panels(rows: int, columns: int, width: float = 3.0, height: float = 3.1, **how: Any) -> tuple[Figure, np.ndarray]:
     """A figure of panels, and these as an array (rows, columns); the size is that of one panel, in inches."""
     size = (width * columns, height * rows)
@@ -75,13 +72,6 @@ def _label(cfg: Config) -> str:
     return f"{cfg.target.name} [{cfg.target.unit}]" if cfg.target.unit else cfg.target.name
 
 
-def _metric_label(split: str, cfg: Config) -> str:
-    return f"{split} {cfg.target.metrics[0]} [{cfg.target.unit}]"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Samples and labels
-# --------------------------------------------------------------------------------------------------------------------
 def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title: str = "", more: int = 0) -> Figure:
     """One frame, a panel a channel, with the colour maps of the field.
 
@@ -144,9 +134,6 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     return fig
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------------------------
 def _plot_losses(axis: plt.Axes, table: pd.DataFrame) -> None:
     for name, split, label in (("train_loss", "train", "train"), ("val_loss", "val", "validation")):
         axis.plot(table.index, table[name], ".-", color=SPLIT_COLORS[split], label=label)
@@ -162,7 +149,7 @@ def plot_history(history: History, cfg: Config) -> Figure:
     loss.set(ylabel=f"loss ({cfg.target.loss}, standardised)")
     loss.axvline(kept, color="k", lw=0.8, ls="--", label=f"kept: epoch {kept}")
     metric.plot(table.index, table[f"val_{cfg.target.metrics[0]}"], ".-", color=SPLIT_COLORS["val"])
-    metric.set(xlabel="epoch", ylabel=_metric_label("validation", cfg))
+    metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]} [{cfg.target.unit}]")
     metric.axvline(kept, color="k", lw=0.8, ls="--")
     # epoch 0 took no step
     rate.plot(table.index[1:], table["lr"][1:], ".-", color="0.3")
@@ -187,19 +174,6 @@ def plot_curves(tables: Mapping[str, pd.DataFrame], notes: Mapping[str, str]) ->
     return fig
 
 
-def plot_range_test(table: pd.DataFrame, suggested: float, used: float) -> Figure:
-    """Loss against learning rate of `range_test`, with the suggested and the configured rate."""
-    fig, ((axis,),) = _panels(1, 1, width=7, height=3.4)
-    axis.plot(table["lr"], table["loss"], color="0.8", lw=0.8, label="each batch")
-    axis.plot(table["lr"], table["smoothed"], color=SPLIT_COLORS["train"], label="smoothed")
-    axis.axvline(suggested, color="k", ls="--", lw=0.8, label=f"suggested: {suggested:.1e}")
-    axis.axvline(used, color="tab:red", ls=":", lw=1.2, label=f"training.lr: {used:.1e}")
-    axis.set(xscale="log", ylim=(0, 5 * table["smoothed"].min()))
-    axis.set(xlabel="learning rate, rising at every step", ylabel="training loss")
-    _finish([axis])
-    return fig
-
-
 def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
     """Validation metric against epoch of every run (a thin line) and its mean over seeds, one colour an experiment.
 
@@ -218,26 +192,11 @@ def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
             mean = curves.dropna().mean(axis=1)
             axis.plot(mean.index, mean, color=color, label=f"{experiment}, {len(tables)} seeds")
         axis.set(xlabel="epoch", title=f"{count:.0f} training samples")
-    axes[0, 0].set_ylabel(_metric_label("validation", cfg))
+    axes[0, 0].set_ylabel(f"validation {cfg.target.metrics[0]} [{cfg.target.unit}]")
     _finish(axes[0])
     return fig
 
 
-def plot_scaling(runs: pd.DataFrame, cfg: Config) -> Figure:
-    """Test metric against number of training samples, mean and standard deviation over seeds."""
-    fig, ((axis,),) = _panels(1, 1, width=5, height=3.4)
-    for experiment, group in runs.groupby("experiment"):
-        scores = group.groupby("training samples")[f"test_{cfg.target.metrics[0]}"].agg(["mean", "std"])
-        color = EXPERIMENT_COLORS[experiment]
-        axis.errorbar(scores.index, scores["mean"], scores["std"], fmt="o-", color=color, capsize=3, label=experiment)
-    axis.set(xlabel="training samples", ylabel=_metric_label("test", cfg))
-    _finish([axis])
-    return fig
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Predictions, by kind of target
-# --------------------------------------------------------------------------------------------------------------------
 def plot_predictions(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target."""
     return find_named(cfg.target.plot or TASKS[cfg.labels.kind].figure, PLOTS)(found, cfg)
@@ -402,9 +361,6 @@ def _show_input(axis: plt.Axes, example: ImageExample, wanted: str, cfg: Config)
     show_channel(axis, physical.numpy(), name, f"input: {name}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The data notebook
-# --------------------------------------------------------------------------------------------------------------------
 def _three_spaces(physical: np.ndarray, scaler: Scaler) -> dict[str, np.ndarray]:
     logarithmic = to_signed_log(physical, scaler)
     return {"physical": physical, "signed-log": logarithmic, "normalised": normalise(physical, scaler)}
