@@ -107,6 +107,8 @@ class Data(_Section):
     native_size: Count
     reduce: Count
     offsets_minutes: Annotated[list[int], Field(min_length=1)]
+    cadence_minutes: Annotated[int, Field(ge=12, multiple_of=12)]
+    every_minutes: Annotated[int, Field(ge=12, multiple_of=12)]
     store: Annotated[str, PATH, MACHINE]
     build_workers: Annotated[Count, MACHINE]
     dask_address: Annotated[str | None, MACHINE]
@@ -224,7 +226,7 @@ class Training(_Section):
     loader_workers: Annotated[NotNegative, MACHINE]
     max_train_samples: Annotated[Count | None, COMPARED]
     max_val_samples: Count | None
-    augment: list[Literal["flip_lr", "flip_ud", "rot180"]]
+    max_test_samples: Count | None
 
 
 class Diagnostics(_Section):

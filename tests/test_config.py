@@ -223,7 +223,6 @@ WRONG_TYPES = {
     "training.epochs": ("three", 3.0, 0, True),
     "training.lr": ("1e-3", 0.0, -1.0, float("nan")),
     "training.precision": ("fp8",),
-    "training.augment[1]": (["flip_ud", "flip"],),
     "data.channels[2]": (["aia94", "aia131", "aia17"],),
     "data.offsets_minutes[0]": (["-60", 0],),
     "data.anonymous": ("yes",),

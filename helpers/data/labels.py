@@ -1,12 +1,13 @@
-"""Labels: reading them, joining them with frames, and keeping the splits apart.
+"""Labels: reading them, and planning which samples there are, in which split, from which frames.
 
-A sample at time t reads the frames at t + offsets and the label of the time t + lead. What finds no partner is dropped
-and counted.
+Labels decide. A label at time L makes a sample at the frame time t nearest to L - lead; the sample reads the frames at
+t + offsets. What finds no partner is dropped and counted. A plan needs no frame: it can be made before any is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,10 +19,12 @@ from helpers.config import Config
 from helpers.data.archive import parse_times
 
 QUIET = ("", "FQ", "A0", "A0.0", "NONE", "NAN")  # no flare, hence no flux to take a logarithm of
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
+SPLITS = ("train", "val", "test")
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Labels
+# Reading
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Labels:
@@ -61,6 +64,16 @@ class FrameTarget:
     reduce: int = 1
 
 
+def labels_of(cfg: Config) -> Labels | FrameTarget:
+    """The labels that the configuration asks for: numbers, masks, or channels of the frames."""
+    labels = cfg.labels
+    if labels.kind == "image" and labels.target_channels:
+        return FrameTarget(tuple(labels.target_channels), labels.target_offset_minutes, labels.reduce)
+    variable = labels.variable if labels.kind != "scalar" else None
+    path = cfg.shared.to_read(labels.path)
+    return load_labels(path, labels.time_column, labels.value_columns, labels.transform, variable, labels.reduce)
+
+
 def load_labels(
     path: str | Path,
     time_column: str,
@@ -82,16 +95,15 @@ def load_labels(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a column is missing, a cell is neither a time nor a value, or one time has two different values.
+        ValueError: it is no CSV, a column is missing, a cell is neither a time nor a value, or one time has two
+            different values.
     """
     path, where = Path(path), f"the label file {path}"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no label file {path}. Correct labels.path in the config.")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table = _read_table(path)
     columns = ["path"] if variable else list(value_columns)
     if absent := [name for name in (time_column, *columns) if name not in table]:
         raise ValueError(
-            f"{where[0].upper() + where[1:]} has no column {', '.join(absent)}; it has {', '.join(table)}. Correct "
+            f"The label file {path} has no column {', '.join(absent)}; it has {', '.join(table)}. Correct "
             f"labels.time_column or labels.value_columns in the config."
         )
     times = parse_times(table[time_column], where).to_numpy()
@@ -99,14 +111,31 @@ def load_labels(
         paths, values = np.array([str(path.parent / name) for name in table["path"]]), np.empty((len(table), 0))
         usable = (table["path"].str.strip() != "").to_numpy()
     else:
-        paths, values = None, np.column_stack([_TRANSFORMS[transform](table[name], where) for name in columns])
+        read = {"none": _numbers, "log10": _log10, "goes": _goes}[transform]
+        paths, values = None, np.column_stack([read(table[name], where) for name in columns])
         usable = np.isfinite(values).all(axis=1)
     reason = "empty" if variable or transform == "none" else "empty, quiet or not positive, so without a logarithm"
     dropped = {f"label {reason}": int((~usable).sum())} if not usable.all() else {}
-    labels = Labels(times, values, paths, variable, reduce, dropped)
-    if _have_zone(table[time_column]):
-        labels.notes.append("label times carry a time zone and were converted to UTC")
-    return _in_order(labels, np.flatnonzero(usable), where)
+    has_zone = table[time_column].str.contains(r"\d[T ]\d.*(?:Z|[+-]\d{2}:?\d{2})$").any()
+    notes = ["label times carry a time zone and were converted to UTC"] if has_zone else []
+    return _in_order(
+        Labels(times, values, paths, variable, reduce, dropped, notes), np.flatnonzero(usable), f"The label file {path}"
+    )
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """All cells as text; a comma at the end of every row is no further column."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pd.errors.ParserWarning)
+            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no label file {path}. Correct labels.path in the config.") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"The label file {path} cannot be read as a table ({error}). Write a CSV in UTF-8 with a header and one "
+            f"row a time."
+        ) from None
 
 
 def _in_order(labels: Labels, rows: np.ndarray, where: str) -> Labels:
@@ -117,8 +146,8 @@ def _in_order(labels: Labels, rows: np.ndarray, where: str) -> Labels:
         other_path = labels.paths is not None and labels.paths[i] != labels.paths[j]
         if other_path or not np.array_equal(labels.values[i], labels.values[j]):
             raise ValueError(
-                f"{where[0].upper() + where[1:]} has two different labels for {pd.Timestamp(labels.times[i])}. Keep "
-                f"one row a time (for example the largest flare)."
+                f"{where} has two different labels for {pd.Timestamp(labels.times[i])}. Keep one row a time (for "
+                f"example the largest flare)."
             )
     dropped = labels.dropped | ({"label row repeated": len(same)} if len(same) else {})
     rows = np.delete(rows, same + 1)
@@ -126,19 +155,17 @@ def _in_order(labels: Labels, rows: np.ndarray, where: str) -> Labels:
     return replace(labels, times=labels.times[rows], values=labels.values[rows], paths=paths, dropped=dropped)
 
 
-def _have_zone(column: pd.Series) -> bool:
-    return bool(column.str.contains(r"\d[T ]\d.*(?:Z|[+-]\d{2}:?\d{2})$").any())
-
-
 def _numbers(column: pd.Series, where: str) -> np.ndarray:
     """Cells as float64; empty ones are NaN."""
-    numbers = pd.to_numeric(column.str.strip().replace("", "nan"), errors="coerce").to_numpy(float)
-    wrong = np.isnan(numbers) & ~column.str.strip().str.lower().isin(["", "nan", "na"]).to_numpy()
+    cells = column.str.strip()
+    numbers = pd.to_numeric(cells.replace("", "nan"), errors="coerce").to_numpy(float)
+    wrong = np.isnan(numbers) & ~cells.str.lower().isin(["", "nan", "na"]).to_numpy()
+    wrong |= np.abs(numbers) > LARGEST_NUMBER
     if wrong.any():
         row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is not a number. '
-            f"Correct the row; for flare classes such as M2.5 set labels.transform: goes."
+            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is not a number '
+            f"below {LARGEST_NUMBER:.1e}. Correct the row; for flare classes such as M2.5 set labels.transform: goes."
         )
     return numbers
 
@@ -150,87 +177,172 @@ def _log10(column: pd.Series, where: str) -> np.ndarray:
 
 def _goes(column: pd.Series, where: str) -> np.ndarray:
     """log10 of the flux in W/m^2; NaN for the entries of QUIET, which give no flux."""
-    return np.array([_goes_flux(text, row, column.name, where) for row, text in enumerate(column)])
-
-
-def _goes_flux(text: str, row: int, name: str, where: str) -> float:
-    text = text.strip().upper()
-    if text in QUIET:
-        return np.nan
-    try:
-        return float(np.log10(GOES_CLASSES[text[0]] * float(text[1:] or 1)))
-    except (KeyError, ValueError):
+    cells = column.str.strip().str.upper()
+    parts = cells.str.extract(r"^([ABCMX])(\d+(?:\.\d*)?)$")
+    flux = parts[0].map(GOES_CLASSES).to_numpy(float) * parts[1].to_numpy(float)
+    wrong = ~(flux > 0) & ~cells.isin(QUIET).to_numpy()
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
         raise ValueError(
-            f'Row {row + 2} of {where} has "{text}" in its column {name}, which is not a GOES class. Write a letter of '
-            f"A B C M X and a number, for example M2.5, or leave it empty where there is no flux."
-        ) from None
-
-
-_TRANSFORMS = {"none": _numbers, "log10": _log10, "goes": _goes}
+            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is no GOES class. '
+            f"Write a letter of A B C M X and a number, for example M2.5, or leave it empty where there is no flux."
+        )
+    return np.log10(flux, where=flux > 0, out=np.full(len(flux), np.nan))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Joining
+# Planning
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Matching:
-    """Which frames and which label belong to a sample at time t, in minutes."""
+class Plan:
+    """The samples of a configuration, split by split.
 
-    offsets_minutes: tuple[int, ...] = (-60, 0)
-    lead_minutes: int = 0
-    direction: str = "nearest"  # forward: the label at or after t + lead (causal); backward: at or before it
-    tolerance_minutes: int = 30
+    Attributes:
+        labels: what is predicted.
+        offsets_minutes: of the frames that a sample reads, relative to its time; the target frame included.
+        samples: of each split, one row a sample in the order of time: `time`, and for labels `label`, its row there,
+            and `label_time`.
+        candidates: how many samples of each split there would be if no frame lacked and there were no maximum.
+        dropped: of each split, why and how many candidates were left out.
+        unmatched: why and how many labels belong to no frame time.
+    """
 
-    def window(self) -> tuple[pd.Timedelta, pd.Timedelta]:
-        """First and last moment, relative to t, that a sample may know of."""
-        late = self.lead_minutes + (self.tolerance_minutes if self.direction != "backward" else 0)
-        return pd.Timedelta(min(self.offsets_minutes), "min"), pd.Timedelta(max(late, *self.offsets_minutes), "min")
+    labels: Labels | FrameTarget
+    offsets_minutes: tuple[int, ...]
+    samples: dict[str, pd.DataFrame]
+    candidates: dict[str, int]
+    dropped: dict[str, dict[str, int]]
+    unmatched: dict[str, int]
+
+    @property
+    def frames(self) -> np.ndarray:
+        """Times of all frames that the samples read, (N,) datetime64[s], sorted."""
+        return frame_times(pd.concat(self.samples.values())["time"], self.offsets_minutes)
+
+    def __str__(self) -> str:
+        lines = []
+        for name, table in self.samples.items():
+            dropped = self.dropped[name]
+            subset = len(table) + sum(dropped.values()) < self.candidates[name]
+            line = f"{name}: {len(table)} samples"
+            line += f" (a seeded subset of at most {self.candidates[name]})" if subset else ""
+            lines.append("; ".join([line, *(f"dropped {count} without {why}" for why, count in dropped.items())]))
+        if isinstance(self.labels, Labels):
+            used = sum(len(table) for table in self.samples.values())
+            lines.append(f"labels: {used} of {len(self.labels)} belong to a sample")
+            left_out = self.labels.dropped | self.unmatched
+            lines += [f"labels: {count} x {reason}" for reason, count in left_out.items()] + self.labels.notes
+        return "\n".join(lines)
 
 
-def join(
-    frame_times: np.ndarray, labels: Labels | FrameTarget, matching: Matching, between: Sequence[str] | None = None
-) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Join frames and labels.
+def frame_times(times: pd.Series, offsets_minutes: Sequence[int]) -> np.ndarray:
+    """Times of the frames of samples at `times`, each once and sorted, (N,) datetime64[s]."""
+    times = times.to_numpy("datetime64[s]")
+    return np.unique([times + np.timedelta64(minutes, "m") for minutes in offsets_minutes])
+
+
+def plan_samples(
+    cfg: Config, usable: Callable[[np.ndarray], np.ndarray] | None = None, labels: Labels | FrameTarget | None = None
+) -> Plan:
+    """Find the samples of a configuration: match labels and frame times, apply splits and the maxima of `training`.
+
+    With a maximum, the candidates of a split are taken in one seeded order, and those that lack a frame are skipped. So
+    a smaller subset lies within a larger one, and which frames are built already changes nothing.
 
     Args:
-        frame_times: (N,) datetime64[s] of the complete frames.
-        between: [start, end) of the sample times; None for all.
+        usable: which frames of these times, (N,) datetime64[s], can be had, (N,) bool; None: all.
+        labels: None for those of the configuration.
+
+    Raises:
+        FileNotFoundError: there is no label file.
+        ValueError: unusable labels, or windows of two splits that are too close.
+    """
+    labels = labels_of(cfg) if labels is None else labels
+    spans = {name: getattr(cfg.split, name) for name in SPLITS}
+    check_splits(spans, sample_window(cfg), cfg.split.guard_hours)
+    offsets, unmatched = list(cfg.data.offsets_minutes), {}
+    if isinstance(labels, FrameTarget):
+        offsets.append(labels.offset_minutes)
+        every = f"{cfg.data.every_minutes}min"  # counted from midnight
+        within = [
+            pd.date_range(pd.Timestamp(a).ceil(every), b, freq=every, inclusive="left") for a, b in spans.values()
+        ]
+        table = pd.DataFrame({"time": np.concatenate(within).astype("datetime64[s]")})
+    else:
+        rules = cfg.labels.lead_minutes, cfg.labels.direction, cfg.labels.tolerance_minutes
+        table, unmatched = match(labels, *rules, cfg.data.cadence_minutes)
+    samples, candidates, dropped = {}, {}, {}
+    offsets = tuple(sorted(set(offsets)))
+    for name, (start, end) in spans.items():
+        inside = table[(table["time"] >= pd.Timestamp(start)) & (table["time"] < pd.Timestamp(end))]
+        complete = np.ones(len(inside), bool)
+        if usable and len(inside):
+            times = frame_times(inside["time"], offsets)
+            there = times[usable(times)]
+            for minutes in offsets:
+                complete &= np.isin(inside["time"].to_numpy() + np.timedelta64(minutes, "m"), there)
+        order = np.random.default_rng(cfg.seed).permutation(len(inside))
+        most = getattr(cfg.training, f"max_{name}_samples") or len(inside)
+        last = np.searchsorted(complete[order].cumsum(), most)  # where in this order the maximum is reached
+        looked_at = order[: last + 1]
+        samples[name] = inside.iloc[np.sort(looked_at[complete[looked_at]])].reset_index(drop=True)
+        lacking = int((~complete[looked_at]).sum())
+        dropped[name] = {f"a frame at {' or '.join(map(str, offsets))} min": lacking} if lacking else {}
+        candidates[name] = len(inside)
+    return Plan(labels, offsets, samples, candidates, dropped, unmatched)
+
+
+def match(
+    labels: Labels, lead_minutes: int, direction: str, tolerance_minutes: int, cadence_minutes: int
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Give each label the frame time t, a multiple of the cadence, that is nearest to its own time minus the lead.
+
+    Args:
+        direction: forward: the label is at or after t + lead (causal); backward: at or before it; nearest: either.
+        tolerance_minutes: how far the label may be from t + lead.
 
     Returns:
-        One row a sample (`time`, and for labels `label`, its row there, and `label_time`), and why and how many frames
-        were left out.
+        One row a sample, in the order of time: `time`, `label` (its row in the labels), `label_time`; and why and how
+        many labels have none.
     """
-    times = pd.Series(np.sort(frame_times).astype("datetime64[s]"))
-    if between is not None:
-        times = times[(times >= pd.Timestamp(between[0])) & (times < pd.Timestamp(between[1]))]
-    offsets = list(matching.offsets_minutes)
-    offsets += [labels.offset_minutes] if isinstance(labels, FrameTarget) else []
-    complete = np.logical_and.reduce([(times + pd.Timedelta(o, "min")).isin(frame_times) for o in offsets])
-    samples = pd.DataFrame({"time": times[complete]})
-    dropped = {f"frame at {' or '.join(f'{o:+d}' for o in offsets if o)} min missing": int((~complete).sum())}
-    if isinstance(labels, Labels):
-        wanted = (samples["time"] + pd.Timedelta(matching.lead_minutes, "min")).astype("datetime64[s]")
-        samples = pd.merge_asof(
-            samples.assign(wanted=wanted),
-            pd.DataFrame({"label_time": labels.times.astype("datetime64[s]"), "label": np.arange(len(labels))}),
-            left_on="wanted",
-            right_on="label_time",
-            direction=matching.direction,
-            tolerance=pd.Timedelta(matching.tolerance_minutes, "min"),
-        )
-        unmatched = samples["label"].isna()
-        dropped[f"no label ({matching.direction}) within {matching.tolerance_minutes} min"] = int(unmatched.sum())
-        samples = samples[~unmatched].astype({"label": int})[["time", "label", "label_time"]]
-    return samples.reset_index(drop=True), {reason: count for reason, count in dropped.items() if count}
+    wanted = labels.times.astype("datetime64[s]").astype(int) - 60 * lead_minutes
+    step = 60 * cadence_minutes
+    ahead = {"forward": 0, "nearest": step // 2, "backward": step - 1}[direction]
+    frame = (wanted + ahead) // step * step
+    off = np.abs(wanted - frame)
+    table = pd.DataFrame(
+        {"time": frame.astype("datetime64[s]"), "label": np.arange(len(labels)), "label_time": labels.times}
+    )
+    near = off <= 60 * tolerance_minutes
+    table = table.assign(off=off)[near].sort_values(["time", "off"], kind="stable")
+    twice = table["time"].duplicated()
+    unmatched = {
+        f"no frame time ({direction}) within {tolerance_minutes} min": int((~near).sum()),
+        "another label is nearer to the same frame": int(twice.sum()),
+    }
+    table = table[~twice].drop(columns="off").reset_index(drop=True)
+    return table, {reason: count for reason, count in unmatched.items() if count}
 
 
-def check_splits(splits: dict[str, Sequence[str]], matching: Matching, guard_hours: float) -> None:
+def sample_window(cfg: Config) -> tuple[pd.Timedelta, pd.Timedelta]:
+    """First and last moment, relative to the time of a sample, that it may know of."""
+    offsets, labels = cfg.data.offsets_minutes, cfg.labels
+    if labels.kind == "image" and labels.target_channels:
+        late = labels.target_offset_minutes
+    else:
+        late = labels.lead_minutes + (labels.tolerance_minutes if labels.direction != "backward" else 0)
+    return pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(late, 0, *offsets), "min")
+
+
+def check_splits(
+    splits: dict[str, Sequence[str]], window: tuple[pd.Timedelta, pd.Timedelta], guard_hours: float
+) -> None:
     """Raise ValueError when windows of two splits overlap or come closer than the guard: that leaks the answers."""
-    before, after = matching.window()
+    before, after = window
     spans = sorted((pd.Timestamp(a) + before, pd.Timestamp(b) + after, name) for name, (a, b) in splits.items())
     for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
         gap = (start - end).total_seconds() / 3600
-        if gap < max(guard_hours, 0):
+        if gap < guard_hours:
             how = f"overlap by {-gap:.1f} h" if gap < 0 else f"are {gap:.1f} h apart"
             raise ValueError(
                 f"The windows of split.{first} and split.{second} {how}, but split.guard_hours asks for "
@@ -238,19 +350,3 @@ def check_splits(splits: dict[str, Sequence[str]], matching: Matching, guard_hou
                 f"({before.total_seconds() / 3600:+.1f} h) to the latest possible label "
                 f"({after.total_seconds() / 3600:+.1f} h). End split.{first} earlier, or begin split.{second} later."
             )
-
-
-def matching_of(cfg: Config) -> Matching:
-    """The matching that the configuration asks for."""
-    offsets, labels = tuple(cfg.data.offsets_minutes), cfg.labels
-    return Matching(offsets, labels.lead_minutes, labels.direction, labels.tolerance_minutes)
-
-
-def labels_of(cfg: Config) -> Labels | FrameTarget:
-    """The labels that the configuration asks for: numbers, masks, or channels of the frames."""
-    labels = cfg.labels
-    if labels.kind == "image" and labels.target_channels:
-        return FrameTarget(tuple(labels.target_channels), labels.target_offset_minutes, labels.reduce)
-    variable = labels.variable if labels.kind != "scalar" else None
-    path = cfg.shared.to_read(labels.path)
-    return load_labels(path, labels.time_column, labels.value_columns, labels.transform, variable, labels.reduce)

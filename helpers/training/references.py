@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 from helpers.config import Config
 from helpers.data.dataset import Loaders
 from helpers.training.tasks import ImagePredictions, Predictions, make_task
@@ -20,9 +17,7 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
     data = getattr(loaders, split).dataset
     references = {"mean of training": lambda row: loaders.target_mean}
     if cfg.labels.target_channels and cfg.labels.target_offset_minutes > 0:
-        now = copy.copy(data)
-        now.labels = replace(data.labels, offset_minutes=0)
-        references["persistence"] = now.target
+        references["persistence"] = data.at_offset(0).target
     predictions = {}
     for name, predicted in references.items():
         collector = make_task(cfg, loaders).collector(times=[])

@@ -20,7 +20,7 @@ from helpers.channels import CHANNELS, load_scalers, normalise, stack_scalers
 from helpers.data.archive import reduce_frame
 from helpers.data.dataset import SolarDataset
 from helpers.data.frames import build_store, open_store
-from helpers.data.labels import FrameTarget, Matching
+from helpers.data.labels import FrameTarget
 
 POOLING = 4
 THREE = ("aia171", "aia193", "hmi_m")
@@ -117,7 +117,9 @@ def reading(folder: Path, path: Path, usual: float, repeats: int) -> None:
     chunk = folder / "store.zarr/frames/c/0/0/0/0"
 
     def sample(channels):
-        data = SolarDataset(open_store(store.path, channels), FrameTarget(channels[:1]), matching=Matching((0,)))
+        data = SolarDataset(
+            open_store(store.path, channels), FrameTarget(channels[:1]), pd.DataFrame({"time": store.times}), (0,)
+        )
         return lambda: data.store.read([data.samples["time"][0]])
 
     whole, three = sample(CHANNELS), sample(THREE)
