@@ -274,7 +274,7 @@ def test_all_wrong_settings_are_named_at_once():
         ((1, 2, 3, 32, 32), 'rearrange(ts, "b t c h w -> b c t h w")'),
         ((1, 32, 32, 3, 2), 'rearrange(ts, "b h w c t -> b c t h w")'),
         ((3, 2, 32, 32), "add the batch axis: ts[None]"),
-        ((1, 3, 32, 32), "has 4 axes where 5 are needed"),
+        ((1, 3, 32, 32), "C follows from data.channels"),
         ((1, 3, 2, 32, 64), "data.native_size / data.reduce"),
         ((1, 4, 1, 64, 64), "C follows from data.channels, T from data.offsets_minutes"),
     ],

@@ -72,26 +72,18 @@ class LoadReport:
 
 
 def load_filtered(
-    model: nn.Module,
-    source: str | Path | State | None,
-    channels: Sequence[str] | None = None,
-    source_channels: Sequence[str] | None = None,
-    strict: bool = True,
+    model: nn.Module,  # a Specformer1D, a Specformer2D or a SuryaEncoder, with adapters or without
+    source: str | Path | State | None,  # a file or a state dict; None leaves the random weights, and reports so
+    channels: Sequence[str] | None = None,  # the model's input channels in their order; None: the checkpoint's own
+    source_channels: Sequence[str] | None = None,  # the checkpoint's channels in their order; None: Surya's 13
+    strict: bool = True,  # raise when an encoder tensor of either side finds no partner
     decoder_channels: Sequence[str] | None = None,
 ) -> LoadReport:
     """Fill a model from a Surya checkpoint, in place, and report on every tensor. Nothing is written when it raises.
 
-    The fingerprint of the checkpoint is noted in `encoder.loaded_from`.
-
-    Args:
-        model: a Specformer1D, a Specformer2D or a SuryaEncoder, with adapters or without.
-        source: a checkpoint file, or a state dict; None leaves the random weights, and the report says so.
-        channels: names of the model's input channels in their order; None for the checkpoint's own.
-        source_channels: names of the checkpoint's channels in their order; None for Surya's 13.
-        strict: raise when an encoder tensor of either side finds no partner; False leaves the model's as it is.
-        decoder_channels: checkpoint channels from whose decoder rows a Specformer2D starts, one for each of its
-            outputs. None or [] loads the decoder whole where it fits (the checkpoint's channels in its order), else
-            leaves it fresh.
+    The decoder of a Specformer2D starts from the rows of `decoder_channels`, channels of the checkpoint, one for each
+    of its outputs. With None or [] it is loaded whole where it fits (the checkpoint's channels in its order), else left
+    fresh. The fingerprint of the checkpoint is noted in `encoder.loaded_from`.
 
     Raises:
         CheckpointError: when the file is no checkpoint or damaged, its architecture is another, it has less frames or a
@@ -117,7 +109,7 @@ def load_filtered(
 
     report = LoadReport(name, parameters_total=total)
     report.missing = [key for key in targets if key not in transfers and not key.startswith(DECODER)]
-    for key in state.keys() - transfers.keys():
+    for key in (key for key in state if key not in transfers):
         report.skipped[key] = "no such tensor in the model"
         if key == POSITIONS:
             report.skipped[key] = f"regenerated for the {encoder.grid} x {encoder.grid} grid"
@@ -293,11 +285,7 @@ def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
 
 
 def read_file(path: Path) -> Any:
-    """torch.load of a whole file (its checksums are tested), memory-mapped and weights_only.
-
-    Raises:
-        CheckpointError: no such file, or something else than torch.save wrote.
-    """
+    """torch.load, memory-mapped and weights_only, after a test of the checksums; CheckpointError for all else."""
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint file {path}: check the path, or let the course download it.")
     try:
@@ -307,30 +295,21 @@ def read_file(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} holds Python objects besides tensors, which are not read because they can run code: "
-            "save it anew as a plain state dict."
+            f"{path} holds Python objects, which can run code, besides tensors: save it anew as a plain state dict."
         ) from error
     except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError) as error:
         with path.open("rb") as file:
             pointer = file.read(64).startswith(b"version https://git-lfs")
-        if pointer:
-            raise CheckpointError(
-                f"{path} is a git-LFS pointer, not the weights themselves: run `git lfs pull` or download the file."
-            ) from None
-        raise CheckpointError(
-            f"{path} ({path.stat().st_size:,} bytes) is cut short, damaged, or no file of torch.save "
-            f"({str(error).splitlines()[0]}): delete it, and get or make it again."
-        ) from error
+        what = f"cut short, damaged or no file of torch.save ({str(error).splitlines()[0]}); delete it, get it again"
+        what = "a git-LFS pointer, not the weights: run `git lfs pull` or download the file" if pointer else what
+        raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is {what}.") from error
 
 
-def fingerprint(source: str | Path | State | None, samples: int = 64) -> str:
-    """Sixteen hexadecimal digits that tell one checkpoint from another; "none" for None.
+def fingerprint(source: str | Path | State, samples: int = 64) -> str:
+    """Sixteen hexadecimal digits that tell one checkpoint from another, the same for a file and for its state dict.
 
-    From names, shapes and up to `samples` evenly spaced values of each tensor, so that it takes a moment for 1.8 GB
-    too. The same for a file and for its state dict.
+    From names, shapes and up to `samples` evenly spaced values of each tensor, so that 1.8 GB take a moment too.
     """
-    if source is None:
-        return "none"
     state, _ = open_checkpoint(source)
     digest = hashlib.sha256()
     for key in sorted(state):
@@ -351,8 +330,7 @@ def save_adapter(
     fingerprint: str | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write what was trained, without the frozen weights: a few MB in place of the whole model. Others see all or
-    nothing.
+    """Write what was trained, without the frozen weights, whole or not at all: a few MB; returns the path.
 
     Args:
         path: file to write.
@@ -360,46 +338,35 @@ def save_adapter(
         config: the settings of the run, as plain values (others are written as text).
         fingerprint: of the checkpoint that the encoder was filled from; None: as `load_filtered` has noted.
         extra: more plain values, such as metrics or the target's scaling.
-
-    Returns:
-        The path.
     """
     plain = json.loads(json.dumps({"config": dict(config), "extra": dict(extra or {})}, default=str))
     state = {key: tensor.detach().cpu().clone() for key, tensor in trained_state(model).items()}
     origin = fingerprint or loaded_from(model) or "none"
-    contents = {"format": ADAPTER_FORMAT, "fingerprint": origin, **plain, "state": state}
     with atomic_write(path) as temporary:
-        torch.save(contents, temporary)
+        torch.save({"format": ADAPTER_FORMAT, "fingerprint": origin, **plain, "state": state}, temporary)
     return Path(path)
 
 
 def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = None) -> dict[str, Any]:
-    """Fill what was trained into a model built the same way, adapters and encoder weights in place, and return the
-    settings.
+    """Fill what was trained into a model built the same way; returns {"config", "extra", "fingerprint"} as saved.
 
     Args:
         path: a file of `save_adapter`.
         model: built with the same settings, with `load_filtered` and `apply_lora` done.
         fingerprint: of the checkpoint that the model's encoder was filled from; None: as `load_filtered` has noted.
 
-    Returns:
-        {"config", "extra", "fingerprint"} as they were saved.
-
     Raises:
         CheckpointError: for another file, another checkpoint, or a model of another shape. Nothing is written then.
     """
     contents, name = read_file(Path(path)), Path(path).name
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
-        raise CheckpointError(
-            f"{name} is no adapter file of this course; a whole checkpoint is read with load_filtered."
-        )
+        raise CheckpointError(f"{name} is no adapter file of this course; load_filtered reads whole checkpoints.")
     holds, targets = fingerprint or loaded_from(model), trained_state(model)
-    frozen = any(not p.requires_grad for p in model.parameters())  # weights that the file does not hold
+    frozen = [name for name, _ in model.named_parameters() if name not in targets]
     if frozen and holds != contents["fingerprint"]:
         raise CheckpointError(
             f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds "
-            f"{holds or 'none that load_filtered put there'}: its adapters mean nothing on other weights. Fill the "
-            "model from the checkpoint that the run used (load_filtered), then load this file."
+            f"{holds or 'none that load_filtered put there'}: fill it from the checkpoint that the run used first."
         )
     state = contents["state"]
     missing, lost = [key for key in targets if key not in state], [key for key in state if key not in targets]

@@ -330,86 +330,55 @@ class SuryaEncoder(nn.Module):
     the grid and no part of the state dict. A fresh encoder has linear weights from a normal cut at two deviations of
     0.02 (the usual one of vision transformers), zero biases, and spectral gains of 0.02 times a normal.
 
-    Args:
-        img_size: H = W in pixels, a multiple of patch_size.
-        patch_size: p in pixels; the grid G = img_size / patch_size must be even.
-        in_chans: C, number of channels.
-        time_dim: T, number of input frames.
-        embed_dim: D, a multiple of num_heads and of 4.
-        depth: number of blocks of both kinds.
-        n_spectral_blocks: how many of them, the first ones, are spectral gating blocks.
-        num_heads: h, attention heads.
-        mlp_ratio: hidden width of the MLPs in units of D.
-        window_size: w of the local attention; 2 is the only one in the release.
-        dp_rank: r, long-range summaries a head.
-        rpe: add a learned bias by relative position to the window's scores.
-        nglo: number of global tokens, handed to `forward`; not together with rpe, for which there is no reference.
-        drop_rate: dropout in the MLPs and after the attention's projection.
-        recompute_blocks: blocks, counted from 0 over both kinds, whose activations are computed again in the
-            backward pass rather than stored (about half of the memory for 1.4 times the time when all are).
-        compile: compile every block with torch.compile at its first use (a C++ compiler or a GPU is needed).
-
-    Raises:
-        ValueError: naming every setting that does not fit.
+    Raises a ValueError that names every setting that does not fit.
     """
 
     def __init__(
         self,
-        img_size: int,
-        patch_size: int,
-        in_chans: int,
-        time_dim: int,
-        embed_dim: int,
-        depth: int,
-        n_spectral_blocks: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        window_size: int = 2,
-        dp_rank: int = 4,
-        rpe: bool = False,
-        nglo: int = 0,
-        drop_rate: float = 0.0,
-        recompute_blocks: Iterable[int] = (),
-        compile: bool = False,
+        img_size: int,  # H = W in pixels, a multiple of patch_size
+        patch_size: int,  # p in pixels; the grid G = img_size / patch_size must be even
+        in_chans: int,  # C, channels
+        time_dim: int,  # T, input frames
+        embed_dim: int,  # D, a multiple of num_heads and of 4
+        depth: int,  # blocks of both kinds
+        n_spectral_blocks: int,  # how many of them, the first ones, are spectral gating blocks
+        num_heads: int,  # h, attention heads
+        mlp_ratio: float = 4.0,  # hidden width of the MLPs in units of D
+        window_size: int = 2,  # w of the local attention; 2 is the only one in the release
+        dp_rank: int = 4,  # r, long-range summaries a head
+        rpe: bool = False,  # add a learned bias by relative position to the window's scores
+        nglo: int = 0,  # global tokens, handed to `forward`; not together with rpe, for which there is no reference
+        drop_rate: float = 0.0,  # dropout in the MLPs and after the attention's projection
+        recompute_blocks: Iterable[int] = (),  # blocks that keep no activations: all take 0.5 the memory, 1.4 the time
+        compile: bool = False,  # every block, by torch.compile, at its first use (needs a C++ compiler or a GPU)
     ):
         super().__init__()
-        recompute_blocks = tuple(recompute_blocks)
+        recompute_blocks = frozenset(recompute_blocks)
         sizes = img_size, patch_size, embed_dim, depth, n_spectral_blocks, num_heads
-        problems = encoder_problems(*sizes, window_size, rpe, nglo, recompute_blocks)
-        if problems:
+        if problems := encoder_problems(*sizes, window_size, rpe, nglo, recompute_blocks):
             raise ValueError(f"The encoder cannot be built: {'; '.join(problems)}.")
         self.img_size, self.patch_size, self.in_chans, self.time_dim = img_size, patch_size, in_chans, time_dim
         self.embed_dim, self.num_heads, self.nglo = embed_dim, num_heads, nglo
         self.grid = img_size // patch_size
         self.loaded_from: str | None = None  # fingerprint of the checkpoint it was filled from; "none": left random
-        hidden = int(embed_dim * mlp_ratio)
         self.embedding = Embedding(in_chans, time_dim, embed_dim, patch_size, self.grid)
+        hidden, attention = int(embed_dim * mlp_ratio), (num_heads, dp_rank, window_size, nglo, rpe, drop_rate)
         self.backbone = Backbone(
             [SpectralBlock(embed_dim, hidden, self.grid, drop_rate) for _ in range(n_spectral_blocks)],
-            [
-                AttentionBlock(embed_dim, hidden, num_heads, dp_rank, window_size, nglo, rpe, drop_rate)
-                for _ in range(depth - n_spectral_blocks)
-            ],
+            [AttentionBlock(embed_dim, hidden, *attention) for _ in range(depth - n_spectral_blocks)],
             Neighbourhood(self.grid, window_size, dp_rank, nglo, rpe),
         )
-        self.backbone.recompute_blocks = frozenset(recompute_blocks)
+        self.backbone.recompute_blocks = recompute_blocks
         self.apply(_initialise)
         if compile:
             for block in (*self.backbone.blocks_spectral_gating, *self.backbone.blocks_attention):
                 block.compile()  # in place, under the same names; blocks of one kind share the compiled code
 
     def forward(self, ts: Tensor, global_tokens: Tensor | None = None) -> Tensor:
-        """Encode a batch.
+        """Tokens (B, nglo + L, D) in float32, global ones first, then patches row by row.
 
-        Args:
-            ts: (B, C, T, H, W), normalised values.
-            global_tokens: (1 or B, nglo, D); needed when the encoder has nglo > 0, refused otherwise.
-
-        Returns:
-            Tokens (B, nglo + L, D) in float32, global tokens first, then patches row by row.
-
-        Raises:
-            ValueError: when a shape is not the configured one, saying which and what is likely wrong.
+        ts is (B, C, T, H, W), normalised; global_tokens is (1 or B, nglo, D), needed when the encoder has nglo > 0 and
+        refused otherwise. A ValueError says which shape is not the configured one, and what is likely wrong.
         """
         check_input(ts, (self.in_chans, self.time_dim, self.img_size, self.img_size))
         check_global_tokens(global_tokens, ts.shape[0], self.nglo, self.embed_dim)
@@ -436,7 +405,6 @@ def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
     got = tuple(ts.shape)
     if got[1:] == expected:
         return
-    channels, frames, side, _ = expected
     orders = permutations((1, 2, 3, 4)) if len(got) == 5 else ()
     order = next((order for order in orders if tuple(got[i] for i in order) == expected), None)
     if order:
@@ -444,12 +412,10 @@ def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
         hint = f'The axes are in another order: use einops.rearrange(ts, "b {axes} -> b c t h w").'
     elif got == expected:
         hint = "If this is one sample, add the batch axis: ts[None]."
-    elif len(got) != 5:
-        hint = f"It has {len(got)} axes where 5 are needed."
     else:
         hint = "C follows from data.channels, T from data.offsets_minutes, H and W from data.native_size / data.reduce."
-    wanted = f"(B, C, T, H, W) = (B, {channels}, {frames}, {side}, {side})"
-    raise ValueError(f"The encoder takes ts of shape {wanted} and got {got}. {hint}")
+    wanted = ", ".join(map(str, expected))
+    raise ValueError(f"The encoder takes ts of shape (B, C, T, H, W) = (B, {wanted}) and got {got}. {hint}")
 
 
 def check_global_tokens(tokens: Tensor | None, batch: int, nglo: int, dim: int) -> None:

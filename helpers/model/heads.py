@@ -147,25 +147,16 @@ class FeatureModel(nn.Module):
 class Specformer1D(FeatureModel):
     """Encoder, pooling, linear layer: numbers for a Sun, such as flare flux or solar-wind speed.
 
-    Args:
-        encoder: the encoder; with nglo=1 for pooling "class_token", with nglo=0 for the others.
-        num_outputs: how many numbers.
-        pooling: mean, max, attention (learned query), transformer (one layer with a readout token), or class_token
-            (a learned token, zero at the start, that takes part in the encoder's attention).
-        penultimate: width of an extra hidden layer, or None.
-        dropout: on the features before the last layer.
-
-    Raises:
-        ValueError: for an unknown pooling, or an encoder whose nglo does not suit it.
+    Raises a ValueError for an unknown pooling, or an encoder whose nglo does not suit it.
     """
 
     def __init__(
         self,
-        encoder: SuryaEncoder,
+        encoder: SuryaEncoder,  # with nglo=1 for the pooling "class_token", with nglo=0 for the others
         num_outputs: int = 1,
-        pooling: str = "mean",
-        penultimate: int | None = None,
-        dropout: float = 0.0,
+        pooling: str = "mean",  # mean, max, attention, transformer, or class_token (learned, zero at the start)
+        penultimate: int | None = None,  # width of an extra hidden layer
+        dropout: float = 0.0,  # on the features before the last layer
     ):
         if problems := pooling_problems(pooling, encoder.nglo):
             raise ValueError(f"The model cannot be built: {problems[0]}.")
@@ -226,14 +217,9 @@ class Specformer2D(nn.Module):
     The decoder has the keys of the checkpoint's pretraining head, so with out_chans=13 the released weights give
     Surya's own one-hour forecast. A fresh decoder starts with outputs near zero.
 
-    Args:
-        encoder: the encoder, with nglo=0.
-        out_chans: channels of the target.
-        upscale: side in pixels of what a token becomes; None for the patch size, so that the target has the side of the
-            input. A target smaller by a factor f takes patch_size // f.
-
-    Raises:
-        ValueError: for an encoder with global tokens, or an upscale that does not divide the patch size.
+    A token becomes `upscale` x `upscale` pixels: None for the patch size, so that the target has the side of the input,
+    patch_size // f for a target smaller by a factor f. Raises a ValueError for an encoder with global tokens, or an
+    upscale that does not divide the patch size.
     """
 
     def __init__(self, encoder: SuryaEncoder, out_chans: int = 1, upscale: int | None = None):
@@ -262,12 +248,8 @@ class LinearBaseline1D(FeatureModel):
     with that map. Trained by gradient descent in the same loop as the others; call `fit_features(train_loader)` first,
     because the channels differ in scale.
 
-    Args:
-        in_chans: C.
-        num_outputs: how many numbers.
-        time_dim: T.
-        mean, std: (C,) each channel's mean and standard deviation (plus epsilon) in signed-log space, as in the
-            scalers; None when the normalised means themselves will do.
+    mean and std (C,) are those of each channel in signed-log space (std plus epsilon), as in the scalers; None when the
+    normalised means themselves will do.
     """
 
     def __init__(
@@ -301,11 +283,7 @@ class LinearBaseline1D(FeatureModel):
 class LinearBaseline2D(nn.Module):
     """The same linear map of the C*T values of each pixel, for all pixels: what can be read off without looking around.
 
-    Args:
-        in_chans: C.
-        out_chans: channels of the target.
-        time_dim: T.
-        factor: whole factor by which the target is smaller than the input; pixels are averaged before the map.
+    A target smaller than the input by a whole `factor` is mapped from pixels that are averaged before.
     """
 
     def __init__(self, in_chans: int, out_chans: int = 1, time_dim: int = 1, factor: int = 1):

@@ -26,18 +26,18 @@ from helpers.model.kernels import dropout_linear
 class LoRALinear(nn.Linear, loralib.LoRALayer):
     """A frozen linear layer with an update of low rank: y = W x + b + (alpha / r) B A dropout(x).
 
-    Args:
-        base: the layer to adapt; its very parameters are shared.
-        rank: r, rank of each pair (A, B).
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the input of the adapter alone.
-        parts: which equal parts of the output get a pair: (True,) for a plain layer, three for the fused qkv.
-
     The parameters are laid out as in loralib: lora_A (n*r, in) and lora_B (n*out/len(parts), r), n = sum(parts), one
     part after the other.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, parts: tuple[bool, ...] = (True,)):
+    def __init__(
+        self,
+        base: nn.Linear,  # the layer to adapt, whose very parameters are shared
+        rank: int,  # r, of each pair (A, B)
+        alpha: float,
+        dropout: float,  # on the input of the adapter alone
+        parts: tuple[bool, ...] = (True,),  # which equal parts of y get a pair: one for a plain layer, three for qkv
+    ):
         nn.Linear.__init__(self, base.in_features, base.out_features, bias=base.bias is not None, device="meta")
         loralib.LoRALayer.__init__(self, r=rank, lora_alpha=alpha, lora_dropout=dropout, merge_weights=False)
         self.weight, self.bias = base.weight, base.bias  # the same objects, under the same names
@@ -74,31 +74,18 @@ class LoRALinear(nn.Linear, loralib.LoRALayer):
 
 
 def apply_lora(
-    model: nn.Module,
-    rank: int = 8,
-    alpha: float = 8,
-    dropout: float = 0.1,
-    targets: Iterable[str] = ("qkv", "proj", "fc1", "fc2"),
-    qkv: Iterable[str] = QKV,
+    model: nn.Module,  # a Specformer (something with an `.encoder`), or a SuryaEncoder alone
+    rank: int = 8,  # r of every pair
+    alpha: float = 8,  # the update is scaled by alpha / rank
+    dropout: float = 0.1,  # on the input of the adapters alone
+    targets: Iterable[str] = ("qkv", "proj", "fc1", "fc2"),  # linear layers: these and to_dynamic_projection
+    qkv: Iterable[str] = QKV,  # which of "q", "k", "v" get a pair where qkv is a target
 ) -> nn.Module:
-    """Freeze the encoder and put adapters beside the chosen linear layers of its blocks, in place.
+    """Freeze the encoder and put adapters beside the chosen linear layers of its blocks, in place; returns the model.
 
     Everything outside the encoder (the head) keeps training. The patch embedding and the spectral filters are no linear
-    layers of the blocks and are never adapted.
-
-    Args:
-        model: a Specformer (something with an `.encoder`), or a SuryaEncoder alone.
-        rank: r of every pair.
-        alpha: the update is scaled by alpha / rank.
-        dropout: on the input of the adapters alone.
-        targets: names of linear layers: qkv, proj (of the attention), fc1, fc2 (of every MLP), to_dynamic_projection.
-        qkv: which of "q", "k", "v" get a pair where qkv is a target.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: for settings out of range, a target that matches no layer, or a model that is adapted already.
+    layers of the blocks and are never adapted. A ValueError names settings out of range, a target that matches no
+    layer, or a model that is adapted already.
     """
     encoder, targets, qkv = encoder_of(model), tuple(targets), tuple(qkv)
     layers = [(name, layer) for name, layer in encoder.backbone.named_modules() if isinstance(layer, nn.Linear)]
