@@ -1,9 +1,7 @@
 """Where weights, frames and runs live on this machine, and how several people write there without harm.
 
-The shared folder is the first of: `paths.shared` in the config, SURYA_SHARED, HF_HOME, /shared, ~/shared, your own
-cache. What we make goes into its subfolder `surya-course`; weights from the Hugging Face hub go into the standard cache
-layout in `hub`, so that what others have downloaded is found. Locks are folders moved into place, which network disks
-do atomically; none of this relies on flock.
+What we make goes into the subfolder `surya-course` of the shared folder; weights from the Hugging Face hub go into the
+standard cache layout in `hub` beside it, so that what others have downloaded is found.
 """
 
 from __future__ import annotations
@@ -12,16 +10,16 @@ import errno
 import os
 import re
 import shutil
-import socket
-import stat
 import tempfile
-import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
 
 SUBFOLDER = "surya-course"
 GB = 1e9
@@ -35,13 +33,6 @@ class DiskFullError(OSError):
         self.errno = errno.ENOSPC
 
 
-class LockedError(TimeoutError):
-    """Someone else holds the lock of an item; the message says who."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Finding the folder
-# --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class SharedFolder:
     """The folder shared by everyone on this machine, and where to write when it is read-only."""
@@ -131,9 +122,6 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Weights
-# --------------------------------------------------------------------------------------------------------------------
 def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 0.0) -> Path | None:
     """The local file of pretrained weights, downloaded into the shared Hugging Face cache if nobody did before.
 
@@ -142,67 +130,52 @@ def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 
         reserve_gb: free space that must remain on the disk after a download.
 
     Raises:
-        FileNotFoundError: no such file here or on the hub, or no network.
-        PermissionError: the repository is gated.
+        FileNotFoundError: no such file, here or on the hub, or it cannot be downloaded.
         DiskFullError: the disk has no room for it.
     """
     if address is None:
         return None
     if not address.startswith("hf://"):
-        path = shared.to_read(address)
-        if not path.is_file():
+        if not (path := shared.to_read(address)).is_file():
             raise FileNotFoundError(
                 f"There is no checkpoint at {path} (model.weights in the config). Put the file there, or use "
                 f'"hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt" to take it from the Hugging Face hub.'
             )
         return path
-    owner, name, *parts = address.removeprefix("hf://").split("/")
-    repository, filename = f"{owner}/{name}", "/".join(parts)
+    owner, name, filename = address.removeprefix("hf://").split("/", 2)
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    repository, folder = f"{owner}/{name}", f"models--{owner}--{name}"
     private_hub = shared.private.parent / "huggingface" / "hub"
-    from huggingface_hub import constants, try_to_load_from_cache
+    cache = shared.hub if shared.writable else private_hub
 
-    for cache in (shared.hub, Path(constants.HF_HUB_CACHE), private_hub):
-        found = try_to_load_from_cache(repository, filename, cache_dir=cache)
-        if isinstance(found, str):
-            return Path(found)
-    return _download(repository, filename, shared.hub if shared.writable else private_hub, reserve_gb)
+    def downloaded() -> Path | None:  # the newest: `refs/main` may be missing, or name a version that nobody has
+        places = (shared.hub, Path(constants.HF_HUB_CACHE), private_hub)
+        found = [path for place in places for path in place.glob(f"{folder}/snapshots/*/{filename}")]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
-
-def _download(repository: str, filename: str, cache: Path, reserve_gb: float) -> Path:
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    page = hf_hub_url(repository, filename)
-    make_folder(cache)
-    try:
-        with item_lock(cache / f"{repository}/{filename}".replace("/", "--")), group_umask(cache):
-            ensure_space(cache, get_hf_file_metadata(page).size or 0, reserve_gb, what=filename)
-            return Path(hf_hub_download(repository, filename, cache_dir=cache))
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{repository} is gated. Accept its terms on its page in the browser, then run `hf auth login` here."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RemoteEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"The Hugging Face hub has no {filename} in {repository}, or it is private and you are not logged in "
-            f"(`hf auth login`). Check model.weights in the config; the address tried was {page}."
-        ) from error
-    except DiskFullError:
-        raise
-    except LockedError:
-        raise
-    except Exception as error:  # each HTTP library has its own kinds
-        raise_if_full(error, cache)
-        raise FileNotFoundError(
-            f"{filename} is not in {cache}, and could not be downloaded from the Hugging Face hub: "
-            f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}. Without network here, run "
-            f"`hf download {repository} {filename}` on a machine that has it, copy the file to this one, and set "
-            f"model.weights in the config to its path."
-        ) from error
+    if found := downloaded():
+        return found
+    with lease(cache / folder, what=filename):
+        if found := downloaded():  # by somebody else, meanwhile
+            return found
+        try:
+            size = get_hf_file_metadata(hf_hub_url(repository, filename)).size or 0
+            ensure_space(cache, size, reserve_gb, what=filename)
+            path = Path(hf_hub_download(repository, filename, cache_dir=cache))
+        except Exception as error:  # each HTTP library has its own kinds
+            raise_if_full(error, cache)
+            raise FileNotFoundError(
+                f"{filename} of {repository} could not be downloaded from the Hugging Face hub: "
+                f"{' '.join(str(error).split())} ({type(error).__name__}). Is model.weights in the config right? "
+                f"Without network here, run `hf download {repository} {filename}` on a machine that has it, copy the "
+                "file to this one, and set model.weights to its path."
+            ) from error
+        share(cache / folder)
+        share(cache / ".locks")
+        return path
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Space
-# --------------------------------------------------------------------------------------------------------------------
 def free_space(path: str | Path) -> int:
     """Bytes that you may still write to the disk of `path` (which need not exist yet)."""
     return shutil.disk_usage(_existing(Path(path))).free
@@ -215,45 +188,33 @@ def ensure_space(path: str | Path, size: float, reserve_gb: float, what: str = "
         DiskFullError: with the numbers, and the biggest folders nearby that could be freed.
     """
     free = free_space(path)
-    if size + reserve_gb * GB <= free:
-        return
-    raise DiskFullError(
-        f"Writing {what} takes {size / GB:.2f} GB, but the disk of {path} has {free / GB:.2f} GB free, of which "
-        f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). {_what_to_free(Path(path))}",
-    )
+    if size + reserve_gb * GB > free:
+        raise DiskFullError(
+            f"Writing {what} takes {size / GB:.2f} GB, but the disk of {path} has {free / GB:.2f} GB free, of which "
+            f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). {_what_to_free(Path(path))}",
+        )
 
 
-def biggest_folders(root: str | Path, count: int = 5, seconds: float = 3.0) -> tuple[list[tuple[Path, int]], bool]:
-    """The biggest folders at most three levels below `root`, as (path, bytes), and whether the time was enough for all.
+def biggest_folders(root: str | Path, count: int = 5, seconds: float = 3.0) -> list[tuple[Path, int]]:
+    """The biggest folders three levels below `root` (what lies higher counts there), as (path, bytes).
 
-    A folder is left out when one folder in it makes up nearly all of it. Stops looking after `seconds`.
+    Stops looking after `seconds`, with what was seen by then.
     """
-    root, end = Path(root), time.monotonic() + seconds
-    sizes: dict[Path, int] = {}
+    root, end, sizes = Path(root), time.monotonic() + seconds, Counter()
     for folder, _, files in os.walk(root):
-        if time.monotonic() > end:
-            break
-        size = 0
+        place = root.joinpath(*Path(folder).relative_to(root).parts[:3])
         for name in files:
             with suppress(OSError):
-                size += os.lstat(os.path.join(folder, name)).st_blocks * 512
-        parts = Path(folder).relative_to(root).parts[:3]
-        for depth in range(1, len(parts) + 1):
-            place = root.joinpath(*parts[:depth])
-            sizes[place] = sizes.get(place, 0) + size
-    covered = {child.parent for child, size in sizes.items() if size > 0.9 * sizes.get(child.parent, size + 1)}
-    ranked = sorted(((p, s) for p, s in sizes.items() if p not in covered and s), key=lambda pair: -pair[1])
-    return ranked[:count], time.monotonic() <= end
+                sizes[place] += os.lstat(os.path.join(folder, name)).st_blocks * 512
+        if time.monotonic() > end:
+            break
+    return sizes.most_common(count)
 
 
 def _what_to_free(path: Path) -> str:
-    ours = next((folder for folder in path.absolute().parents if folder.name == SUBFOLDER), None)
-    root = ours.parent if ours and ours.parent.is_dir() else _existing(path)
-    folders, complete = biggest_folders(root)
-    if not folders:
-        return f"Nothing large was found in {root}: free space elsewhere on this disk, or choose another one."
-    listed = "; ".join(f"{folder} ({size / GB:.2f} GB)" for folder, size in folders)
-    return f"The biggest folders that could be freed{'' if complete else ' (of those seen in 3 s)'}: {listed}."
+    ours = next((folder for folder in path.absolute().parents if folder.name == SUBFOLDER), path)
+    listed = "; ".join(f"{folder} ({size / GB:.2f} GB)" for folder, size in biggest_folders(_existing(ours.parent)))
+    return f"The biggest folders that were found nearby: {listed or 'none'}."
 
 
 def raise_if_full(error: BaseException, path: Path, then: str = "Run this again then: it goes on.") -> None:
@@ -261,14 +222,17 @@ def raise_if_full(error: BaseException, path: Path, then: str = "Run this again 
 
     `then` says what to do when there is space again.
     """
-    while error is not None:
-        number = getattr(error, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+    cause = error
+    while cause is not None and not isinstance(cause, DiskFullError):
+        number = getattr(cause, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
             raise DiskFullError(
                 f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
                 f"been removed, the rest is still there. {_what_to_free(path)} {then}"
             ) from error
-        error = error.__cause__ or error.__context__
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        raise cause
 
 
 @contextmanager
@@ -276,37 +240,29 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     """While inside, "no space left" is told as a DiskFullError about the disk of `path`."""
     try:
         yield
-    except DiskFullError:
-        raise
     except Exception as error:
         raise_if_full(error, Path(path))
         raise
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files that appear whole, with the modes of the folder
-# --------------------------------------------------------------------------------------------------------------------
+def share(path: Path) -> None:
+    """Let others use `path`, and all in it, as they may use the folder above, whatever your umask is."""
+    for place in (path, *path.rglob("*")):
+        with suppress(PermissionError):  # of another person, who shares it
+            rights = place.parent.stat().st_mode & (0o075 if place.is_dir() else 0o064)
+            if not place.is_symlink():
+                place.chmod(place.stat().st_mode & 0o7700 | rights)
+
+
 def make_folder(path: str | Path) -> Path:
-    """Make `path` and the folders above it; they are group-writable where the folder above them is."""
+    """Make `path` and the folders above it, shared as the folder above them is."""
     path = Path(path)
     if not path.is_dir():
         make_folder(path.parent)
-        with group_umask(path.parent):
-            path.mkdir(exist_ok=True)
+        with suppress(FileExistsError):  # made by another process just now
+            path.mkdir()
+            share(path)
     return path
-
-
-@contextmanager
-def group_umask(folder: str | Path) -> Iterator[None]:
-    """While inside, new files of this process can be written by the group if `folder` (or the one above) can."""
-    if not stat.S_IMODE(_existing(Path(folder)).stat().st_mode) & stat.S_IWGRP:
-        yield
-        return
-    before = os.umask(0o002)
-    try:
-        yield
-    finally:
-        os.umask(before)
 
 
 @contextmanager
@@ -319,13 +275,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         DiskFullError: when the disk became full while writing.
     """
     path = Path(path)
-    make_folder(path.parent)
+    remove_leftovers(make_folder(path.parent))
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
     try:
-        with group_umask(path.parent):
-            yield temporary
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # the name must not be on the disk before the contents
+        share(temporary)
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -333,128 +289,28 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def flush_to_disk(file: str | Path, below: str | Path) -> None:
-    """Return when a file, and the folders from `below` down to it, would survive a power cut."""
-    file, below = Path(file), Path(below)
-    for path in (file, *(folder for folder in file.parents if folder == below or below in folder.parents)):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if path == file or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks: not for folders
-                raise
-        finally:
-            os.close(number)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Locks
-# --------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Lock:
-    """A held lock. `lost` turns true when someone took it over because we seemed dead (asleep for minutes)."""
-
-    owner_file: Path
-    beat_s: float
-    _released: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def lost(self) -> bool:
-        return not self.owner_file.exists()
-
-    def keep(self) -> None:
-        """Touch the owner's file until released: the sign of life that others look at."""
-        while not self._released.wait(self.beat_s):
-            try:
-                os.utime(self.owner_file)
-            except OSError:
-                return
-
-    def release(self) -> None:
-        self._released.set()
-        with suppress(OSError):  # taken over, or the next one has come in already
-            self.owner_file.unlink()
-            self.owner_file.parent.rmdir()
+def remove_leftovers(folder: Path, age_hours: float = 24.0) -> None:
+    """Remove what an `atomic_write` that was killed has left in a folder, once it is old."""
+    for path in folder.glob(".*"):
+        with suppress(OSError):
+            if re.search(r"\.[0-9a-f]{12}(\.|$)", path.name) and path.stat().st_mtime < time.time() - 3600 * age_hours:
+                path.unlink()
 
 
 @contextmanager
-def item_lock(path: str | Path, timeout_s: float | None = None, stale_s: float = 120.0) -> Iterator[Lock]:
-    """Hold the lock of the item at `path`, so that only one process on any machine works on it.
+def lease(path: str | Path, what: str, expires_s: float = 60.0) -> Iterator[None]:
+    """Only one process of all machines is inside for `path` at a time; others wait, and say for what.
 
-    The lock is a folder `.NAME.lock` beside the item with one file named after its owner. It is taken by moving a
-    prepared folder into place, which fails when a folder with an owner is there, and taken over from a dead owner by
-    renaming the owner's file, which only one of several can do. An owner is dead when its process on this machine is
-    gone, or when its file was not touched for `stale_s` seconds by the clock of the disk.
-
-    Args:
-        timeout_s: how long to wait for it; 0 to try once, None to wait for ever.
-
-    Raises:
-        LockedError: it was not free in time.
+    A lock whose owner is dead, or has shown no sign of life for `expires_s` seconds, is taken over.
     """
-    place = Path(path).with_name(f".{Path(path).name}.lock")
-    make_folder(place.parent)
-    token = uuid.uuid4().hex
-    prepared, mine = place.with_name(f"{place.name}.{token}"), place / f"owner-{token}-{os.getpid()}-{_machine()}"
-    end = None if timeout_s is None else time.monotonic() + timeout_s
-    pause = 0.02
-    with group_umask(place.parent):
-        prepared.mkdir()
-        (prepared / mine.name).touch()
+    make_folder(Path(path).parent)
+    lock = SoftFileLease(Path(path).with_name(f".{Path(path).name}.lock"), lease_duration=expires_s)
     try:
-        while not _acquire(place, prepared, mine, stale_s):
-            if end is not None and time.monotonic() >= end:
-                raise LockedError(f"{path} is being worked on by {_owner(place)}. Wait for it, or try again later.")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
-    finally:
-        shutil.rmtree(prepared, ignore_errors=True)
-    lock = Lock(mine, stale_s / 8)
-    threading.Thread(target=lock.keep, daemon=True).start()
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"Another process works on {what} (it holds {lock.lock_file}); waiting for it.")
+        lock.acquire()
     try:
-        yield lock
+        yield
     finally:
         lock.release()
-
-
-def _acquire(place: Path, prepared: Path, mine: Path, stale_s: float) -> bool:
-    with suppress(OSError):
-        os.rename(prepared, place)  # works when `place` is missing or empty
-        return True
-    if mine.exists():  # a network disk may report failure for a move that was done
-        return True
-    owner = next(place.glob("owner-*"), None)
-    if owner is None:
-        return False  # it is changing hands right now
-    with suppress(OSError):
-        os.utime(prepared / mine.name)
-        age = (prepared / mine.name).stat().st_mtime - owner.stat().st_mtime
-        _, _, pid, machine = owner.name.split("-", 3)
-        if age > stale_s or (machine == _machine() and not _alive(int(pid))):
-            os.utime(owner)  # before it is ours: a file with my name on it must never look dead to a third
-            os.rename(owner, mine)
-            return True
-    return False
-
-
-def _owner(place: Path) -> str:
-    owner = next(place.glob("owner-*"), None)
-    return "another process" if owner is None else "process {2} on {3}".format(*owner.name.split("-", 3))
-
-
-def _machine() -> str:
-    """This machine, or this container: process numbers mean the same wherever this is the same."""
-    name = socket.gethostname()
-    with suppress(OSError):
-        name += f".{os.stat('/proc/self/ns/pid').st_ino}"
-    return re.sub(r"[^\w.-]", "_", name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
