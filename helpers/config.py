@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -349,7 +352,7 @@ def encoder_problems(
     if img_size % patch_size:
         problems.append(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
     elif (grid := img_size // patch_size) % 2:
-        problems.append(f"the token grid {img_size} / {patch_size} = {grid} must be even, for windows of 2 x 2")
+        problems.append(f"the token grid, img_size {img_size} / patch_size {patch_size} = {grid}, must be even")
     if embed_dim % num_heads:
         problems.append(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
     if embed_dim % 4:
@@ -412,49 +415,54 @@ def load_config(
         parameters: dotted keys from papermill (`make run-notebook P="training.lr=1e-3"`).
 
     Returns:
-        The checked, immutable `Config`.
+        The checked, immutable `Config`. Every path in it is absolute; an address with :// stays as it is.
 
     Raises:
         ConfigError: one message with every mistake, each with its key path and the layer that set it.
-
-    Every path of the result is absolute (an address with :// stays as it is); `shared` and `scalers` are the shared
-    folder and the normalisation constants that it names.
     """
     path = _find(Path(path))
-    local = path.with_name("config.local.yaml")
-    files = [(_read(path), path.name)] + ([(_read(local), local.name)] if local.exists() else [])
-    given = [(_nested(parameters or {}), "notebook parameters"), (_nested(overrides or {}), "overrides=")]
-    asked = {"profile": profile, "task": task, "experiment": experiment}
-    chosen = {key: _last(key, asked, [tree for tree, _ in files + given]) for key in asked}
+    sources = [(file.name, _read(file)) for file in (path, path.with_name("config.local.yaml")) if file.exists()]
+    sources += [("notebook parameters", _nested(parameters or {})), ("overrides=", _nested(overrides or {}))]
+    problems = [problem for origin, tree in sources for problem in _unknown_keys(tree, origin)]
+    chosen = {"profile": profile, "task": task, "experiment": experiment}
+    wrong_choices = []
+    for block, key in _OVERLAYS.items():
+        if chosen[key] is None:
+            chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
+        names = sorted({str(name) for _, tree in sources for name in _block(tree, block)})
+        if chosen[key] not in names:
+            wrong_choices.append(key)
+            there = ", ".join(names) or "nothing"
+            problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}")
 
-    wrong_choices = _bad_choices(chosen, [tree for tree, _ in files])
-    problems = [*wrong_choices.values()]
-    problems += [problem for tree, origin in files + given for problem in _unknown_keys(tree, origin)]
     values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
-    for tree, origin in files + given:
-        for layer, where in _layers(tree, chosen, origin):
+    for origin, tree in sources:
+        for where, layer in _layers(tree, chosen, origin):
             values.update({key: (value, where) for key, value in leaves(layer) if key in _SCHEMA})
     values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
-    values = {key: value for key, value in values.items() if key not in wrong_choices}
-    return _validated(values, problems, path, complete=not wrong_choices)
+    for key in wrong_choices:
+        del values[key]
+    config = _validated(values, problems, path.parent, complete=not wrong_choices)
+    if problems or config is None:
+        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
+        raise ConfigError("\n  - ".join([f"The configuration in {path.parent} has {count}:", *problems]))
+    return config
 
 
 def _find(path: Path) -> Path:
-    if path.is_absolute() or len(path.parts) > 1 or path.exists():
-        candidates = [path]
-    else:
-        above = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
-        candidates = [folder / path for folder in above]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
+    folders = [Path()]
+    if not path.is_absolute() and len(path.parts) == 1:
+        folders = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
+    for folder in folders:
+        if (folder / path).is_file():
+            return (folder / path).resolve()
     raise ConfigError(
         f"There is no configuration file {path}. Start the notebook inside the repository, or pass its full path."
     )
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 where it matters: 1e-3 is a number, dates stay text, and a key may stand only once."""
+    """YAML 1.2 where it matters: 1e-3 is a number; dates, 010, 1:30, 1_000 and yes are text; a key stands only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
@@ -467,19 +475,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.[\d_]*([eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"^(~|null|)$", ["~", "n", ""]),
+    ("bool", r"^(true|false)$", ["t", "f"]),
+    ("int", r"^[-+]?(0|[1-9]\d*)$", "-+0123456789"),
+    ("float", r"^[-+]?((0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$", "-+0123456789."),
+    ("merge", r"^(?:<<)$", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def parse_value(text: str) -> Any:
@@ -490,52 +494,29 @@ def parse_value(text: str) -> Any:
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - derived from SafeLoader
+        json.dumps(tree, default=str)  # raises where an anchor holds itself
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name} is not valid YAML: {error}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path.name} must hold sections such as 'training:', but it holds a {type(tree).__name__}.")
-    return tree
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except (UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} must be text in UTF-8 without anchors that hold themselves: {error}") from None
+    if not isinstance(tree, dict | None):
+        raise ConfigError(f"{path} must hold sections such as 'training:', but it holds a {type(tree).__name__}.")
+    return tree or {}
 
 
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """{"training.lr": 1} -> {"training": {"lr": 1}}; nested dicts may be mixed in."""
     tree: dict[str, Any] = {}
-    for key, value in (pair for name, item in dotted.items() for pair in leaves({name: item}, keep_blocks=True)):
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key}: {section} is given both as a value and as a section.")
-        node[leaf] = value
+    for name, item in dotted.items():
+        for key, value in leaves({name: item}, keep_blocks=True):
+            *sections, leaf = key.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+                if not isinstance(node, dict):
+                    raise ConfigError(f"{key}: {section} is given both as a value and as a section.")
+            node[leaf] = value
     return tree
-
-
-def _last(key: str, asked: Mapping[str, str | None], trees: list[dict]) -> str | None:
-    """The choice that counts: the function's argument, else the last layer that names one."""
-    if asked[key] is not None:
-        return asked[key]
-    return next((tree[key] for tree in reversed(trees) if key in tree), None)
-
-
-def _layers(tree: dict, chosen: Mapping[str, str | None], origin: str) -> Iterator[tuple[dict, str]]:
-    """The parts of one file in the order in which they are laid over each other, each with a name for messages."""
-    yield tree, origin
-    sources = [(tree, "")]
-    for block, key in _OVERLAYS.items():
-        for source, prefix in list(sources):
-            layer = _block(source, block).get(str(chosen[key]))
-            if isinstance(layer, dict):
-                where = f"{prefix}{block}.{chosen[key]}"
-                yield layer, f"{where} in {origin}"
-                sources.append((layer, f"{where}."))
-
-
-def _block(tree: dict, block: str) -> dict[str, Any]:
-    """The profiles, tasks or experiments of a file; {} where they are no mapping, as `_unknown_keys` tells."""
-    return tree[block] if isinstance(tree.get(block), dict) else {}
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False) -> Iterator[tuple[str, Any]]:
@@ -547,6 +528,24 @@ def leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False)
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _layers(tree: dict, chosen: Mapping[str, str | None], origin: str) -> Iterator[tuple[str, dict]]:
+    """The parts of one file in the order in which they are laid over each other, each with a name for messages."""
+    yield origin, tree
+    blocks = [("", tree)]
+    for block, key in _OVERLAYS.items():
+        for prefix, source in list(blocks):
+            layer = _block(source, block).get(str(chosen[key]))
+            if isinstance(layer, dict):
+                where = f"{prefix}{block}.{chosen[key]}"
+                yield f"{where} in {origin}", layer
+                blocks.append((f"{where}.", layer))
+
+
+def _block(tree: dict, block: str) -> dict[str, Any]:
+    """The profiles, tasks or experiments of a file; {} where they are no mapping, as `_unknown_keys` tells."""
+    return tree[block] if isinstance(tree.get(block), dict) else {}
 
 
 def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:
@@ -577,24 +576,13 @@ def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal[
 # --------------------------------------------------------------------------------------------------------------------
 # Saying every mistake at once
 # --------------------------------------------------------------------------------------------------------------------
-def _bad_choices(chosen: Mapping[str, str | None], trees: list[dict]) -> dict[str, str]:
-    problems = {}
-    for block, key in _OVERLAYS.items():
-        names = sorted({str(name) for tree in trees for name in _block(tree, block)})
-        if chosen[key] not in names:
-            there = ", ".join(names) or "nothing"
-            problems[key] = f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}"
-    return problems
-
-
 def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
     """Unknown keys anywhere in a file, in the blocks that are not chosen as well."""
     for key, _ in leaves(tree):
         if key not in _SCHEMA:
             yield f"{prefix}{key} ({origin}): {_nearest(key)}"
-    for block in _OVERLAYS:
+    for block, chooser in _OVERLAYS.items():
         if not isinstance(tree.get(block) or {}, dict):
-            chooser = _OVERLAYS[block]
             yield f"{prefix}{block} ({origin}): must hold named sections, got {tree[block]!r}; {chooser}: chooses one"
         for name, layer in _block(tree, block).items():
             if isinstance(layer, dict):
@@ -604,191 +592,179 @@ def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(key: str) -> str:
-    inside = [known for known in _SCHEMA if known.startswith(f"{key}.")]
-    if inside:
-        return f"is a section with the keys {', '.join(name.split('.', 1)[1] for name in inside)}, not a value"
-    section, _, leaf = key.rpartition(".")
-    if (short := f"{section}." + "".join(word[:1] for word in leaf.split("_"))) in _SCHEMA:  # learning_rate: lr
-        return f"unknown key; did you mean {short}?"
+    if inside := [known.split(".", 1)[1] for known in _SCHEMA if known.startswith(f"{key}.")]:
+        return f"is a section with the keys {', '.join(inside)}, not a value"
+    leaf = key.rpartition(".")[2]
+    leaf = {"learning_rate": "lr"}.get(leaf, leaf)
     same_leaf = [known for known in _SCHEMA if known.split(".")[-1] == leaf]
-    cutoff = 0.0 if same_leaf else 0.5
-    near = difflib.get_close_matches(key, same_leaf or _SCHEMA, n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(key, same_leaf or _SCHEMA, n=1, cutoff=0.0 if same_leaf else 0.5)
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"
 
 
-def _validated(values: dict[str, tuple[Any, str]], problems: list[str], path: Path, complete: bool) -> Config:
-    """The checked configuration; contradictions are only looked for in values that are `complete`."""
-    expanded = _expand({key: value for key, (value, _) in values.items()})
-    located, shared, scalers = _locate(expanded, path.parent, problems)
-    tree = {**_nested(expanded | located), "root": path.parent, "shared": shared, "scalers": scalers}
-    tree["written"] = {key: expanded[key] for key in located}
-    config, faulty = None, set()
+def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Path, complete: bool) -> Config | None:
+    """The checked configuration; mistakes are added to `problems`, contradictions only when all values are there."""
+    plain = {key: value for key, (value, _) in values.items()}
+    shared = scalers = config = None
+    written, located = {}, {}
     try:
-        config = Config.model_validate(tree)
+        setting = plain.get("paths.shared")
+        shared = find_shared(setting if isinstance(setting, str) else None, root)
+        written, located = _paths(plain, root, shared.path, problems)
+        own = located.get("data.scalers")
+        scalers = load_scalers(own and shared.to_read(own))
+    except (OSError, ValueError) as error:
+        problems.append(f"{'data.scalers' if shared else 'paths.shared'}: {error}")
+    tree = _nested(plain | located)
+    extras = {"root": root, "shared": shared, "scalers": scalers, "written": written}
+    faulty = set()
+    try:
+        config = Config.model_validate({**tree, **extras})
     except ValidationError as error:
         for mistake in error.errors():
-            if mistake["type"] == "missing" and problems:
-                continue  # the cause, a misspelt key or a wrong choice, is in the list already
             key = ".".join(str(part) for part in mistake["loc"] if isinstance(part, str))
+            faulty.add(key)
+            if key in extras or (mistake["type"] == "missing" and problems):
+                continue  # the cause is in the list already
             item = "".join(f"[{part}]" for part in mistake["loc"] if isinstance(part, int))
             where = f" ({values[key][1]})" if key in values else ""
             got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
-            faulty.add(key)
             problems.append(f"{key}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
     if complete:
-        problems += _contradictions({key: value for key, value in expanded.items() if key not in faulty})
-    if problems or config is None:
-        count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
-        raise ConfigError("\n  - ".join([f"The configuration ({path.name}) has {count}:", *problems]))
+        known = _nested({key: value for key, value in (plain | located).items() if key not in faulty})
+        sections = {name: SimpleNamespace(**keys) for name, keys in known.items() if isinstance(keys, dict)}
+        for rules in (_of_frames, _of_additions, _of_model, _of_labels, _of_target, _of_splits):
+            with suppress(AttributeError, TypeError):  # a key that is faulty itself is not there
+                for keys, sentence in rules(SimpleNamespace(**sections)):
+                    origins = dict.fromkeys(values[key][1] for key in keys.split(", ") if key in values)
+                    problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
     return config
 
 
-def _expand(values: dict[str, Any]) -> dict[str, Any]:
-    """Fill {seed}, {synthetic} and {labels} in paths; {shared} is left to shared.py, which knows the machine."""
-    seed, folder = str(values.get("synthetic.seed")), values.get("synthetic.folder")
-    names = {"{labels}": str(values.get("paths.labels")), "{seed}": seed}
-    if folder is not None:  # else {synthetic} stays, and _contradictions says where
-        names["{synthetic}"] = str(folder).replace("{seed}", seed)
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            for name, text in names.items():
-                value = value.replace(name, text)
-        return value
-
-    return {key: fill(value) for key, value in values.items()}
-
-
-def _locate(values: dict[str, Any], root: Path, problems: list[str]) -> tuple[dict[str, str], Any, Any]:
-    """Absolute paths of all settings that are paths, the shared folder, and the scalers; mistakes go to `problems`."""
-    unusable = SharedFolder(root, "", False, root)
-    setting, own_scalers = values.get("paths.shared"), None
-    try:
-        shared = find_shared(setting if isinstance(setting, str) else None, root)
-    except FileNotFoundError as error:
-        problems.append(f"paths.shared: {error}")
-        shared = unusable
-    located = {}
-    for key, marks in _SCHEMA.items():
-        text = values.get(key)
-        if PATH not in marks or not isinstance(text, str) or "://" in text:
+def _paths(
+    values: dict[str, Any], root: Path, shared: Path, problems: list[str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """All settings that are paths: as written, but with {seed}, {synthetic} and {labels} filled in; and absolute."""
+    names, written, located = {"seed": str(values.get("synthetic.seed"))}, {}, {}
+    first = {"synthetic.folder": "synthetic", "paths.labels": "labels"}
+    for key in (*first, *(key for key, marks in _SCHEMA.items() if PATH in marks and key not in first)):
+        if not isinstance(text := values.get(key), str):
             continue
-        unknown = [name for name in re.findall(r"\{\w+\}", text) if name not in ("{shared}", "{synthetic}")]
-        if unknown:
-            problems.append(f"{key}: {unknown[0]} in {text!r} stands for nothing; there is {{shared}}")
-        located[key] = str(root / Path(text.replace("{shared}", str(shared.path))).expanduser())
-    own_scalers = located.get("data.scalers")
-    try:
-        scalers = load_scalers(own_scalers and shared.to_read(own_scalers))
-    except (OSError, ValueError) as error:
-        problems.append(f"data.scalers: {error}")
-        scalers = {}
-    return located, shared, scalers
+        for name in re.findall(r"\{(\w+)\}", text):
+            if name in names:
+                text = text.replace(f"{{{name}}}", names[name])
+            elif name != "shared":
+                why = " as synthetic.folder is null (all data is real)" if name == "synthetic" else ""
+                problems.append(f"{key}: {{{name}}} in {text!r} stands for nothing{why}")
+        if key in first:
+            names[first[key]] = text
+        written[key] = text
+        located[key] = text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
+    return written, located
 
 
-def _contradictions(values: dict[str, Any]) -> list[str]:
-    """What no single key can know; a check is skipped when one of its keys is missing or already reported."""
-    problems = []
-    for keys, check in _CHECKS:
-        if all(key in values for key in keys) and (problem := check(*(values[key] for key in keys))):
-            problems.append(f"{', '.join(keys)}: {problem}")
-    lost = [key for key, value in values.items() if key != "paths.labels" and "{synthetic}" in str(value)]
-    if lost:
-        problems.append(
-            f"synthetic.folder: is null (all data is real), so {{synthetic}} stands for nothing in {', '.join(lost)}"
-        )
-    return problems
-
-
-def _grid(native: int, pooling: int, patch: int) -> str | None:
-    if native % pooling:
-        return f"pooling {pooling} does not divide the {native}-pixel side of the frames"
-    side = native // pooling
-    if side % patch:
-        return f"the image side {side} (= {native} / {pooling}) is not a multiple of the {patch}-pixel patch"
-    if (side // patch) % 2:
-        return f"the token grid would be {side // patch} x {side // patch}, but Surya's 2 x 2 windows need an even side"
-    return None
-
-
-def _offsets(offsets: list[int], frames: int) -> str | None:
-    if len(offsets) != frames:
-        return f"the model takes {frames} input frame(s), but {len(offsets)} offset(s) are given: {offsets}"
+# --------------------------------------------------------------------------------------------------------------------
+# Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
+# --------------------------------------------------------------------------------------------------------------------
+def _of_frames(c: Any) -> Iterator[tuple[str, str]]:
+    offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
+    if len(offsets) != c.model.time_dim:
+        yield "data.offsets_minutes, model.time_dim", f"{len(offsets)} offset(s) for {c.model.time_dim} input frame(s)"
     if sorted(set(offsets)) != offsets or offsets[-1] > 0:
-        return f"offsets must rise, without repeats, to at most 0 (the sample's own time), got {offsets}"
-    return None
+        yield "data.offsets_minutes", f"offsets must rise, each once, to at most 0 (the sample's time), got {offsets}"
+    if len(set(channels)) < len(channels):
+        yield "data.channels", f"each channel once, got {channels}"
+    if c.model.weights and (unknown := sorted(set(channels) - set(c.model.weights_channels))):
+        yield "data.channels, model.weights_channels", f"the checkpoint was not trained with {unknown}"
+    if native % c.data.reduce:
+        yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
 
 
-def _layers_in_range(layers: list[int] | str, depth: int) -> str | None:
-    if layers == "auto":
-        return None
-    wrong = [layer for layer in layers if not 0 <= layer < depth]
-    return f"blocks are numbered 0 to {depth - 1}, got {wrong}" if wrong else None
+def _of_additions(c: Any) -> Iterator[tuple[str, str]]:
+    for problem in pooling_problems(c.head.pooling, c.model.nglo):
+        yield "head.pooling, model.nglo", problem
+    for problem in lora_problems(**vars(c.lora)):
+        yield "lora.targets, lora.qkv", problem
 
 
-def _class_token(pooling: str, nglo: int) -> str | None:
-    if pooling == "class_token" and nglo != 1:
-        return "class-token pooling reads a global token, so model.nglo must be 1"
-    if pooling != "class_token" and nglo:
-        return f"a global token is only read by class-token pooling; set model.nglo: 0 for {pooling!r} pooling"
-    return None
+def _of_model(c: Any) -> Iterator[tuple[str, str]]:
+    weights, held = c.model.weights or "", c.training.frozen_dtype
+    if weights.startswith("hf://") and weights.count("/") < 4:
+        yield "model.weights", f"an address on the hub is hf://owner/name/file, got {weights}"
+    if held not in ("fp32", c.training.precision):
+        yield "training.frozen_dtype, training.precision", f"weights held in {held} are computed with in {held}"
+    if c.data.native_size % c.data.reduce == 0:
+        blocks = c.training.recompute_blocks
+        settings = {**vars(c.model), "recompute_blocks": () if blocks == "auto" else blocks}
+        for problem in encoder_problems(c.data.native_size // c.data.reduce, **settings):
+            keys = {name: f"model.{name}" for name in vars(c.model)}
+            keys |= {"img_size": "data.native_size, data.reduce", "recompute_blocks": "training.recompute_blocks"}
+            yield ", ".join(keys[name] for name in re.findall(r"\w+", problem) if name in keys), problem
 
 
-def _heads(width: int, heads: int) -> str | None:
-    if width % 4:
-        return f"embed_dim {width} must be a multiple of 4 (the position code has four features a frequency)"
-    return f"embed_dim {width} does not divide into {heads} heads" if width % heads else None
+def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
+    own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
+    if own.lead_minutes and own.direction != "forward":
+        yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
+    if kind == "scalar" and not (own.path and own.value_columns):
+        yield "labels.path, labels.value_columns", "scalar labels need a CSV and at least one of its columns"
+    if kind != "scalar" and own.variable and not own.path:
+        yield "labels.path, labels.variable", "mask and image files need a CSV that names them"
+    if kind == "mask" and not own.variable:
+        yield "labels.variable", "masks are read from files: name their variable"
+    if kind == "image" and bool(own.target_channels) == bool(own.variable):
+        yield "labels.variable, labels.target_channels", "images come either from files or from the frames: set one"
+    both = sorted(set(c.data.channels) & set(own.target_channels))
+    if kind == "image" and both and own.target_offset_minutes in c.data.offsets_minutes:
+        yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
+    if kind == "scalar" and wanted:
+        yield "head.decoder_channels", "numbers have no decoder; this is for labels.kind: mask or image"
+    elif wanted and len(wanted) != (outputs := len(own.target_channels) or 1):
+        yield "head.decoder_channels", f"{len(wanted)} channels for {outputs} output(s)"
+    if unknown := sorted(set(wanted) - set(c.model.weights_channels)):
+        yield "head.decoder_channels, model.weights_channels", f"the checkpoint has no decoder rows of {unknown}"
+    if kind != "scalar" and c.model.nglo:
+        yield "labels.kind, model.nglo", "images are decoded from the patches alone; set model.nglo: 0"
+    if c.model.patch_size % own.reduce:
+        yield "labels.reduce, model.patch_size", f"{own.reduce} does not divide the {c.model.patch_size}-pixel patch"
 
 
-def _split_order(train: list[str], val: list[str], test: list[str]) -> str | None:
-    try:
-        spans = [[datetime.fromisoformat(time) for time in span] for span in (train, val, test)]
-    except ValueError as error:
-        return f"splits are pairs of ISO dates such as 2014-02-12: {error}"
-    if any(time.tzinfo for span in spans for time in span):
-        return "splits are in UTC, like the frames; write them without a time zone"
-    for name, (first, end) in zip(("train", "val", "test"), spans, strict=True):
-        if first >= end:
-            return f"split.{name} ends at {end} before it begins at {first}"
-    return None
-
-
-def _labels(kind: str, path: str | None, columns: list[str], variable: str | None, channels: list[str]) -> str | None:
-    if kind == "scalar" and (not path or not columns):
-        return "scalar labels need a CSV (labels.path) and at least one of its columns (labels.value_columns)"
-    if kind != "scalar" and variable and not path:
-        return "mask and image files (labels.variable) need a CSV that names them (labels.path)"
-    if kind == "mask" and not variable:
-        return "masks are read from files: name their variable (labels.variable)"
-    if kind == "image" and bool(channels) == bool(variable):
-        return "image labels come either from files (labels.variable) or from the frames (labels.target_channels)"
-    return None
-
-
-def _leak(kind: str, channels: list[str], targets: list[str], offset: int, offsets: list[int]) -> str | None:
-    if kind == "image" and offset in offsets and (both := sorted(set(channels) & set(targets))):
-        return f"{', '.join(both)} would be input and target at the same time: take it out of data.channels"
-    return None
-
-
-def _suits_kind(kind: str, loss: str, metrics: list[str], plot: str | None) -> str | None:
-    asked = [("loss", loss), *(("metric", name) for name in metrics), *([("figure", plot)] if plot else [])]
-    wrong = [
-        f"there is no {what} {name!r} for {kind} labels (there is {', '.join(suiting)}; your own is module:name)"
-        for what, name in asked
-        if name not in (suiting := KINDS[kind][what]) and not OWN.fullmatch(name)
-    ]
-    return "; ".join(wrong) or None
-
-
-def _own_objects(loss: str, metrics: list[str], plot: str | None) -> str | None:
-    wrong = []
-    for name in filter(None, (loss, *metrics, plot)):
+def _of_target(c: Any) -> Iterator[tuple[str, str]]:
+    asked = {"target.loss": [c.target.loss], "target.metrics": c.target.metrics, "target.plot": [c.target.plot]}
+    there = dict(zip(asked, KINDS[c.labels.kind].values(), strict=True))
+    for key, name in ((key, name) for key, names in asked.items() for name in names if name is not None):
+        if not OWN.fullmatch(name):
+            if name not in there[key]:
+                yield (
+                    f"{key}, labels.kind",
+                    f"for {c.labels.kind} labels there is {', '.join(there[key])}, not {name!r}",
+                )
+            continue
         try:
-            find_named(name, {name: None})
-        except (ImportError, AttributeError) as error:
-            wrong.append(f"{name} cannot be imported: {error}")
-    return "; ".join(wrong) or None
+            own = find_named(name, {})
+        except Exception as error:  # whatever a module of one's own raises
+            yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
+            continue
+        if key == "target.metrics" and not hasattr(own, "higher_is_better"):
+            yield key, f"{name} must be a NumberMetric or ImageMetric, as in helpers/training/metrics.py"
+        if key != "target.metrics" and not callable(own):
+            yield key, f"{name} must be a function"
+    if c.target.event_threshold is None and {"tss", "hss"} & set(c.target.metrics):
+        yield "target.metrics, target.event_threshold", "tss and hss count events: say from which value on"
+
+
+def _of_splits(c: Any) -> Iterator[tuple[str, str]]:
+    for name, times in vars(c.split).items():
+        if name == "guard_hours":
+            continue
+        try:
+            first, end = (datetime.fromisoformat(time) for time in times)
+        except ValueError as error:
+            yield f"split.{name}", f"a split is a pair of ISO dates such as 2014-02-12: {error}"
+            continue
+        if first.tzinfo or end.tzinfo:
+            yield f"split.{name}", "splits are in UTC, like the frames; write them without a time zone"
+        elif first >= end:
+            yield f"split.{name}", f"it ends at {end} before it begins at {first}"
 
 
 def find_named(name: str, registry: Mapping[str, Any]) -> Any:
@@ -797,111 +773,6 @@ def find_named(name: str, registry: Mapping[str, Any]) -> Any:
         module, _, attribute = name.partition(":")
         return getattr(importlib.import_module(module), attribute)
     return registry[name]
-
-
-def _decoder(kind: str, targets: list[str], wanted: list[str], known: list[str]) -> str | None:
-    if wanted and len(wanted) != (len(targets) or 1):
-        return f"names {len(wanted)} channels for {len(targets) or 1} output(s)"
-    if wanted and kind == "scalar":
-        return "numbers have no decoder; this is for labels.kind: mask or image"
-    if unknown := sorted(set(wanted) - set(known)):
-        return f"the checkpoint has no decoder rows of {unknown}"
-    return None
-
-
-def _processes(count: int, batch: int, device: str) -> str | None:
-    if batch % count:
-        return (
-            f"{count} processes cannot share batches of {batch} samples equally; set training.batch_size to a multiple "
-            f"of {count} (and training.accumulation lower by the same factor, to keep the effective batch)"
-        )
-    if count > 1 and device.startswith("cuda:"):
-        return f"{count} processes do not fit on {device} alone; set training.device: auto"
-    return None
-
-
-_CHECKS: tuple[tuple[tuple[str, ...], Callable[..., str | None]], ...] = (
-    (("data.native_size", "data.reduce", "model.patch_size"), _grid),
-    (("data.offsets_minutes", "model.time_dim"), _offsets),
-    (("training.recompute_blocks", "model.depth"), _layers_in_range),
-    (("head.pooling", "model.nglo"), _class_token),
-    (("model.embed_dim", "model.num_heads"), _heads),
-    (
-        ("model.n_spectral_blocks", "model.depth"),
-        lambda spectral, depth: (
-            f"{spectral} spectral blocks do not fit into {depth} blocks" if spectral > depth else None
-        ),
-    ),
-    (
-        ("model.rpe", "model.nglo"),
-        lambda rpe, nglo: "Surya has no bias table for a global token; choose one of the two" if rpe and nglo else None,
-    ),
-    (
-        ("data.channels",),
-        lambda channels: f"each channel once, got {channels}" if len(set(channels)) < len(channels) else None,
-    ),
-    (
-        ("data.channels", "model.weights_channels", "model.weights"),
-        lambda own, known, path: (
-            f"the checkpoint was not trained with {sorted(set(own) - set(known))}"
-            if path and set(own) - set(known)
-            else None
-        ),
-    ),
-    (
-        ("lora.targets", "lora.qkv"),
-        lambda targets, qkv: (
-            "qkv is a target, but lora.qkv chooses none of q, k, v" if "qkv" in targets and not qkv else None
-        ),
-    ),
-    (("training.processes", "training.batch_size", "training.device"), _processes),
-    (
-        ("training.frozen_dtype", "training.precision"),
-        lambda held, precision: (
-            f"weights held in {held} are computed with in {held}; set training.precision: {held}, or hold them in fp32"
-            if held not in ("fp32", precision)
-            else None
-        ),
-    ),
-    (
-        ("labels.direction", "labels.lead_minutes"),
-        lambda direction, lead: (
-            f"a lead of {lead} minutes is a forecast: set labels.direction: forward"
-            if lead and direction != "forward"
-            else None
-        ),
-    ),
-    (("labels.kind", "labels.path", "labels.value_columns", "labels.variable", "labels.target_channels"), _labels),
-    (
-        (
-            *("labels.kind", "data.channels", "labels.target_channels", "labels.target_offset_minutes"),
-            "data.offsets_minutes",
-        ),
-        _leak,
-    ),
-    (("labels.kind", "target.loss", "target.metrics", "target.plot"), _suits_kind),
-    (("target.loss", "target.metrics", "target.plot"), _own_objects),
-    (("labels.kind", "labels.target_channels", "head.decoder_channels", "model.weights_channels"), _decoder),
-    (
-        ("labels.kind", "model.nglo"),
-        lambda kind, nglo: (
-            "images are decoded from the patches alone; set model.nglo: 0" if kind != "scalar" and nglo else None
-        ),
-    ),
-    (
-        ("labels.reduce", "model.patch_size"),
-        lambda pooling, patch: f"{pooling} does not divide the {patch}-pixel patch" if patch % pooling else None,
-    ),
-    (
-        ("target.metrics", "target.event_threshold"),
-        lambda metrics, threshold: (
-            "tss and hss count events: say from which value on (target.event_threshold)"
-            if threshold is None and {"tss", "hss"} & set(metrics)
-            else None
-        ),
-    ),
-    (("split.train", "split.val", "split.test"), _split_order),
-)
 
 
 class UsageError(ValueError):
