@@ -649,14 +649,14 @@ def _paths(
     for key in (*first, *(key for key, marks in _SCHEMA.items() if PATH in marks and key not in first)):
         if not isinstance(text := values.get(key), str):
             continue
-        for name in re.findall(r"\{(\w+)\}", text):
-            if name in names:
-                text = text.replace(f"{{{name}}}", names[name])
-            elif name != "shared":
-                why = " as synthetic.folder is null (all data is real)" if name == "synthetic" else ""
-                problems.append(f"{key}: {{{name}}} in {text!r} stands for nothing{why}")
+        for name, meaning in names.items():
+            text = text.replace(f"{{{name}}}", meaning)
+        unknown = set(re.findall(r"\{\w+\}", text)) - {"{shared}"}
+        if unknown and key != "paths.labels":  # those who use {labels} say it
+            why = " as synthetic.folder is null (all data is real)" if "{synthetic}" in unknown else ""
+            problems.append(f"{key}: {', '.join(unknown)} in {text!r} stands for nothing{why}")
         if key in first:
-            names[first[key]] = text
+            names = {first[key]: text, **names}
         written[key] = text
         located[key] = text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
     return written, located

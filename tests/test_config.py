@@ -320,7 +320,7 @@ def test_a_contradiction_names_the_file_that_is_wrong(folder):
 
 def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
     message = mistakes(path, {"synthetic.folder": None})
-    assert all(f"{key}: {{synthetic}} in " in message for key in ("paths.labels", "data.index", "data.store"))
+    assert all(f"{key}: {{synthetic}} in " in message for key in ("labels.path", "data.index", "data.store"))
 
 
 @pytest.mark.parametrize(
