@@ -73,6 +73,7 @@ class Paths(_Section):
     runs: Annotated[str, PATH]
     reserve_gb: Annotated[float, Field(ge=0)]
     labels: Annotated[str, PATH]
+    scratch: Annotated[str | None, PATH]
 
 
 class Pretraining(_Section):
@@ -103,7 +104,8 @@ class Synthetic(_Section):
 class Data(_Section):
     """Where frames come from and what is kept of them."""
 
-    index: Annotated[str, PATH]
+    archive: Annotated[str, PATH, MACHINE]
+    index: Annotated[str | None, PATH]
     anonymous: Annotated[bool, MACHINE]
     endpoint_url: Annotated[str | None, MACHINE]
     channels: Annotated[list[Channel], Field(min_length=1)]
@@ -114,7 +116,8 @@ class Data(_Section):
     every_minutes: Annotated[int, Field(ge=12, multiple_of=12)]
     store: Annotated[str, PATH, MACHINE]
     build_workers: Annotated[Count, MACHINE]
-    dask_address: Annotated[str | None, MACHINE]
+    private_cache: Annotated[bool, MACHINE]
+    ask_above_gb: Annotated[float, Field(ge=0), MACHINE]
     scalers: Annotated[str | None, PATH]
     retries: Annotated[NotNegative, MACHINE]
     memory_cache_gb: Annotated[float, Field(ge=0), MACHINE]

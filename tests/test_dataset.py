@@ -10,7 +10,7 @@ from frame_files import physical_frame, write_index, write_netcdf
 
 from helpers.channels import CHANNELS, denormalise, load_scalers, normalise, stack_scalers
 from helpers.config import load_config
-from helpers.data.archive import FrameError
+from helpers.data.archive import Archive, FrameError
 from helpers.data.dataset import SolarDataset, make_loaders, read_mask
 from helpers.data.frames import build_store, open_store
 from helpers.data.labels import FrameTarget, Labels, check_splits, load_labels, match, plan_samples, sample_window
@@ -26,7 +26,7 @@ def sun(tmp_path_factory):
     """A folder with 24 hourly frames of 32 pixels (one missing), their store pooled by 2, and hourly labels."""
     folder = tmp_path_factory.mktemp("sun")
     write_index(folder, HOURS, present=[int(hour != 5) for hour in range(24)])
-    build_store(folder / "index.csv", folder / "store.zarr", pooling=2, progress=False)
+    build_store(HOURS, folder / "store.zarr", reduce=2, archive=Archive(str(folder)), native_size=32, progress=False)
     pd.DataFrame({"timestamp": HOURS, "value": np.arange(24.0)}).to_csv(folder / "labels.csv", index=False)
     return folder
 
@@ -392,7 +392,7 @@ def test_loaders_refuse_what_would_spoil_the_comparison(config):
         make_loaders(config(**{"split.guard_hours": 5.0}))
     with pytest.raises(ValueError, match="Not one sample is left of split.test, 2015-01-01 to 2015-02-01"):
         make_loaders(config(**{"split.test": ["2015-01-01", "2015-02-01"]}))
-    with pytest.raises(ValueError, match="was built with pooling 2, but the config asks for 4"):
+    with pytest.raises(ValueError, match="was built with reduce 2, but the config asks for 4"):
         make_loaders(config(**{"data.reduce": 4}))
     with pytest.raises(FileNotFoundError, match="make cache"):
         make_loaders(config(**{"data.store": "{shared}/nowhere"}))

@@ -244,7 +244,7 @@ def test_a_folder_with_another_sun_is_refused(config, tmp_path, change):
 
 
 def test_real_data_is_left_alone(config, tmp_path):
-    own = {"data.index": "index.csv", "data.store": "frames", "labels.path": "labels.csv"}
+    own = {"data.archive": ".", "data.index": "index.csv", "data.store": "frames", "labels.path": "labels.csv"}
     assert ensure_synthetic(config(**{"synthetic.folder": None}, **own)) is None
     assert not list(tmp_path.rglob("*.nc"))
 

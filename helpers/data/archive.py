@@ -1,146 +1,233 @@
-"""The source of frames: an index CSV, and NetCDF files on this disk or on S3, read and reduced one at a time.
+"""Where frames come from: NASA's archive on S3 or a folder, one NetCDF file a time, and reading images out of them.
 
-A frame is read channel by channel, averaged over `pooling` x `pooling` pixels of physical values, transformed to
-signed-log values, and rounded to the codes of the store (`Coding` in helpers/channels.py). What is wrong with a file is
-said in a FrameError, so that a build can list it and go on.
+Two kinds of trouble are kept apart. A FrameError is about one file, which a build lists and then goes on without. An
+ArchiveError is about none of them in particular (no network, no such profile): the build stops at the first frame.
 """
 
 from __future__ import annotations
 
-import math
-import random
+import re
 import tempfile
-import time
-import zlib
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 import h5py
+import hdf5plugin  # noqa: F401  (importing it teaches HDF5 the filters LZ4, Zstd and others)
 import numpy as np
 import pandas as pd
-import torch
-from numcodecs import Shuffle
-from torch.nn.functional import avg_pool2d
+from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
-from helpers.channels import UNITS, Coding, Scaler, coding_of, from_signed_log, standardise, to_signed_log
-from helpers.shared import raise_if_full
+from helpers.shared import DiskFullError, raise_if_full
+
+SCRATCH_PREFIX = "surya-course-frame-"
+ONE_TRY = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
+
+# How often a unit goes into the one that the channel is kept in. Intensities may be given a second: exposure times are
+# divided out in either case.
+_INTENSITY = re.compile(r"(DN|data numbers?|digital numbers?|counts?|ct|adu)\b", re.IGNORECASE)
+UNIT_FACTORS = {
+    "G": {"G": 1, "Gauss": 1, "gauss": 1, "Mx/cm^2": 1, "Mx cm-2": 1, "kG": 1e3, "mT": 10, "T": 1e4},
+    "m/s": {"m/s": 1, "m s-1": 1, "m s^-1": 1, "m s**-1": 1, "km/s": 1e3, "km s-1": 1e3, "cm/s": 1e-2, "cm s-1": 1e-2},
+}
 
 # A whole date, and perhaps a time of day with its zone. Without this check pandas also takes words and parts of dates.
 _TIME = r"\d{4}([-/]?)\d\d\1\d\d([T ]\d\d(:?\d\d(:?\d\d([.]\d+)?)?)? ?(Z|[+-]\d\d:?\d\d)?)?"
 
 
 class FrameError(ValueError):
-    """One frame cannot be used; the message says why."""
+    """One file cannot be used; the message says why."""
+
+
+class MissingFrameError(FrameError):
+    """There is no file for this time."""
+
+
+class ArchiveError(ConnectionError):
+    """No file can be fetched, for a reason that has nothing to do with any one of them."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The index
+# The archive
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Source:
-    """How files are fetched: `retries` times again after a failure, waiting pause_s, then twice as long, and so on."""
+class Archive:
+    """Files by time, in `folder/YYYY/MM/YYYYMMDD_HHMM.nc`, or where an index says.
 
+    Attributes:
+        folder: s3://bucket or a folder of this machine.
+        index: the path of every present frame by its time (`read_index`), or None: then paths follow from the time.
+        index_folder: where relative paths of the index start.
+        anonymous, endpoint_url: of the S3 server.
+        retries, pause_s: how often a download is tried again, and the mean pause before that; it doubles each time.
+        scratch: where downloads lie until they are reduced; None for the disk of the temporary files.
+    """
+
+    folder: str = "s3://nasa-surya-bench"
+    index: pd.Series | None = None
+    index_folder: str = ""
     anonymous: bool = True
     endpoint_url: str | None = None
     retries: int = 4
     pause_s: float = 0.5
+    scratch: str | None = None
 
-    def options(self, url: str) -> dict:
-        """What fsspec needs to know for this address. Retrying is left to us, so that it happens once."""
-        if not url.startswith("s3://"):
-            return {}
-        once = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}
-        return {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": once}
+    def __post_init__(self) -> None:
+        if "://" in self.folder and not self.folder.startswith("s3://"):
+            raise ArchiveError(f"Frames come from s3:// or from a folder, not from {self.folder} (data.archive).")
+
+    def url(self, time: np.datetime64) -> str | None:
+        """The address of the frame of this time; None when the index has none."""
+        time = pd.Timestamp(time)
+        if self.index is None:
+            return f"{self.folder}/{time:%Y/%m/%Y%m%d_%H%M}.nc"
+        given = self.index.get(time)
+        if given is None or given.startswith("s3://"):
+            return given
+        if self.index_folder.startswith("s3://") and not given.startswith("/"):
+            return f"{self.index_folder}/{given}"
+        if (path := Path(self.index_folder, given)).exists():
+            return str(path)
+        name = given.rpartition("/")[2]  # the folders are those of another machine
+        flat = f"{self.folder}/{name}"
+        return flat if "://" not in flat and Path(flat).exists() else f"{self.folder}/{time:%Y/%m}/{name}"
+
+    @contextmanager
+    def local_copy(self, url: str) -> Iterator[Path]:
+        """The file at `url` on this disk: itself, or a whole download that is deleted afterwards.
+
+        Raises:
+            MissingFrameError: there is no such file.
+            FrameError: it may not be read, or could not be fetched in `retries` + 1 tries.
+            ArchiveError: the server cannot be reached at all, there are no credentials, or the folder is not there.
+            DiskFullError: no room for the download.
+        """
+        if "://" not in url:
+            if not Path(url).is_file():
+                if not Path(self.folder).is_dir() and self.index is None:
+                    raise ArchiveError(f"There is no folder {self.folder}. Correct data.archive in the config.")
+                raise MissingFrameError("the file does not exist")
+            yield Path(url)
+            return
+        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=self.scratch) as folder:
+            path = Path(folder, "frame.nc")
+            tries = Retrying(
+                stop=stop_after_attempt(self.retries + 1),
+                wait=wait_random_exponential(multiplier=2 * self.pause_s, max=60),
+                retry=retry_if_not_exception_type((FrameError, ArchiveError, DiskFullError)),
+                reraise=True,
+            )
+            try:
+                tries(self._download, url, path)
+            except (FrameError, ArchiveError, DiskFullError):
+                raise
+            except Exception as error:
+                raise FrameError(
+                    f"could not be fetched in {self.retries + 1} tries, the last one with {_first_line(error)}"
+                ) from None
+            yield path
+
+    def _download(self, url: str, path: Path) -> None:
+        """Fetch the whole file once; what need not be tried again is a FrameError or an ArchiveError."""
+        try:
+            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": ONE_TRY}
+            filesystem, key = fsspec.core.url_to_fs(url, **options)
+            filesystem.retries = 1
+            size = filesystem.info(key, refresh=True)["size"]
+            filesystem.get_file(key, str(path))
+        except Exception as error:
+            raise_if_full(error, path)
+            if _is_about_all(error):
+                raise ArchiveError(
+                    f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). Check the "
+                    f"network, and data.archive, data.endpoint_url and data.anonymous in the config; frames that are "
+                    f"built can be read without it."
+                ) from error
+            if isinstance(error, FileNotFoundError):
+                raise MissingFrameError(f"there is no such file ({_first_line(error)})") from None
+            if isinstance(error, PermissionError):
+                raise FrameError(f"access denied ({_first_line(error)})") from None
+            raise
+        if path.stat().st_size != size:
+            raise OSError(f"{path.stat().st_size} of {size} bytes arrived")
 
 
-@dataclass(frozen=True)
-class Index:
-    """A checked index: `table` with the columns path (full) and time (UTC), sorted, and what is said of the rest."""
+def _is_about_all(error: BaseException | None) -> bool:
+    """Whether the cause is the way to the server, not the file that was asked for."""
+    import aiohttp
+    from botocore import exceptions as aws
 
-    table: pd.DataFrame
-    absent: pd.Series  # times of the rows with present = 0
-    notes: list[str]
-
-    @property
-    def missing(self) -> int:
-        """Number of rows with present = 0."""
-        return len(self.absent)
-
-    def within(self, between: Sequence[tuple[str, str]] | None) -> Index:
-        """The part in any of the [start, end) spans; None for all."""
-        table = self.table[in_spans(self.table["time"], between)]
-        where = "" if between is None else " from " + " or ".join(f"{start} to {end}" for start, end in between)
-        notes = [*self.notes] if len(table) else [*self.notes, f"the index has not one present frame{where}"]
-        return replace(self, table=table, absent=self.absent[in_spans(self.absent, between)], notes=notes)
-
-
-def in_spans(times: pd.Series, between: Sequence[tuple[str, str]] | None) -> np.ndarray:
-    """Which times lie in any of the [start, end) spans, (N,) bool; None for all."""
-    if between is None:
-        return np.ones(len(times), bool)
-    spans = [(times >= pd.Timestamp(start)) & (times < pd.Timestamp(end)) for start, end in between]
-    return np.logical_or.reduce(spans, dtype=bool)
+    general = (
+        ConnectionRefusedError,
+        aiohttp.ClientConnectorError,  # proxies and names that are not found included
+        *(
+            aws.EndpointConnectionError,
+            aws.ConnectTimeoutError,
+            aws.ProxyConnectionError,
+            aws.InvalidProxiesConfigError,
+        ),
+        *(aws.ProfileNotFound, aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
+    )
+    while error is not None:
+        if isinstance(error, general) or "bucket does not exist" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def read_index(index_csv: str | Path, source: Source | None = None) -> Index:
-    """Read an index CSV (columns path, timestep, present), local or s3://. Relative paths start at its folder.
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# An index
+# --------------------------------------------------------------------------------------------------------------------
+def read_index(path: str, archive: Archive | None = None) -> tuple[pd.Series, int]:
+    """Read an index CSV with the columns path, timestep, present (others are not looked at), local or s3://.
+
+    Returns:
+        The path of every present frame by its time (UTC), sorted; and the number of rows with present = 0.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no such CSV, a cell cannot be used, or two rows name different files for one time.
-        ConnectionError: its server cannot be reached.
+        ArchiveError: its server cannot be reached.
     """
-    text = str(index_csv)
-    table = _read_rows(text, source or Source())
-    table["time"] = parse_times(table["timestep"], f"the index {text}")
-    notes = []
-    if not table["time"].is_monotonic_increasing:
-        notes.append("the rows of the index were not in the order of time and have been sorted")
-    unique = table.drop_duplicates(["path", "time", "present"])
-    if len(unique) < len(table):
-        notes.append(f"{len(table) - len(unique)} row(s) of the index stand there twice and were dropped")
-    present = unique[unique["present"] == 1].sort_values("time")
-    if (twice := present["time"].duplicated(keep=False)).any():
-        first = present[twice].iloc[:2]
-        raise ValueError(
-            f"The index {text} names different files for {first['time'].iloc[0]}: {' and '.join(first['path'])} (rows "
-            f"{' and '.join(str(row + 2) for row in first.index)}). Keep one row a time."
-        )
-    folder = text.rsplit("/", 1)[0] if "/" in text else "."
-    full = [path if "://" in path or path.startswith("/") else f"{folder}/{path}" for path in present["path"]]
-    table = present[["time"]].assign(path=full).reset_index(drop=True)
-    return Index(table, unique.loc[unique["present"] != 1, "time"], notes)
-
-
-def _read_rows(text: str, source: Source) -> pd.DataFrame:
-    """The rows as they stand in the file; `present` holds 0 and 1, and where it is 1 there is a path."""
     form = "An index is a CSV with the columns path, timestep, present."
     try:
-        with local_copy(text, source) as file:
-            table = pd.read_csv(file, dtype={"path": str, "present": str})
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no index {text}. Check data.index in the config.") from None
+        with (archive or Archive()).local_copy(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+            table = pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
     except FrameError as error:
-        raise FileNotFoundError(f"The index {text}: {error}. Check data.index in the config.") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"The index {text} cannot be read as a table ({error}). {form}") from None
+        raise FileNotFoundError(f"The index {path}: {error}. Check data.index in the config.") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        raise ValueError(f"The index {path} cannot be read as a table ({_first_line(error)}). {form}") from None
     if absent := {"path", "timestep", "present"} - set(table):
-        has = ", ".join(map(str, table))
-        raise ValueError(f"The index {text} has no column {', '.join(sorted(absent))}; it has {has}. {form}")
-    known = {"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1}
-    flags = table["present"].str.strip().str.lower().map(known)
+        raise ValueError(
+            f"The index {path} has no column {', '.join(sorted(absent))}; it has {', '.join(table)}. {form}"
+        )
+    table["time"] = parse_times(table["timestep"], f"the index {path}")
+    present = table["present"].str.strip().str.lower().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
     for column, wrong, wanted in (
-        ("present", flags.isna(), "0 or 1"),
-        ("path", table["path"].isna() & (flags == 1), "the path of the frame"),
+        ("present", present.isna(), "0 or 1"),
+        ("path", (present == 1) & (table["path"].str.strip() == ""), "the path of the frame"),
+        ("path", table["path"].str.contains("://") & ~table["path"].str.startswith("s3://"), "s3:// or a plain path"),
     ):
         if wrong.any():
             row = int(np.flatnonzero(wrong)[0])
-            cell = table[column].fillna("").iloc[row]
-            raise ValueError(f'Row {row + 2} of the index {text} has "{cell}" in its column {column}, not {wanted}.')
-    return table.assign(present=flags)
+            cell = table[column].iloc[row]
+            raise ValueError(f'Row {row + 2} of the index {path} has "{cell}" in its column {column}, not {wanted}.')
+    rows = table[present == 1].drop_duplicates(["time", "path"])
+    if (twice := rows["time"].duplicated(keep=False)).any():
+        first, second = rows[twice].sort_values("time", kind="stable").iloc[:2].itertuples()
+        raise ValueError(
+            f"The index {path} names different files for {first.time}: {first.path} and {second.path} (rows "
+            f"{first.Index + 2} and {second.Index + 2}). Keep one row a time."
+        )
+    return rows.set_index("time")["path"].sort_index(), int((present == 0).sum())
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
@@ -165,169 +252,99 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# One frame
+# One file
 # --------------------------------------------------------------------------------------------------------------------
-def reduce_frame(
-    path: str | Path,
-    channels: Sequence[str],
-    pooling: int,
-    scalers: dict[str, Scaler],
-    native_size: int | None = None,
-    codings: dict[str, Coding] | None = None,
-) -> tuple[np.ndarray, float]:
-    """Read one NetCDF file and reduce it, one channel in memory at a time.
-
-    Args:
-        path: a local file with one (y, x) float variable a channel, in physical units.
-        native_size: the side that the images must have, in pixels; None accepts any that `pooling` divides.
-        codings: those of the store that the frame is for; None for those of a new store with these scalers.
-
-    Returns:
-        (C, H / pooling, W / pooling) int16 codes of the signed-log values, and the largest rounding error in normalised
-        units.
-
-    Raises:
-        FrameError: not NetCDF4, cut short, a channel missing, a wrong shape, or pixels that are not numbers or have no
-            code.
-    """
-    frame, error = None, 0.0
-    codings = codings or {name: coding_of(name, scalers[name]) for name in channels}
-    with open_netcdf(path) as file:
-        if absent := [name for name in channels if name not in file]:
-            raise FrameError(f"it has no variable {', '.join(absent)} (it has {', '.join(file) or 'none'})")
-        for i, name in enumerate(channels):
-            exact = to_signed_log(_pooled(file[name], pooling, native_size), scalers[name])
-            if frame is None:
-                frame = np.empty((len(channels), *exact.shape), np.int16)
-            frame[i] = _encoded(exact, name, scalers[name], codings[name])
-            decoded = codings[name].decode(frame[i])
-            error = max(
-                error, float(np.abs(standardise(decoded, scalers[name]) - standardise(exact, scalers[name])).max())
-            )
-    return frame, error
-
-
-def _encoded(signed_log: np.ndarray, name: str, scaler: Scaler, coding: Coding) -> np.ndarray:
-    try:
-        return coding.encode(signed_log)
-    except ValueError:
-        low, high = from_signed_log(np.array(coding.limits), scaler)
-        least, most = from_signed_log(np.array([signed_log.min(), signed_log.max()]), scaler)
-        raise FrameError(
-            f"{name} has a pixel of {most if most > high else least:.6g} {UNITS[name]} (averaged), but the store can "
-            f"keep only {low:.4g} to {high:.4g} {UNITS[name]} of this channel"
-        ) from None
-
-
 @contextmanager
 def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
-    """Open a NetCDF4 file of this disk for reading; whatever goes wrong while it is open is a FrameError.
-
-    Raises:
-        FrameError: it does not exist, is cut short or damaged, is not NetCDF4, or may not be read.
-    """
+    """Open a NetCDF4 file of this disk for reading; whatever goes wrong while it is open is a FrameError."""
     try:
         with h5py.File(path, "r") as file:
             yield file
+    except FrameError:
+        raise
     except FileNotFoundError:
-        raise FrameError("the file does not exist") from None
+        raise MissingFrameError("the file does not exist") from None
     except IsADirectoryError:
         raise FrameError("it is a folder, not a file") from None
-    except OSError as error:
-        text = str(error).splitlines()[0]
-        if "truncated file" in text or "filter returned failure" in text or "Can't synchronously read" in text:
-            raise FrameError(f"the file is cut short or damaged ({text})") from None
+    except Exception as error:  # a file may be odd in any way, and it is only this file
+        text = str(error)
         if "signature not found" in text:
             raise FrameError("the file is not NetCDF4 (HDF5)") from None
-        raise FrameError(f"the file cannot be read ({text})") from None
+        damaged = any(sign in text for sign in ("truncated file", "filter returned failure", "synchronously read"))
+        what = "is cut short or damaged" if damaged else "cannot be read"
+        raise FrameError(f"the file {what} ({_first_line(error)})") from None
 
 
-def _pooled(variable: h5py.Dataset, pooling: int, native_size: int | None) -> np.ndarray:
-    """Average of the physical values over pooling x pixels, (H / pooling, W / pooling) float32."""
-    name, shape = variable.name.lstrip("/"), variable.shape
-    fits = len(shape) == 2 and shape[0] == shape[1] and (native_size or shape[0]) == shape[0] and not shape[0] % pooling
-    if not fits:
-        wanted = f"{native_size} x {native_size}" if native_size else "a square"
-        wanted += f" with a side divisible by {pooling}" if shape[0] % pooling else ""
-        raise FrameError(f"{name} has the shape {' x '.join(map(str, shape))}, expected {wanted}")
-    if packed := {"scale_factor", "add_offset"} & set(variable.attrs):
-        raise FrameError(f"{name} is packed ({', '.join(packed)}), expected plain physical values")
-    image = torch.from_numpy(_values(variable))  # (H, W) physical
-    pooled = avg_pool2d(image[None, None], pooling)[0, 0].numpy()  # (H / pooling, W / pooling)
-    if not np.isfinite(pooled.sum(dtype=np.float64)):
-        wrong = 1 - np.isfinite(pooled).mean()
-        raise FrameError(f"{name} has pixels that are not numbers (NaN), in {wrong:.1%} of the image")
-    return pooled
+def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int | None = None) -> np.ndarray:
+    """One image of a NetCDF4 file, as its attributes say it is to be understood.
 
+    Args:
+        name: the variable.
+        unit: G, m/s or DN: what the values are converted to; None takes them in the unit that they have.
+        side: the number of pixels that height and width must have; None for any square.
 
-def _values(variable: h5py.Dataset) -> np.ndarray:
-    """All values as float32. Large zlib chunks are decompressed here: HDF5 would do it for one thread at a time."""
-    chunks, shape = variable.chunks, variable.shape
-    usual = chunks and variable.compression == "gzip" and not variable.fletcher32 and variable.scaleoffset is None
-    size = math.prod(chunks or ()) * variable.dtype.itemsize
-    if (
-        not usual
-        or size < 2**16
-        or variable.id.get_num_chunks() < math.prod(-(-n // m) for n, m in zip(shape, chunks, strict=True))
-    ):
-        return variable[()].astype(np.float32, copy=False)
-    values = np.empty(shape, np.float32)
-    for place in variable.iter_chunks():
-        skipped_filters, packed = variable.id.read_direct_chunk([axis.start for axis in place])
-        if skipped_filters:
-            return variable[()].astype(np.float32, copy=False)
-        try:
-            block = zlib.decompress(packed, bufsize=size)
-        except zlib.error as error:
-            raise FrameError(f"the file is cut short or damaged ({variable.name}: {error})") from None
-        block = Shuffle(variable.dtype.itemsize).decode(block) if variable.shuffle else block
-        block = np.frombuffer(block, variable.dtype).reshape(chunks)
-        values[place] = block[tuple(slice(axis.stop - axis.start) for axis in place)]
-    return values
-
-
-@contextmanager
-def local_copy(url: str, source: Source) -> Iterator[Path]:
-    """The file at `url` on this disk: itself, or for a remote address a whole download that is deleted afterwards.
+    Returns:
+        (H, W) float32, row = y, unpacked; pixels that the file marks as missing are NaN.
 
     Raises:
-        FrameError: the file does not exist, may not be read, or could not be fetched in `source.retries` + 1 tries.
-        ConnectionError: the server cannot be reached at all, or there are no credentials: no frame can be read.
+        FrameError: there is no such variable in this very file, or it is not an image that can be understood.
     """
-    if "://" not in url:
-        yield Path(url)
-        return
-    with tempfile.TemporaryDirectory(prefix="surya-course-") as folder:
-        path = Path(folder) / "frame.nc"
-        for attempt in range(source.retries + 1):
-            try:
-                _download(url, path, source)
-                break
-            except (FileNotFoundError, PermissionError) as error:
-                missing = isinstance(error, FileNotFoundError)
-                raise FrameError(f"{'there is no such file' if missing else 'access denied'} ({error})") from None
-            except Exception as error:  # each protocol has its own kinds
-                raise_if_full(error, path)
-                if attempt == source.retries:
-                    _give_up(error, attempt + 1, url)
-                time.sleep(source.pause_s * 2**attempt * random.uniform(0.75, 1.25))
-        yield path
+    variable = _dataset(file, name)
+    if variable.dtype.kind not in "iuf":
+        raise FrameError(f"{name} holds {variable.dtype}, not numbers")
+    shape = variable.shape or ()
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] != (side or shape[0]):
+        wanted = f"{side} x {side}" if side else "a square"
+        raise FrameError(
+            f"{name} has the shape {' x '.join(map(str, shape)) or 'of a single number'}, expected {wanted}"
+        )
+    attributes = variable.attrs
+    values = variable[()].astype(np.float32, copy=False)  # (H, W)
+    for key in ("_FillValue", "missing_value"):
+        for fill in np.ravel(attributes.get(key, [])):
+            values[values == np.float32(fill)] = np.nan
+    if {"scale_factor", "add_offset"} & set(attributes):
+        scale, offset = (
+            np.float32(np.ravel(attributes.get(k, d))[0]) for k, d in (("scale_factor", 1), ("add_offset", 0))
+        )
+        values = values * scale + offset
+    if (factor := _unit_factor(name, attributes.get("units"), unit)) != 1:
+        values = values * np.float32(factor)
+    axes = [dimension[0].name.rpartition("/")[2] if len(dimension) else dimension.label for dimension in variable.dims]
+    return values.T if axes == ["x", "y"] else values
 
 
-def _download(url: str, path: Path, source: Source) -> None:
-    filesystem, key = fsspec.core.url_to_fs(url, **source.options(url))
-    filesystem.retries = 1
-    size = filesystem.info(key, refresh=True)["size"]
-    filesystem.get_file(key, str(path))
-    if path.stat().st_size != size:
-        raise OSError(f"{path.stat().st_size} of {size} bytes arrived")
+def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """The dataset `name` if its values lie in this file: anything else could make us read files of somebody else."""
+    node: h5py.Group = file
+    for part in name.split("/"):
+        if not isinstance(node, h5py.Group) or part.encode() not in list(node.id):
+            raise FrameError(f"it has no variable {name} (it has {', '.join(file) or 'none'})")
+        if node.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
+            raise FrameError(f"{name} is a link, which is not followed")
+        node = node[part]
+    if not isinstance(node, h5py.Dataset):
+        raise FrameError(f"{name} is a group, not an image")
+    if node.external or node.is_virtual:
+        raise FrameError(f"the values of {name} lie in other files, which are not read")
+    filters = node.id.get_create_plist()
+    for code, _, _, title in (filters.get_filter(i) for i in range(filters.get_nfilters())):
+        if not h5py.h5z.filter_avail(code):
+            raise FrameError(
+                f"{name} is compressed with the HDF5 filter {code} ({title.decode()}), unknown to hdf5plugin"
+            )
+    return node
 
 
-def _give_up(error: Exception, tries: int, url: str) -> None:
-    text = f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
-    if type(error).__name__ in ("EndpointConnectionError", "NoCredentialsError", "ClientConnectorError"):
-        raise ConnectionError(
-            f"Frames cannot be fetched from {url.split('://')[0]}:// here ({text}). Check the network, and "
-            f"data.endpoint_url and data.anonymous in the config; frames that are built can be read without it."
-        ) from error
-    raise FrameError(f"could not be fetched in {tries} tries, the last one with {text}") from None
+def _unit_factor(name: str, found: str | bytes | None, unit: str | None) -> float:
+    found = found.decode() if isinstance(found, bytes) else found
+    if (
+        unit is None
+        or found is None
+        or found.strip() in ("", unit)
+        or (unit == "DN" and _INTENSITY.match(found.strip()))
+    ):
+        return 1
+    if factor := UNIT_FACTORS.get(unit, {}).get(found.strip()):
+        return factor
+    raise FrameError(f"{name} is given in {found}, which cannot be converted to {unit}")

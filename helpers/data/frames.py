@@ -1,106 +1,178 @@
-"""From NASA's files to the pooled store: index CSV -> NetCDF (local or S3) -> one Zarr store that everyone reads.
+"""The store of reduced frames: NetCDF files -> one Zarr array on a fixed calendar that everyone reads.
 
-Frames are reduced by helpers/data/archive.py and kept as 16-bit fixed-point codes of signed-log values (`Coding` in
-helpers/channels.py; `step` and `offset` stand in the store), one chunk a frame. A frame counts only when its own
-element of `done` is set, which happens after it was written, read back equal, and is on the disk for good. Rows are
-never moved: times that join the index later are appended, so the time axis is in the order of arrival
-(`.sortby("time")`).
-`python -m helpers.data.frames` builds it.
+The time axis has a row for every 12 minutes from 2010-05-01 to 2040-01-01, so that the row of a time is known without
+looking. A frame is one shard, hence one file `frames/c.ROW.0.0.0`, which Zarr writes aside and moves into place: it is
+there and whole, or it is not there. Nothing else says which frames exist, so any number of people may build and read at
+once. Inside a shard there is one chunk a channel (at 4096 pixels, of 1024 x 1024), compressed, with a CRC32C that is
+compared at reading. Values are 16-bit fixed-point codes of signed-log values (`Coding` in channels.py).
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import json
+import multiprocessing
 import os
+import random
+import shutil
+import stat
 import tempfile
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
-from datetime import datetime
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import zarr
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
-from zarr.codecs import BloscCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from helpers.channels import (
     CHANNELS,
     ERROR_BOUND,
     FILL_CODE,
-    LARGEST_STEP,
     UNITS,
     Coding,
     Scaler,
     check_channels,
     coding_of,
+    from_signed_log,
     load_scalers,
+    to_signed_log,
 )
 from helpers.config import Config
-from helpers.data.archive import FrameError, Index, Source, in_spans, local_copy, open_netcdf, read_index, reduce_frame
-from helpers.shared import (
-    LockedError,
-    atomic_write,
-    disk_errors,
-    ensure_space,
-    flush_to_disk,
-    group_umask,
-    is_writable,
-    item_lock,
-    make_folder,
+from helpers.data.archive import (
+    SCRATCH_PREFIX,
+    Archive,
+    FrameError,
+    MissingFrameError,
+    open_netcdf,
+    read_index,
+    read_variable,
 )
+from helpers.data.labels import labels_of, plan_samples
+from helpers.shared import GB, disk_errors, ensure_space, group_umask, is_writable, make_folder
 
-FORMAT = "int16 fixed point, 1"  # the attribute by which a store is recognised
+FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
+START, CADENCE, SLOTS = np.datetime64("2010-05-01", "s"), np.timedelta64(12, "m"), 1_300_440
+CODECS = {
+    "sharding_indexed",
+    "bytes",
+    "blosc",
+    "zstd",
+    "crc32c",
+    "vlen-utf8",
+}  # the only ones that a store of ours uses
 COMPRESSED = 0.6  # size of a compressed frame over that of its codes; measured: synthetic Sun 0.4, noisy frame 0.52
+FILE_BYTES = 2.6  # of a NetCDF file of the archive, a pixel and channel
+WORTH_A_PROCESS = 2e9  # bytes of pixels to read, from which on the seconds that a process takes to start pay
+
+
+def reduce_frame(
+    path: str | Path, codings: dict[str, Coding], reduce: int, scalers: dict[str, Scaler], native_size: int
+) -> np.ndarray:
+    """Read one NetCDF file and reduce it, one channel in memory at a time.
+
+    Args:
+        codings: of the channels that are wanted, in order.
+        reduce: side of the squares of pixels whose physical values are averaged.
+        native_size: the side that the images must have, in pixels.
+
+    Returns:
+        (C, H / reduce, W / reduce) int16 codes of the signed-log values.
+
+    Raises:
+        FrameError: not NetCDF4, cut short, a channel missing, of a wrong shape or in an unknown unit, pixels that are
+            not numbers or have no code, or an image that is the same everywhere.
+    """
+    side = native_size // reduce
+    frame = np.empty((len(codings), side, side), np.int16)
+    with open_netcdf(path) as file:
+        for i, (name, coding) in enumerate(codings.items()):
+            image = torch.from_numpy(read_variable(file, name, UNITS[name], native_size))  # (H, W) physical
+            pooled = avg_pool2d(image[None, None], reduce)[0, 0].numpy()  # (H / reduce, W / reduce) physical
+            low, high = pooled.min(), pooled.max()  # NaN when any pixel is
+            if not np.isfinite(high - low):
+                wrong = 1 - np.isfinite(pooled).mean()
+                raise FrameError(f"{name} has pixels that are not numbers (NaN), in {wrong:.1%} of the image")
+            if low == high:
+                raise FrameError(f"{name} is {low:g} {UNITS[name]} in every pixel")
+            try:
+                frame[i] = coding.encode(to_signed_log(pooled, scalers[name]))
+            except ValueError:
+                least, most = from_signed_log(np.array(coding.limits), scalers[name])
+                raise FrameError(
+                    f"{name} has a pixel of {high if high > most else low:.6g} {UNITS[name]} (averaged), but the store "
+                    f"can keep only {least:.4g} to {most:.4g} {UNITS[name]} of this channel"
+                ) from None
+    return frame
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The store
 # --------------------------------------------------------------------------------------------------------------------
+def _row(when: Any) -> int:
+    """The row of a time; ValueError for one that is not in the calendar."""
+    row, rest = divmod(np.datetime64(when, "s") - START, CADENCE)
+    if rest or not 0 <= row < SLOTS:
+        raise ValueError(f"{pd.Timestamp(when)} is not in the calendar of frames: every 12 minutes, 2010-05 to 2039.")
+    return int(row)
+
+
 class FrameStore:
-    """A store opened for reading: which frames are complete, and their signed-log values.
+    """A store opened for reading, some channels of it (`open_store`).
 
     Attributes:
+        path: its folder.
+        attributes: what it says of itself.
+        stored_channels: names of the channels in it.
         channels: names of the channels of what `read` returns, in order.
-        times: datetime64[s] (UTC) of the complete frames, sorted.
-        side: side of the reduced images in pixels.
+        scalers: constants of the channels, by name.
         codings: how the codes of each stored channel are read.
-        pooling, native_size: how they were reduced, and from which side.
+        side: side of the reduced images in pixels.
     """
 
     def __init__(
-        self, path: str | Path, channels: Sequence[str] | None = None, scalers: dict[str, Scaler] | None = None
+        self, path: Path, attributes: dict, channels: Sequence[str] | None, scalers: dict[str, Scaler]
     ) -> None:
-        self.path, self.scalers = Path(path), scalers or load_scalers()
-        group = zarr.open_group(self.path, mode="r")
-        self.attributes = dict(group.attrs)
-        self.stored_channels = tuple(group["channel"][:].tolist())
+        self.path, self.attributes, self.scalers = path, attributes, scalers
+        self.stored_channels = tuple(attributes["channels"])
         self.channels = tuple(channels or self.stored_channels)
-        self.pooling, self.native_size = self.attributes["pooling"], self.attributes["native_size"]
-        self.side = group["frames"].shape[-1]
-        numbers = zip(self.stored_channels, group["step"][:], group["offset"][:], strict=True)
-        self.codings = {name: Coding(step, offset) for name, step, offset in numbers}
-        self._select = [self.stored_channels.index(name) for name in self.channels]
-        times = group["time"][:].astype("datetime64[s]")
-        rows = sorted((row for row in _done_rows(self.path) if row < len(times)), key=lambda row: times[row])
-        self.times = times[rows]
-        self._row = dict(zip(self.times.tolist(), rows, strict=True))
-        self._opened: tuple[int, zarr.Array] | None = None
-        self._memory: dict[datetime, Tensor] = {}
+        self.side = attributes["native_size"] // attributes["reduce"]
+        numbers = zip(self.stored_channels, attributes["steps"], attributes["offsets"], strict=True)
+        self.codings = {name: Coding(np.float32(step), np.float32(offset)) for name, step, offset in numbers}
+        self._array: zarr.Array | None = None
+        self._memory: dict[int, np.ndarray] = {}
+
+    @property
+    def times(self) -> np.ndarray:
+        """datetime64[s] (UTC) of the frames that are there now, sorted."""
+        with os.scandir(self.path / "frames") as entries:
+            names = [entry.name.split(".") for entry in entries if entry.is_file(follow_symlinks=False)]
+        rows = sorted(int(name[1]) for name in names if name[0] == "c" and name[2:] == ["0", "0", "0"])
+        return START + np.array(rows, int) * CADENCE.astype("timedelta64[s]")
 
     def __len__(self) -> int:
         return len(self.times)
 
-    def __contains__(self, when) -> bool:
-        return _second(when) in self._row
+    def __contains__(self, when: Any) -> bool:
+        with suppress(OSError, ValueError):
+            return stat.S_ISREG(os.lstat(self.file(when)).st_mode)
+        return False
+
+    def file(self, when: Any) -> Path:
+        """Where the frame of this time is, or would be."""
+        return self.path / "frames" / f"c.{_row(when)}.0.0.0"
 
     @property
     def frame_bytes(self) -> int:
@@ -111,20 +183,58 @@ class FrameStore:
         """The frames at these times in the chosen channels, (C, T, H, W) float32 normalised.
 
         Raises:
-            KeyError: there is no complete frame at one of the times.
-            OSError: a frame cannot be read, although it counts as complete.
+            KeyError: there is no frame at one of the times.
+            OSError: a frame is damaged.
         """
-        frames = [self.read_all(when) for when in times]  # each (all C, H, W) int16
-        shape = (len(self.channels), len(frames), self.side, self.side)
-        out = torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for huge pages, torch does not: 3 x faster
-        for c, (name, i) in enumerate(zip(self.channels, self._select, strict=True)):
+        frames = [self._codes(when) for when in times]  # of each time, C planes of (H, W) int16
+        # numpy asks for huge pages, torch does not: 3 times faster
+        out = torch.from_numpy(np.empty((len(self.channels), len(frames), self.side, self.side), np.float32))
+        for c, name in enumerate(self.channels):
             coding, scaler = self.codings[name], self.scalers[name]
             spread = scaler.std + scaler.epsilon
             # z = (code * step + offset - mean) / spread in one multiply-add
-            level = torch.tensor((coding.offset - scaler.mean) / spread, dtype=torch.float32)
-            for t, frame in enumerate(frames):
-                torch.add(level, frame[i], alpha=float(coding.step / spread), out=out[c, t])
+            level = torch.tensor((float(coding.offset) - scaler.mean) / spread, dtype=torch.float32)
+            for t, planes in enumerate(frames):
+                torch.add(level, torch.from_numpy(planes[c]), alpha=float(coding.step) / spread, out=out[c, t])
         return out
+
+    def _codes(self, when: Any) -> list[np.ndarray]:
+        """Codes (H, W) int16 of the chosen channels; the others are not read from the disk."""
+        row, chosen = _row(when), [self.stored_channels.index(name) for name in self.channels]
+        if row in self._memory:
+            return [self._memory[row][i] for i in chosen]
+        if when not in self:
+            raise KeyError(f"{self.path} has no frame at {pd.Timestamp(when)}; build it with `make cache`.")
+        try:
+            if self._array is None:
+                self._array = zarr.open_group(self.path, mode="r")["frames"]
+            if len(chosen) == len(self.stored_channels):
+                frame = self._array[row]
+                planes = [frame[i] for i in chosen]
+            else:
+                planes = [self._array[row, i] for i in chosen]
+            # zarr takes an empty file for one without values
+            if any(plane[0, 0] == FILL_CODE for plane in planes):
+                raise ValueError("a channel is empty")
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(
+                f"The frame at {pd.Timestamp(when)} is damaged: {self.file(when)} ({error}). "
+                f"`make cache ARGS=--verify` removes damaged frames and makes them again."
+            ) from error
+        return planes
+
+    def write(self, when: Any, codes: np.ndarray) -> None:
+        """Add the frame of this time, (all C, H, W) int16; it appears whole."""
+        with disk_errors(self.path):
+            zarr.open_group(self.path, mode="r+")["frames"][_row(when)] = codes
+        # as readable as its folder, whatever the umask is; the umask itself belongs to all threads
+        with suppress(FileNotFoundError):
+            self.file(when).chmod(stat.S_IMODE(self.file(when).parent.stat().st_mode) & 0o666)
+
+    def load(self, times: Iterable) -> None:
+        """Keep the frames at `times` in memory from now on, the codes of all channels."""
+        whole = self.select(self.stored_channels)
+        self._memory |= {_row(when): np.stack(whole._codes(when)) for when in times}
 
     def select(self, channels: Sequence[str]) -> FrameStore:
         """The same store, frames in memory included, with other channels."""
@@ -136,58 +246,21 @@ class FrameStore:
             )
         other = copy.copy(self)
         other.channels = tuple(channels)
-        other._select = [self.stored_channels.index(name) for name in channels]
         return other
 
-    def read_all(self, when) -> Tensor:
-        """The codes of all channels of the store in its own order (`stored_channels`), (C, H, W) int16."""
-        second = _second(when)
-        if second in self._memory:
-            return self._memory[second]
-        row = self._row.get(second)
-        if row is None:
-            raise KeyError(f"{self.path} has no complete frame at {pd.Timestamp(when)}; build it with `make cache`.")
-        try:
-            if self._opened is None or self._opened[0] != os.getpid():  # each worker process opens it for itself
-                self._opened = os.getpid(), zarr.open_group(self.path, mode="r")["frames"]
-            codes = self._opened[1][row]
-            if codes[0, 0, 0] == FILL_CODE:  # zarr takes a chunk that is not there for one without values
-                raise OSError("its file is missing")
-        except (OSError, RuntimeError, ValueError) as error:
-            raise OSError(
-                f"The frame at {pd.Timestamp(when)} in {self.path} cannot be read ({error}). "
-                f'`make cache ARGS="--verify"` finds the damaged frames and makes them again.'
-            ) from error
-        return torch.from_numpy(codes)
-
-    def load(self, times: Iterable) -> None:
-        """Keep the frames at `times` in memory from now on, the codes of all channels."""
-        for when in times:
-            self._memory[_second(when)] = self.read_all(when)
-
-    def dataset(self):
-        """The complete frames as an xarray Dataset (time, channel, y, x), lazily, in the order of time.
-
-        As in the store, the signed-log values are `frames * step + offset`.
-        """
-        import xarray
-
-        rows = [self._row[when] for when in self.times.tolist()]
-        return xarray.open_zarr(self.path).isel(time=rows, channel=self._select)
-
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_opened": None}
+        return self.__dict__ | {"_array": None}  # each process opens it for itself
 
     def __repr__(self) -> str:
-        span = f", {self.times[0]} to {self.times[-1]}" if len(self) else ""
-        shape = f"{len(self.channels)} channels of {self.side} x {self.side} pixels (pooled by {self.pooling})"
-        return f"FrameStore({self.path}: {len(self)} complete frames, {shape}{span})"
+        times, shape = self.times, f"{len(self.channels)} channels of {self.side} x {self.side} pixels"
+        span = f", {times[0]} to {times[-1]}" if len(times) else ""
+        return f"FrameStore({self.path}: {len(times)} frames, {shape} (reduced by {self.attributes['reduce']}){span})"
 
 
 def open_store(
-    store_path: str | Path,
+    path: str | Path,
     channels: Sequence[str] | None = None,
-    pooling: int | None = None,
+    reduce: int | None = None,
     native_size: int | None = None,
     scalers: dict[str, Scaler] | None = None,
 ) -> FrameStore:
@@ -195,192 +268,169 @@ def open_store(
 
     Raises:
         FileNotFoundError: there is no store.
-        ValueError: it has another format, lacks a channel, or was built with another pooling, side or scale factor.
+        ValueError: it is damaged or of another version, lacks a channel, or was built with another factor, side or
+            scale factor.
     """
-    path = Path(store_path)
-    if not _exists(path):
-        raise FileNotFoundError(
-            f"There is no frame store at {path}. Build it with `make cache`, or correct data.store."
-        )
-    attributes = _attributes(path)
-    if attributes.get("format") != FORMAT:
-        found = attributes.get("format", "float16, or not ours")
-        raise ValueError(
-            f'The store {path} has the format "{found}", but this version of the course reads "{FORMAT}". Choose '
-            f"another data.store (a new one will be built); or, if nobody else reads it, delete it and build it again "
-            f"with `make cache`."
-        )
-    if problems := _differences(attributes, channels, pooling, native_size, scalers):
+    path, scalers = Path(path), scalers or load_scalers()
+    attributes = _checked_attributes(path)
+    problems = []
+    if channels and (absent := [name for name in check_channels(channels) if name not in attributes["channels"]]):
+        problems.append(f"has no channel {', '.join(absent)} (it has {', '.join(attributes['channels'])})")
+    for key, value in (("reduce", reduce), ("native_size", native_size)):
+        if value is not None and attributes[key] != value:
+            problems.append(f"was built with {key} {attributes[key]}, but the config asks for {value}")
+    for name, scale in zip(attributes["channels"], attributes["scale_factors"], strict=True):
+        if name in scalers and scalers[name].scale != scale:
+            problems.append(
+                f"was built with the scale factor {scale} of {name}, but data.scalers has {scalers[name].scale}"
+            )
+    if problems:
         raise ValueError(
             f"The store {path} {', and '.join(problems)}. Choose another data.store (a new one will be built), or set "
             f"the config to what the store holds."
         )
-    return FrameStore(path, channels, scalers)
+    return FrameStore(path, attributes, channels, scalers)
 
 
-def _differences(
-    attributes: Mapping,
-    channels: Sequence[str] | None,
-    pooling: int | None,
-    native_size: int | None,
-    scalers: dict[str, Scaler] | None,
-) -> list[str]:
-    """What a store with these attributes cannot give of what is asked for."""
-    problems = []
-    if channels and (absent := [name for name in check_channels(channels) if name not in attributes["channels"]]):
-        problems.append(f"has no channel {', '.join(absent)} (it has {', '.join(attributes['channels'])})")
-    for name, value in (("pooling", pooling), ("native_size", native_size)):
-        if value is not None and attributes[name] != value:
-            problems.append(f"was built with {name} {attributes[name]}, but the config asks for {value}")
-    for name, scale in zip(attributes["channels"], attributes["scale_factors"], strict=True):
-        if scalers and name in scalers and scalers[name].scale != scale:
-            problems.append(
-                f"was built with the scale factor {scale} of {name}, but data.scalers has {scalers[name].scale}"
-            )
-    return problems
-
-
-def _exists(path: Path) -> bool:
-    return (path / "zarr.json").is_file()
-
-
-def _attributes(path: Path) -> dict:
-    try:
-        return dict(zarr.open_group(path, mode="r").attrs)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"The store {path} cannot be opened: its zarr.json is damaged or is that of something else ({error}). "
-            f"Choose another data.store, or, if nobody else reads it, delete it and build it again with `make cache`."
-        ) from error
-
-
-def store_name(channels: Sequence[str], pooling: int, native_size: int) -> str:
-    """A folder name that differs for every channel set and size, so that two configs never share a store by mistake."""
-    ordered = [name for name in CHANNELS if name in channels]
-    digest = hashlib.sha1("+".join(ordered).encode()).hexdigest()[:6]
-    tag = f"{len(CHANNELS)}ch" if len(ordered) == len(CHANNELS) else f"{len(ordered)}ch-{digest}"
-    return f"{native_size}px-pool{pooling}-{tag}.zarr"
-
-
-def _second(when) -> datetime:
-    return np.datetime64(when, "s").item()
-
-
-def _seconds(times: Iterable) -> list[datetime]:
-    return np.asarray(times, "datetime64[s]").tolist()
-
-
-def _done_rows(path: Path) -> set[int]:
-    """Rows that are complete. `done` has one element a chunk and 0 as fill: the files that are there are the marks."""
-    with suppress(FileNotFoundError), os.scandir(path / "done" / "c") as entries:
-        return {int(entry.name) for entry in entries if entry.name.isdigit()}
-    return set()
-
-
-def _mark(path: Path, row: int) -> Path:
-    return path / "done" / "c" / str(row)
-
-
-def _create(path: Path, channels: Sequence[str], pooling: int, native_size: int, scalers: dict, source: str) -> None:
-    """Make an empty store under another name and move it into place."""
-    if path.is_file() or path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(
-            f"{path} is there, but is not a frame store (it has no zarr.json). Move it away, or choose another "
-            f"data.store."
+def _checked_attributes(path: Path) -> dict:
+    """The attributes of a store of this version, after a look at all that is not a frame."""
+    if not (path / "zarr.json").is_file():
+        raise FileNotFoundError(
+            f"There is no frame store at {path}. Build it with `make cache`, or correct data.store."
         )
-    make_folder(path.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        _fill_metadata(zarr.create_group(temporary), channels, pooling, native_size, scalers, source)
-        _consolidate(temporary)
-        os.rename(temporary, path)
-
-
-def _fill_metadata(
-    group: zarr.Group, channels: Sequence[str], pooling: int, native_size: int, scalers: dict, source: str
-) -> None:
-    """The attributes and the empty arrays of a store."""
-    side = native_size // pooling
-    group.attrs.update(
-        title="Solar Dynamics Observatory frames, reduced",
-        format=FORMAT,
-        space="signed-log: y = sign(x s) log(1 + |x s|) of the physical value x, s in scale_factors",
-        codes="frames holds whole numbers: y = frames * step + offset, with step and offset of the channel",
-        channels=list(channels),
-        units=[UNITS[name] for name in channels],
-        scale_factors=[scalers[name].scale for name in channels],
-        pooling=pooling,
-        native_size=native_size,
-        source=source,
-        software=f"surya-course {_version()}",
-        rounding=f"y is rounded by at most half a step: never more than {LARGEST_STEP / 2:.1e}, and at most "
-        f"{ERROR_BOUND} of the standard deviation of the channel (normalised units)",
-        largest_possible_error_normalised=ERROR_BOUND,
-        largest_rounding_error_normalised=0.0,
-        completeness="only frames with done = 1 are complete; times are in the order of arrival",
-    )
-    axes = {"dimension_names": ("time", "channel", "y", "x")}
-    # the names under which xarray knows what is no pixel, and that step and offset belong to frames
-    said = {
-        "units": "1",
-        "long_name": "codes of signed-log values",
-        "_FillValue": FILL_CODE,
-        "coordinates": "step offset",
-    }
-    # bitshuffle makes 2 to 4 % less of it, but takes 8 % longer to read
-    compressor = BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=2)
-    shape = (len(channels), side, side)
-    stored = {"dtype": "i2", "fill_value": FILL_CODE, "compressors": compressor, "attributes": said}
-    group.create_array("frames", shape=(0, *shape), chunks=(1, *shape), **stored, **axes)
-    calendar = {"units": "seconds since 1970-01-01", "calendar": "proleptic_gregorian"}
-    time_axis = {"shape": (0,), "dimension_names": ("time",), "fill_value": 0}
-    group.create_array("time", chunks=(16384,), dtype="i8", attributes=calendar, **time_axis)
-    group.create_array("done", chunks=(1,), dtype="u1", compressors=None, **time_axis)
-    _fill_channel_axis(group, channels, scalers)
-
-
-def _fill_channel_axis(group: zarr.Group, channels: Sequence[str], scalers: dict) -> None:
-    """Names, steps and offsets of the channels."""
-    along = {"shape": (len(channels),), "dimension_names": ("channel",)}
-    group.create_array("channel", dtype=str, **along)[:] = np.array(channels, dtype=object)
-    codings = [coding_of(name, scalers[name]) for name in channels]
-    formula = {"units": "1", "formula": "signed-log value = frames * step + offset"}
-    for name, meaning in (("step", "signed-log value of one code"), ("offset", "signed-log value of the code 0")):
-        array = group.create_array(name, dtype="f4", attributes={"long_name": meaning, **formula}, **along)
-        array[:] = np.array([getattr(coding, name) for coding in codings], np.float32)
-
-
-def _grow(path: Path, times: np.ndarray) -> dict[datetime, int]:
-    """Append rows for the `times` that the store does not have; return the row of every time of the store.
-
-    The consolidated metadata is written last, in one move: until then readers see the store as it was.
-    """
-    group = zarr.open_group(path, mode="r+", use_consolidated=False)
-    known = zarr.open_group(path, mode="r")["time"][:].astype("datetime64[s]")
-    fresh = np.setdiff1d(times.astype("datetime64[s]"), known)
-    after = np.concatenate([known, fresh])
-    if len(fresh):
-        for name in ("frames", "done", "time"):
-            group[name].resize((len(after), *group[name].shape[1:]))
-        group["time"][:] = after.astype("i8")
-        for chunk in path.glob("time/c/*"):
-            flush_to_disk(chunk, below=path / "time")
-        _consolidate(path)
-        flush_to_disk(path / "zarr.json", below=path)
-    return {when: row for row, when in enumerate(after.tolist())}
-
-
-def _consolidate(path: Path) -> None:
-    with warnings.catch_warnings():  # zarr warns that the format does not demand it
-        warnings.simplefilter("ignore")
-        zarr.consolidate_metadata(path)
-
-
-def _version() -> str:
+    renew = f"Move it away and build a new one: mv {path} {path}.old && make cache"
     try:
-        return version("surya-course")
-    except PackageNotFoundError:
-        return "(not installed)"
+        described = json.loads((path / "zarr.json").read_text())
+        attributes = described["attributes"]
+        if attributes.get("format") != FORMAT:
+            found = attributes.get("format", "none, so an old version or not ours")
+            raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
+        if links := [entry.name for entry in os.scandir(path) if entry.is_symlink()]:
+            raise ValueError(f"{', '.join(links)} is a link to elsewhere")
+        arrays = described["consolidated_metadata"]["metadata"]
+        if strange := sorted({name for array in arrays.values() for name in _codec_names(array)} - CODECS):
+            raise ValueError(f"it uses the codecs {', '.join(strange)}, which are not ours")
+        shape = (SLOTS, len(attributes["channels"]), *[attributes["native_size"] // attributes["reduce"]] * 2)
+        if tuple(arrays["frames"]["shape"]) != shape:
+            raise ValueError("the shape of its frames does not agree with its attributes")
+        group = zarr.open_group(path, mode="r", zarr_format=3)
+        for name, expected in _axes(attributes).items():
+            if not np.array_equal(group[name][:], expected):
+                raise ValueError(f"its array {name} does not agree with its attributes")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The store {path} cannot be used: {error}. {renew}") from error
+    return attributes
+
+
+def _codec_names(metadata: Any) -> Iterator[str]:
+    """Names of all codecs in the metadata of an array, at any depth."""
+    if isinstance(metadata, dict):
+        for key, value in metadata.items():
+            if key in ("codecs", "index_codecs"):
+                yield from (codec["name"] for codec in value)
+            yield from _codec_names(value)
+    elif isinstance(metadata, list):
+        for item in metadata:
+            yield from _codec_names(item)
+
+
+def _axes(attributes: dict) -> dict[str, np.ndarray]:
+    """The arrays beside `frames`, which strangers to this project need."""
+    return {
+        "time": np.arange(SLOTS, dtype=np.int32) * 12,
+        "channel": np.array(attributes["channels"], object),
+        "step": np.array(attributes["steps"], np.float32),
+        "offset": np.array(attributes["offsets"], np.float32),
+    }
+
+
+def create_store(
+    path: Path, channels: Sequence[str], reduce: int, native_size: int, scalers: dict[str, Scaler]
+) -> None:
+    """Make an empty store under another name and move it into place; when someone else was faster, theirs stays."""
+    taken = path.is_file() or path.is_dir() and any(path.iterdir())
+    if taken and not (path / "zarr.json").is_file():
+        raise FileExistsError(f"{path} is there, but is no frame store. Move it away, or choose another data.store.")
+    if reduce < 1 or native_size % reduce:
+        raise ValueError(
+            f"Images of {native_size} pixels cannot be reduced by {reduce} (data.reduce): choose a divisor."
+        )
+    codings = [coding_of(name, scalers[name]) for name in check_channels(channels)]
+    attributes = {
+        "title": "Solar Dynamics Observatory frames, reduced",
+        "format": FORMAT,
+        "space": "signed-log: y = sign(x s) log(1 + |x s|) of the physical value x, s in scale_factors",
+        "codes": "frames holds whole numbers: y = frames * step + offset, with step and offset of the channel",
+        "rounding": f"at most half a step, and {ERROR_BOUND} of the standard deviation of the channel",
+        "completeness": "a frame is there when its file frames/c.ROW.0.0.0 is; else its codes are all _FillValue",
+        "channels": list(channels),
+        "units": [UNITS[name] for name in channels],
+        "scale_factors": [scalers[name].scale for name in channels],
+        "steps": [float(coding.step) for coding in codings],
+        "offsets": [float(coding.offset) for coding in codings],
+        "reduce": reduce,
+        "native_size": native_size,
+    }
+    side, count = native_size // reduce, len(codings)
+    tile = min(side, 1024) if side % 1024 == 0 else side
+    make_folder(path.parent)
+    with (
+        disk_errors(path.parent),
+        group_umask(path.parent),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
+        aside = Path(folder, path.name)
+        group = zarr.create_group(aside, attributes=attributes)
+        group.create_array(
+            "frames",
+            shape=(SLOTS, count, side, side),
+            shards=(1, count, side, side),
+            chunks=(1, 1, tile, tile),
+            dtype="i2",
+            fill_value=FILL_CODE,
+            # bitshuffle makes 2 to 4 % less of it, but takes 8 % longer to read
+            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=2), Crc32cCodec()],
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("time", "channel", "y", "x"),
+            # the names under which xarray knows what is no pixel, and that step and offset belong to frames
+            attributes={"units": "1", "_FillValue": FILL_CODE, "coordinates": "step offset"},
+        )
+        for name, values in _axes(attributes).items():
+            calendar = {"units": "minutes since 2010-05-01", "calendar": "proleptic_gregorian"}
+            group.create_array(
+                name,
+                shape=values.shape,
+                chunks=values.shape,
+                dtype=str if name == "channel" else values.dtype,
+                compressors="auto" if name == "channel" else BloscCodec(cname="zstd", shuffle="bitshuffle", typesize=4),
+                dimension_names=("time" if name == "time" else "channel",),
+                attributes=calendar if name == "time" else {},
+            )[:] = values
+        (aside / "frames").mkdir(exist_ok=True)
+        with warnings.catch_warnings():  # zarr warns that the format does not demand it
+            warnings.simplefilter("ignore")
+            zarr.consolidate_metadata(aside)
+        try:
+            aside.rename(path)
+        except OSError:
+            if not (path / "zarr.json").is_file():
+                raise
+
+
+def verify_store(path: str | Path) -> list[str]:
+    """Read every frame and remove those that are damaged, so that the next build makes them again.
+
+    Returns:
+        The times of the frames that were removed.
+    """
+    store, damaged = open_store(path), []
+    for when in tqdm(store.times, "verifying", unit="frame"):
+        try:
+            store.read([when])
+        except OSError:
+            damaged.append(str(when))
+            store.file(when).unlink(missing_ok=True)
+    return damaged
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -388,319 +438,176 @@ def _version() -> str:
 # --------------------------------------------------------------------------------------------------------------------
 @dataclass
 class BuildReport:
-    """What a build did; prints as a few lines."""
+    """What a build did; prints as a few lines.
+
+    Attributes:
+        built, already, missing: numbers of frames that were made, were there, and are not in the archive.
+        unreadable: address of a file that could not be used -> why.
+        lost: times of the frames that are missing or unreadable.
+    """
 
     store: Path
     built: int = 0
     already: int = 0
-    missing: int = 0  # rows of the index with present = 0, in the span that was asked for
-    unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
-    notes: list[str] = field(default_factory=list)
+    missing: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
+    lost: set[np.datetime64] = field(default_factory=set)
     seconds: float = 0.0
     bytes_read: int = 0
-    rounding: float = 0.0  # largest error of the codes in normalised units
+
+    def plus(self, other: BuildReport) -> BuildReport:
+        """What both did together, `other` after this one."""
+        counted = {
+            name: getattr(self, name) + getattr(other, name) for name in ("built", "missing", "seconds", "bytes_read")
+        }
+        found = {"unreadable": self.unreadable | other.unreadable, "lost": self.lost | other.lost}
+        return replace(self, **counted, **found)
 
     def __str__(self) -> str:
-        speed = (
-            f" in {self.seconds:.0f} s, {self.bytes_read / 1e6 / max(self.seconds, 1e-9):.0f} MB/s"
-            if self.built
-            else ""
-        )
-        counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not present by the index"
-        lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable", *self.notes]
-        lines += [f"  unreadable: {path}: {reason}" for path, reason in list(self.unreadable.items())[:10]]
+        rate = self.bytes_read / 1e6 / max(self.seconds, 1e-9)
+        speed = f" in {self.seconds:.0f} s, {rate:.0f} MB/s" if self.built else ""
+        counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not in the archive"
+        lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
+        lines += [f"  unreadable: {url}: {reason}" for url, reason in list(self.unreadable.items())[:10]]
         if len(self.unreadable) > 10:
-            lines.append(
-                f"  ... and {len(self.unreadable) - 10} more in {_build_folder(self.store) / 'unreadable.csv'}"
-            )
+            lines.append(f"  ... and {len(self.unreadable) - 10} more")
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """All that a worker process needs to build one frame."""
-
-    store: Path
-    row: int
-    time: str
-    url: str
-    channels: tuple[str, ...]
-    pooling: int
-    native_size: int
-    scalers: dict[str, Scaler]
-    codings: dict[str, Coding]
-    source: Source
-
-
-@dataclass(frozen=True)
-class _Result:
-    task: _Task
-    outcome: str  # built, already, busy, or why it is unreadable
-    bytes_read: int = 0
-    rounding: float = 0.0
-
-
 def build_store(
-    index_csv: str | Path,
-    store_path: str | Path,
+    times: Iterable,
+    path: str | Path,
     channels: Sequence[str] = CHANNELS,
-    pooling: int = 4,
-    workers: int = 1,
+    reduce: int = 4,
     *,
-    native_size: int | None = None,
+    archive: Archive | None = None,
+    native_size: int = 4096,
     scalers: dict[str, Scaler] | None = None,
-    source: Source | None = None,
-    between: Sequence[tuple[str, str]] | None = None,
+    workers: int = 1,
+    executor: Executor | None = None,
     reserve_gb: float = 2.0,
-    dask_address: str | None = None,
     progress: bool = True,
 ) -> BuildReport:
-    """Build the frames of an index that the store does not have yet; call it again after anything went wrong.
+    """Build the frames of these times that the store does not have yet; call it again after anything went wrong.
 
-    Several processes and people may build one store at once: each frame is locked while it is made.
+    Any number of processes and people may build one store at once: each makes what is missing in an order of its own,
+    and looks again before each frame.
 
     Args:
-        index_csv: CSV with the columns path, timestep, present; local or s3://.
+        times: of the frames, in UTC.
         channels: what to keep, by name. A store that is there already keeps the channels it has.
-        pooling: side of the squares of physical pixels that are averaged.
-        workers: how many frames are made at once on this machine.
-        native_size: side of the images in the files (None: that of the first one that can be read).
-        between: [start, end) spans of time to build; None for the whole index.
+        reduce: side of the squares of physical pixels that are averaged.
+        archive: where the frames come from; None for NASA's bucket.
+        native_size: side of the images in the files.
+        workers: how many processes may make frames on this machine.
+        executor: makes the frames instead, for example `Client(...).get_executor()` of a Dask cluster whose workers see
+            the same disks.
         reserve_gb: free space that must remain on the disk.
-        dask_address: a Dask scheduler whose workers see the same disks, to use instead.
-
-    Returns:
-        A report that lists the frames that could not be used, which is also written to `<store>.build/unreadable.csv`.
 
     Raises:
-        ValueError: the index is wrong, or the store was built with other settings.
-        DiskFullError: too little space, before starting or on the way. What is complete stays.
-        ConnectionError: the server of the frames cannot be reached.
+        ValueError: a time is not in the calendar, or the store was built with other settings.
+        DiskFullError: too little space, before starting or on the way. Frames that are there stay.
+        ArchiveError: no frame can be fetched.
     """
-    started, path, source = time.perf_counter(), Path(store_path), source or Source()
-    scalers = scalers or load_scalers()
-    index = read_index(index_csv, source).within(between)
-    store, rows = _with_rows(path, index, channels, pooling, native_size, scalers, source, str(index_csv))
-    tasks = _tasks(index.table, rows, store, scalers, source)
-    report = BuildReport(path, already=len(index.table) - len(tasks), missing=index.missing, notes=index.notes)
-    if tasks:
-        ensure_space(path, len(tasks) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(tasks)} frames")
-        # umask and torch threads belong to the process: set once here, around all threads of the build
-        with disk_errors(path), group_umask(path.parent), _one_torch_thread():
-            _collect(_results(tasks, workers, dask_address), report, len(tasks), progress)
-            _record(report)
+    started, path, archive = time.perf_counter(), Path(path), archive or Archive()
+    if not (path / "zarr.json").is_file():
+        create_store(path, channels, reduce, native_size, scalers or load_scalers())
+    store = open_store(path, channels, reduce, native_size, scalers).select(open_store(path).stored_channels)
+    _remove_leftovers(store, archive)
+    wanted = np.unique(np.array(list(times), "datetime64[s]"))
+    there = {_row(when) for when in store.times}
+    todo = [when for when in wanted if _row(when) not in there]
+    report = BuildReport(path, already=len(wanted) - len(todo))
+    if todo:
+        ensure_space(path, len(todo) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(todo)} frames")
+    random.shuffle(todo)
+    jobs = {when: archive.url(when) for when in todo}
+    pixels = len(todo) * len(store.channels) * native_size**2 * 4
+    workers = min(workers, 1 + int(pixels / WORTH_A_PROCESS))
+    with tqdm(total=len(todo), desc="frames", unit="frame", disable=not progress or not todo) as bar:
+        for when, outcome, size in _results(store, replace(archive, index=None), jobs, workers, executor):
+            if isinstance(outcome, FrameError):
+                report.lost.add(when)
+                if isinstance(outcome, MissingFrameError):
+                    report.missing += 1
+                else:
+                    report.unreadable[jobs[when]] = str(outcome)
+            else:
+                report.built += outcome == "built"
+                report.already += outcome == "already"
+            report.bytes_read += size
+            bar.update()
+            bar.set_postfix_str(f"{report.bytes_read / 1e6 / (time.perf_counter() - started):.0f} MB/s", refresh=False)
     report.seconds = time.perf_counter() - started
     return report
 
 
-def _with_rows(
-    path: Path,
-    index: Index,
-    channels: Sequence[str],
-    pooling: int,
-    native_size: int | None,
-    scalers: dict[str, Scaler],
-    source: Source,
-    origin: str,
-) -> tuple[FrameStore, dict[datetime, int]]:
-    """The store, made if it is not there, with a row for every time of the index; and the row of each time."""
-    with disk_errors(path), group_umask(path.parent), item_lock(_build_folder(path) / "store"):
-        if not _exists(path):
-            side = native_size or _side_of_first(index, check_channels(channels), source)
-            if pooling < 1 or side % pooling:
-                raise ValueError(
-                    f"Images of {side} pixels cannot be pooled by {pooling} (data.reduce): choose a divisor."
-                )
-            _create(path, check_channels(channels), pooling, side, scalers, origin)
-        store = open_store(path, channels, pooling, native_size, scalers)
-        return store, _grow(path, index.table["time"].to_numpy())
-
-
-def _tasks(
-    table: pd.DataFrame, rows: dict[datetime, int], store: FrameStore, scalers: dict[str, Scaler], source: Source
-) -> list[_Task]:
-    """One for every frame of the table that is not complete."""
-    done = _done_rows(store.path)
-    common = (store.stored_channels, store.pooling, store.native_size, scalers, store.codings, source)
-    return [
-        _Task(store.path, rows[when], str(when), url, *common)
-        for when, url in zip(_seconds(table["time"]), table["path"], strict=True)
-        if rows[when] not in done
-    ]
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Frames are made side by side; several threads for each one would only get in each other's way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _side_of_first(index: Index, channels: Sequence[str], source: Source) -> int:
-    """Side of the images in the first file that can be read."""
-    if not len(index.table):
-        raise ValueError(
-            f"There is nothing to build: {index.notes[-1]}. Check data.index and the splits in the config."
-        )
-    reasons = []
-    for url in index.table["path"]:
+def _results(
+    store: FrameStore, archive: Archive, jobs: dict, workers: int, executor: Executor | None
+) -> Iterator[tuple[np.datetime64, str | FrameError, int]]:
+    if executor is None and workers == 1:
+        yield from (build_frame(store, archive, when, url) for when, url in jobs.items())
+        return
+    with nullcontext(executor) if executor else worker_pool(workers) as pool:
+        futures = [pool.submit(build_frame, store, archive, when, url) for when, url in jobs.items()]
         try:
-            with local_copy(url, source) as path, open_netcdf(path) as file:
-                return file[channels[0]].shape[-1]
-        except (FrameError, KeyError) as error:
-            reasons.append(f"{url}: {error}")
-    raise FrameError("None of the frames of the index can be read. " + "; ".join(reasons[:3]))
+            for future in as_completed(futures):
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
 
 
-def _build_folder(store: Path) -> Path:
-    """Beside the store: locks and the list of unreadable frames."""
-    return store.with_name(f"{store.name}.build")
-
-
-def _build_frame(task: _Task, wait: bool = False) -> _Result:
-    """Make one frame of the store unless it is complete, or being made by someone else and we are not to wait."""
-    if _mark(task.store, task.row).exists():
-        return _Result(task, "already")
+def build_frame(
+    store: FrameStore, archive: Archive, when: np.datetime64, url: str | None
+) -> tuple[np.datetime64, str | FrameError, int]:
+    """Make one frame unless it is there; return its time, "built", "already" or why not, and the bytes read."""
+    if when in store:
+        return when, "already", 0
     try:
-        with item_lock(_build_folder(task.store) / f"frame-{task.row}", timeout_s=None if wait else 0):
-            if _mark(task.store, task.row).exists():
-                return _Result(task, "already")
-            with local_copy(task.url, task.source) as path:
-                size = path.stat().st_size if path.exists() else 0
-                how = (task.pooling, task.scalers, task.native_size, task.codings)
-                frame, error = reduce_frame(path, task.channels, *how)
-            with disk_errors(task.store):
-                _write(task, frame)
-            return _Result(task, "built", size, error)
-    except LockedError:
-        return _Result(task, "busy")
+        if url is None:
+            raise MissingFrameError("the index has no frame for this time")
+        with archive.local_copy(url) as path:
+            size, native_size = path.stat().st_size, store.attributes["native_size"]
+            codes = reduce_frame(path, store.codings, store.attributes["reduce"], store.scalers, native_size)
+        store.write(when, codes)
+        return when, "built", size
     except FrameError as error:
-        return _Result(task, str(error))
+        return when, error, 0
 
 
-def _write(task: _Task, frame: np.ndarray) -> None:
-    chunks = task.store / "frames" / "c"
-    for leftover in (chunks / str(task.row)).rglob("*.partial"):
-        leftover.unlink()  # of someone who was killed; nobody else writes here while we hold the lock
-    with group_umask(task.store):
-        frames, done = _arrays(task.store, task.row)
-        frames[task.row] = frame
-        if not np.array_equal(frames[task.row], frame):
-            raise OSError(
-                f"The frame {task.time} was written to {task.store}, but reads back differently. Check the disk."
-            )
-        flush_to_disk(chunks / str(task.row) / "0" / "0" / "0", below=chunks)  # the mark must not outlive the frame
-        done[task.row] = 1
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes with one torch thread each, which end when this one does, however it ends.
 
-
-def _arrays(store: Path, row: int) -> tuple[zarr.Array, zarr.Array]:
-    frames, done = _writable_arrays(store)
-    if row >= done.shape[0]:  # the store has grown since this process opened it
-        _writable_arrays.cache_clear()
-        frames, done = _writable_arrays(store)
-    return frames, done
-
-
-@lru_cache(maxsize=4)
-def _writable_arrays(store: Path) -> tuple[zarr.Array, zarr.Array]:
-    group = zarr.open_group(store, mode="r+")
-    return group["frames"], group["done"]
-
-
-def _results(tasks: list[_Task], workers: int, dask_address: str | None) -> Iterator[_Result]:
-    """Build all tasks, here or on Dask workers, and then wait for those that someone else was making."""
-    here = not dask_address and (workers == 1 or len(tasks) == 1)
-    results = map(_build_frame, tasks) if here else _on_cluster(tasks, workers, dask_address)
-    busy = []
-    for result in results:
-        if result.outcome == "busy":
-            busy.append(result.task)
-        else:
-            yield result
-    for task in busy:
-        yield _build_frame(task, wait=True)
-
-
-def _on_cluster(tasks: list[_Task], workers: int, address: str | None) -> Iterator[_Result]:
-    from distributed import LocalCluster, as_completed
-
-    step = min(8, 1 + len(tasks) // 500)
-    batches = [tasks[i : i + step] for i in range(0, len(tasks), step)]
-    # threads: decompressing, averaging and writing leave Python's lock alone, and processes take longer to start
-    local = {"processes": False, "n_workers": 1, "threads_per_worker": workers}
-    local |= {"dashboard_address": "127.0.0.1:0", "worker_dashboard_address": "127.0.0.1:0"}  # for nobody else
-    with LocalCluster(**local) if not address else nullcontext(address) as cluster, _client(cluster) as client:
-        for _, results in as_completed(client.map(_build_batch, batches, pure=False), with_results=True):
-            yield from results
-
-
-def _client(cluster):
-    from distributed import Client
-
-    try:
-        return Client(cluster)
-    except (OSError, ValueError) as error:
-        raise ConnectionError(
-            f"No Dask scheduler answers at {cluster} ({error}). Start it, or correct data.dask_address in the config "
-            f"(null builds on this machine)."
-        ) from error
-
-
-def _build_batch(tasks: list[_Task]) -> list[_Result]:
-    return [_build_frame(task) for task in tasks]
-
-
-def _collect(results: Iterator[_Result], report: BuildReport, total: int, progress: bool) -> None:
-    started = time.perf_counter()
-    with tqdm(total=total, desc="frames", unit="frame", disable=not progress) as bar:
-        for result in results:
-            if result.outcome == "built":
-                report.built += 1
-            elif result.outcome == "already":
-                report.already += 1
-            else:
-                report.unreadable[result.task.url] = result.outcome
-            report.bytes_read += result.bytes_read
-            report.rounding = max(report.rounding, result.rounding)
-            bar.update()
-            bar.set_postfix_str(f"{report.bytes_read / 1e6 / (time.perf_counter() - started):.0f} MB/s", refresh=False)
-
-
-def _record(report: BuildReport) -> None:
-    """Write the list of unreadable frames, and the largest rounding error into the store's attributes."""
-    listed = _build_folder(report.store) / "unreadable.csv"
-    with item_lock(_build_folder(report.store) / "store"), group_umask(report.store):
-        with atomic_write(listed) as temporary:
-            pd.DataFrame(report.unreadable.items(), columns=["path", "reason"]).to_csv(temporary, index=False)
-        group = zarr.open_group(report.store, mode="r+", use_consolidated=False)
-        if report.rounding > group.attrs["largest_rounding_error_normalised"]:
-            group.attrs["largest_rounding_error_normalised"] = report.rounding
-            _consolidate(report.store)
-
-
-def verify_store(store_path: str | Path, between: Sequence[tuple[str, str]] | None = None) -> list[str]:
-    """Read every frame that counts as complete; forget those that are damaged, so that the next build makes them again.
-
-    Args:
-        between: [start, end) spans of time to look at; None for all frames.
-
-    Returns:
-        The times of the damaged frames.
+    Processes, because HDF5 decompresses for one thread of a process at a time; not forked ones, because those would
+    inherit the threads of torch, zarr and Jupyter in a state that they cannot use.
     """
-    store, damaged = open_store(store_path), []
-    for when in tqdm(store.times[in_spans(pd.Series(store.times), between)], "verifying", unit="frame"):
-        try:
-            sound = not (store.read_all(when) == FILL_CODE).any()
-        except OSError:
-            sound = False
-        if not sound:
-            damaged.append(str(when))
-            _mark(store.path, store._row[_second(when)]).unlink(missing_ok=True)
-    return damaged
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.data.frames"])  # imported once for all
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def _remove_leftovers(store: FrameStore, archive: Archive) -> None:
+    """Remove what builders that were killed more than a day ago have left behind."""
+    places = (
+        (store.path / "frames", "*.partial"),
+        (store.path.parent, f".{store.path.name}.*"),
+        (Path(archive.scratch or tempfile.gettempdir()), f"{SCRATCH_PREFIX}*"),
+    )
+    for leftover in (path for folder, pattern in places for path in folder.glob(pattern)):
+        with suppress(OSError):  # gone by now, or somebody else's
+            if leftover.lstat().st_mtime < time.time() - 86400:
+                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -712,80 +619,136 @@ def channels_needed(cfg: Config) -> tuple[str, ...]:
     return tuple(name for name in CHANNELS if name in {*cfg.data.channels, *targets})
 
 
+def store_name(channels: Sequence[str], reduce: int, native_size: int) -> str:
+    """A folder name that differs for every channel set and size, so that two configs never share a store by mistake."""
+    ordered = [name for name in CHANNELS if name in channels]
+    digest = hashlib.sha1("+".join(ordered).encode()).hexdigest()[:6]
+    tag = f"{len(CHANNELS)}ch" if len(ordered) == len(CHANNELS) else f"{len(ordered)}ch-{digest}"
+    return f"{native_size}px-reduce{reduce}-{tag}.zarr"
+
+
 def store_path(cfg: Config) -> Path:
     """Where the frames of this configuration are read: `data.store` itself if it ends in .zarr, else a folder in it.
 
     That is the store of exactly the channels that are needed, else one that holds all 13, else any other that has them.
-    When the shared folder is read-only and you have built a store of your own, it is yours.
+    Your private folder comes first where the shared one is read-only for you and `data.private_cache` is set.
     """
-    own, shared = _own_store(cfg), cfg.shared.to_read(cfg.data.store)
-    if cfg.data.store.endswith(".zarr"):
-        return own if own.exists() else shared
-    needed, pooling, native_size = channels_needed(cfg), cfg.data.reduce, cfg.data.native_size
-    folders = tuple(dict.fromkeys([own.parent, shared]))
-    others = {path.name for folder in folders for path in folder.glob(f"{native_size}px-pool{pooling}-*.zarr")}
-    names = dict.fromkeys([own.name, store_name(CHANNELS, pooling, native_size), *sorted(others)])
-    for path in (folder / name for name in names for folder in folders):
-        if _exists(path) and (path.name == own.name or _holds(path, needed, pooling, native_size, cfg.scalers)):
+    folder = Path(cfg.data.store)
+    places = [cfg.shared.to_write(folder)] if cfg.data.private_cache else []
+    places = list(dict.fromkeys([*places, folder]))
+    if folder.suffix == ".zarr":
+        return next((place for place in places if place.exists()), places[0])
+    needed, reduce, native_size = channels_needed(cfg), cfg.data.reduce, cfg.data.native_size
+    exact = store_name(needed, reduce, native_size)
+    others = {path.name for place in places for path in place.glob(f"{native_size}px-reduce{reduce}-*.zarr")}
+    names = dict.fromkeys([exact, store_name(CHANNELS, reduce, native_size), *sorted(others)])
+    for path in (place / name for name in names for place in places):
+        with suppress(FileNotFoundError, ValueError):
+            open_store(path, needed, reduce, native_size, cfg.scalers)
             return path
-    return own
+    return places[0] / exact
 
 
-def _own_store(cfg: Config) -> Path:
-    """Where you would build it."""
-    path = cfg.shared.to_write(cfg.data.store)
-    if path.suffix == ".zarr":
-        return path
-    return path / store_name(channels_needed(cfg), cfg.data.reduce, cfg.data.native_size)
+def make_archive(cfg: Config) -> Archive:
+    """Where this configuration takes its frames from."""
+    data = cfg.data
+    folder, index = (
+        str(cfg.shared.to_read(place)) if place and "://" not in place else place
+        for place in (data.archive, data.index)
+    )
+    archive = Archive(
+        folder=folder,
+        anonymous=data.anonymous,
+        endpoint_url=data.endpoint_url,
+        retries=data.retries,
+        scratch=cfg.paths.scratch,
+    )
+    if index is None:
+        return archive
+    return replace(archive, index=read_index(index, archive)[0], index_folder=index.rpartition("/")[0])
 
 
-def _holds(path: Path, *wanted) -> bool:
-    """Whether there is a store of this format with the wanted channels, pooling, size and scale factors."""
-    try:
-        attributes = _attributes(path)
-    except ValueError:
-        return False
-    return attributes.get("format") == FORMAT and not _differences(attributes, *wanted)
+def prepare_store(
+    cfg: Config, times: Iterable | None = None, executor: Executor | None = None, progress: bool = True
+) -> BuildReport:
+    """Build the frames that samples need and the store lacks; quick when everything is there.
 
-
-def prepare_store(cfg: Config, between: Sequence[tuple[str, str]] | None = None, progress: bool = True) -> BuildReport:
-    """Build what the configuration needs and the store lacks; quick when everything is there.
+    A sample whose frame turns out to be missing or unreadable is given up; with a maximum, the next one of the seeded
+    order takes its place.
 
     Args:
-        between: [start, end) spans to build; None for the spans of train, validation and test with their offsets.
+        times: of the frames to build; None for those of the samples of the three splits.
+        executor: as in `build_store`.
+
+    Raises:
+        PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
+        ValueError: more would be read than data.ask_above_gb.
     """
-    index = cfg.data.index if "://" in cfg.data.index else cfg.shared.to_read(cfg.data.index)
-    between = between or _spans(cfg)
-    source = Source(cfg.data.anonymous, cfg.data.endpoint_url, cfg.data.retries)
-    path = store_path(cfg)
-    if path.exists() and not is_writable(path):
-        wanted = read_index(index, source).within(between)
-        if set(_seconds(wanted.table["time"])) <= set(_seconds(open_store(path).times)):
-            return BuildReport(path, already=len(wanted.table), missing=wanted.missing)
-        path = _own_store(cfg)
-    report = build_store(
-        index,
+    archive = make_archive(cfg)
+    if times is not None:
+        return _build_for(cfg, archive, times, executor, progress)
+    labels, total = labels_of(cfg), None
+    while True:
+        lost = total.lost if total else set()
+        plan = plan_samples(cfg, lambda wanted: ~np.isin(wanted, list(lost)), labels)  # noqa: B023
+        report = _build_for(cfg, archive, plan.frames, executor, progress)
+        total = total.plus(report) if total else report
+        if not report.lost:
+            return total
+
+
+def _build_for(
+    cfg: Config, archive: Archive, times: Iterable, executor: Executor | None, progress: bool
+) -> BuildReport:
+    """Build these frames in the store of the configuration, or in your own where that one is read-only."""
+    times = np.unique(np.array(list(times), "datetime64[s]"))
+    path, channels = store_path(cfg), channels_needed(cfg)
+    shared = open_store(path) if (path / "zarr.json").is_file() else None
+    lacking = [when for when in times if shared is None or when not in shared]
+    if shared and not lacking:
+        return BuildReport(path, already=len(times))
+    size_gb = len(lacking) * len(CHANNELS) * cfg.data.native_size**2 * FILE_BYTES / GB
+    if not is_writable(path):
+        if not cfg.data.private_cache:
+            raise PermissionError(
+                f"{path} lacks {len(lacking)} of the {len(times)} frames that are needed (about {size_gb:.1f} GB to "
+                f"read), and you may only read that folder. Whoever may write there, on a course the instructor, adds "
+                f"them with `make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds them "
+                f"in your own cache instead."
+            )
+        path = cfg.shared.to_write(path)
+    if size_gb > cfg.data.ask_above_gb:
+        raise ValueError(
+            f"{len(lacking)} frames would be built, for which about {size_gb:.0f} GB are read: more than "
+            f"data.ask_above_gb ({cfg.data.ask_above_gb:g}). Set training.max_train_samples, shorten the splits, or "
+            f"raise that key."
+        )
+    if shared and shared.path != path:
+        _copy_frames(shared, path, times)
+    return build_store(
+        times,
         path,
-        channels_needed(cfg),
+        shared.stored_channels if shared else channels,
         cfg.data.reduce,
-        cfg.data.build_workers,
+        archive=archive,
         native_size=cfg.data.native_size,
         scalers=cfg.scalers,
-        source=source,
-        between=between,
+        workers=cfg.data.build_workers,
+        executor=executor,
         reserve_gb=cfg.paths.reserve_gb,
-        dask_address=cfg.data.dask_address,
         progress=progress,
     )
-    if path.name != _own_store(cfg).name:
-        held = ", ".join(open_store(path).stored_channels)
-        report.notes.append(f"the store was there already, for more channels than are needed here: it holds {held}")
-    return report
 
 
-def _spans(cfg: Config) -> list[tuple[str, str]]:
-    """The times that samples of the three splits can ask for."""
-    offsets = [*cfg.data.offsets_minutes, cfg.labels.target_offset_minutes, 0]
-    before, after = pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(offsets), "min")
-    splits = (cfg.split.train, cfg.split.val, cfg.split.test)
-    return [(str(pd.Timestamp(start) + before), str(pd.Timestamp(end) + after)) for start, end in splits]
+def _copy_frames(source: FrameStore, path: Path, times: Iterable) -> None:
+    """Take over the frames of a store that may only be read into one of your own."""
+    if not (path / "zarr.json").is_file():
+        make_folder(path.parent)
+        shutil.copytree(source.path, path, ignore=lambda folder, names: [name for name in names if name[:2] == "c."])
+    target = open_store(path)
+    for when in times:
+        if when in source and when not in target and target.attributes == source.attributes:
+            aside = target.file(when).with_suffix(f".{os.getpid()}.partial")
+            with disk_errors(path):
+                shutil.copyfile(source.file(when), aside, follow_symlinks=False)
+                aside.replace(target.file(when))
