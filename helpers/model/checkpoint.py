@@ -177,7 +177,7 @@ def channel_names(
             "channels=[...] with their names in the model's order."
         )
     planes, outputs = state[PATCHES].shape[1], len(state.get(f"{DECODER}bias", ())) // state[PATCHES].shape[3] ** 2
-    if planes % len(source) or planes // len(source) > MOST_FRAMES or outputs not in (0, len(source)):
+    if not source or planes % len(source) or planes // len(source) > MOST_FRAMES or outputs not in (0, len(source)):
         raise CheckpointError(
             f"The checkpoint has {planes} input planes (channels x frames) and {outputs or 'no'} decoded channels, "
             f"and {len(source)} names are given for it: model.weights_channels names each of its channels once."
@@ -237,13 +237,14 @@ def fit_decoder(
     """Weight and bias of the decoder: whole where it is the model's own, else the rows of the wanted channels."""
     decoder, patch, count = model.unembed.unembed[0], model.encoder.patch_size, len(source_channels)
     outputs, factor = decoder.out_channels // decoder.upscale**2, patch // decoder.upscale
-    rows = {key: state[key] for key in (f"{DECODER}weight", f"{DECODER}bias") if key in state}
+    keys = (f"{DECODER}weight", f"{DECODER}bias")
+    rows = {key: state[key] for key in keys if len(state.get(key, ())) == count * patch**2}
     if not wanted:
         return {key: Transfer(tensor) for key, tensor in rows.items() if outputs == count and factor == 1}
     if len(rows) < 2 or len(wanted) != outputs:
         raise CheckpointError(
-            f"decoder_channels names {list(wanted)}; the model has {outputs} outputs, and the checkpoint a decoder for "
-            f"{count if rows else 'no'} channels."
+            f"decoder_channels names {list(wanted)}; the model has {outputs} outputs, and the checkpoint "
+            f"{'a' if rows else 'no'} decoder for {count} channels."
         )
     picked = places(wanted, source_channels, "decoder_channels")
     how = f"the rows of {', '.join(wanted)}" + (f", averaged over {factor} x {factor} pixels" if factor > 1 else "")

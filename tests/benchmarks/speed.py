@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from unittest import mock
 
 import loralib
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers.config import load_config
+from helpers.model import lora
 from helpers.model.checkpoint import load_filtered
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
@@ -128,6 +130,18 @@ def measure_adapters(repeats: int) -> dict[str, float]:
     return alternately(repeats, {"bare": bare, "adapted": adapted})
 
 
+def measure_dropout(repeats: int) -> dict[str, float]:
+    """A step with the adapters' own dropout (kernels.py), and with that of torch in its place."""
+    model, ts = hold_frozen(apply_lora(build(1024), **LORA), torch.bfloat16).to(DEVICE), images(1024)
+
+    def torchs() -> None:
+        plain = lambda x, weight, p: F.linear(F.dropout(x, p), weight)  # noqa: E731
+        with mock.patch.object(lora, "dropout_linear", plain):
+            step(model, ts)
+
+    return alternately(repeats, {"ours": lambda: step(model, ts), "torchs": torchs})
+
+
 @torch.no_grad()
 def measure_qkv(repeats: int) -> dict[str, float]:
     """Forward pass of the fused qkv: the frozen product, ours, and loralib's own layer."""
@@ -202,6 +216,8 @@ def encoder_rows(repeats: int) -> dict[str, float]:
     row("  every block checkpointed", f"{spared['run']:.2f} s  {spared['peak']:.2f} GB", "at most 3.0 GB")
     both = alone(measure_adapters, repeats)
     row("  ratio to the step without adapters", f"{both['adapted'] / both['bare']:.2f}", "at most 1.25")
+    dropout = alone(measure_dropout, repeats)
+    row("  ratio to the step with torch's dropout", f"{dropout['ours'] / dropout['torchs']:.2f}", "at most 0.95")
     layer = alone(measure_qkv, repeats)
     row("fused qkv with adapters / frozen product", f"{layer['ours'] / layer['frozen']:.2f}", "at most 1.25")
     row("  loralib's MergedLinear", f"{layer['theirs'] / layer['frozen']:.2f}")
