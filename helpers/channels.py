@@ -1,4 +1,4 @@
-"""The 13 channels of Surya: order, units, colour maps, symmetries, and the three spaces that their pixels live in.
+"""The 13 channels of Surya: order, units, colour maps, and the three spaces that their pixels live in.
 
 * physical:   DN for AIA, gauss for the magnetic field, m/s for the Doppler velocity (what the NetCDF files hold)
 * signed-log: y = sign(x s) log(1 + |x s|), s the scale factor of the channel (what the Zarr store holds, in steps)
@@ -28,26 +28,6 @@ CHANNELS = (
 )
 
 UNITS = {name: "DN" if name.startswith("aia") else "m/s" if name == "hmi_v" else "G" for name in CHANNELS}
-
-# What each image operation does to the sign of the physical value; None: the operation is not allowed for the channel.
-# An intensity has no direction. bx points to the right of the image and by up, so that mirroring the axis turns their
-# sign; bz and m point along the line of sight, which no operation in the image plane touches. (Strictly a magnetic
-# field is an axial vector, and a mirror gives minus this; the two differ by reversing the whole field, which the
-# equations of magnetohydrodynamics do not notice and the Sun itself does every eleven years.) The Doppler image carries
-# the rotation of the Sun, east limb coming and west limb going: mirrored left to right, or turned by 180 degrees, it is
-# a Sun that rotates backwards, and changing the sign instead would turn upflows into downflows. Mirrored upside down it
-# stays a possible Sun.
-_INTENSITY = {"flip_lr": 1, "flip_ud": 1, "rot180": 1}
-_LINE_OF_SIGHT = {"flip_lr": 1, "flip_ud": 1, "rot180": 1}
-AUGMENTATION_SIGNS: dict[str, dict[str, int | None]] = {
-    **{name: _INTENSITY for name in CHANNELS if name.startswith("aia")},
-    "hmi_m": _LINE_OF_SIGHT,
-    "hmi_bx": {"flip_lr": -1, "flip_ud": 1, "rot180": -1},
-    "hmi_by": {"flip_lr": 1, "flip_ud": -1, "rot180": -1},
-    "hmi_bz": _LINE_OF_SIGHT,
-    "hmi_v": {"flip_lr": None, "flip_ud": 1, "rot180": None},
-}
-AUGMENTATIONS = ("flip_lr", "flip_ud", "rot180")
 
 GOES_CLASSES = {"A": 1e-8, "B": 1e-7, "C": 1e-6, "M": 1e-5, "X": 1e-4}  # W/m^2 (1 to 8 Angstrom)
 
@@ -140,24 +120,25 @@ def colormap(name: str):
 def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
     """Read the constants of each channel from a YAML file like the release's (None: the copy in helpers/data).
 
-    Raises FileNotFoundError, or ValueError with the channel and key that are missing or not numbers.
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: with the channel whose constants are missing, no numbers, or make no scale.
     """
     path = Path(path or SCALERS_FILE)
     if not path.is_file():
         raise FileNotFoundError(f"There is no scalers file at {path}; data.scalers: null takes the released one.")
-    table = yaml.safe_load(path.read_text())
-    if not isinstance(table, dict):
-        raise ValueError(f"{path} should hold one entry a channel (mean, std, epsilon, sl_scale_factor), but does not.")
-    scalers = {}
-    for name, entry in table.items():
-        try:
-            keys = ("mean", "std", "sl_scale_factor", "epsilon")
-            scalers[name] = Scaler(*(float(entry[key]) for key in keys))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: the entry {name} needs the numbers mean, std, epsilon and sl_scale_factor; "
-                f"reading it failed at {error}. Compare it with {SCALERS_FILE}."
-            ) from error
+    scalers, name = {}, "its first entry"
+    try:
+        for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+            scaler = Scaler(*(float(entry[key]) for key in ("mean", "std", "sl_scale_factor", "epsilon")))
+            numbers = np.array([scaler.mean, scaler.std, scaler.scale, scaler.epsilon])
+            if not (np.isfinite(numbers).all() and scaler.scale > 0 and scaler.std > 0 and scaler.epsilon >= 0):
+                raise ValueError("scale factor and std must be above 0")
+            scalers[name] = scaler
+    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{path}: {name} needs the numbers mean, std, epsilon and sl_scale_factor, as in {SCALERS_FILE} ({error})."
+        ) from error
     return scalers
 
 

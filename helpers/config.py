@@ -6,7 +6,6 @@ mistakes are reported in one error: unknown keys, wrong types, and values that c
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import importlib
 import json
@@ -778,29 +777,15 @@ def find_named(name: str, registry: Mapping[str, Any]) -> Any:
     return registry[name]
 
 
-class UsageError(ValueError):
-    """What was asked for cannot be run; the text is ready to print."""
-
-
 def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
     """["training.lr=1e-3 data.channels=[aia171, hmi_m]"] -> dotted keys and their values, read as config.yaml would."""
     parameters = {}
-    for item in re.split(r"\s+(?=[A-Za-z_][\w.]*=)", " ".join(texts).strip()):
+    for item in filter(None, re.split(r"\s+(?=[A-Za-z_][\w.]*=)", " ".join(texts).strip())):
         key, equals, value = item.partition("=")
-        if item and not (equals and re.fullmatch(r"[A-Za-z_][\w.]*", key)):
-            raise UsageError(
-                f"Parameters are written key=value, for example P='training.lr=1e-3 seed=1'; got '{item}'."
-            )
+        if not (equals and re.fullmatch(r"[A-Za-z_][\w.]*", key)):
+            raise ConfigError(f"Parameters are written key=value, as in P='training.lr=1e-3 seed=1'; got '{item}'.")
         try:
-            parameters.update({key: parse_value(value)} if item else {})
+            parameters[key] = parse_value(value)
         except yaml.YAMLError as error:
-            raise UsageError(f"The value of '{item}' is not complete YAML: {error}") from None
+            raise ConfigError(f"The value of '{item}' is not complete YAML: {error}") from None
     return parameters
-
-
-def add_choices(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The options that choose a configuration."""
-    parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
-    parser.add_argument("--profile", help="tiny or surya")
-    parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")
-    return parser

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from helpers.config import UsageError, parse_parameters
+from helpers.config import ConfigError, parse_parameters
 from helpers.tools import command
 from helpers.tools.run_notebook import main, run
 
@@ -125,7 +125,7 @@ def test_parameters_are_read_as_the_config_file_would():
     }
     assert parse_parameters(["seed=1", "task=flare"]) == {"seed": 1, "task": "flare"}
     assert parse_parameters([""]) == parse_parameters([]) == {}
-    with pytest.raises(UsageError, match="got '3'"):
+    with pytest.raises(ConfigError, match="got '3'"):
         parse_parameters(["3"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 import tempfile
@@ -40,6 +41,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
                 traceback.print_exc(file=log)
             print(f"{type(error).__name__}: {error}\nWhere it happened stands in {log.name}")
         sys.exit(1)
+
+
+def add_choices(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The options that choose a configuration."""
+    parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
+    parser.add_argument("--profile", help="tiny or surya")
+    parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")
+    return parser
 
 
 def find_notebook(name: str, folder: Path) -> Path:

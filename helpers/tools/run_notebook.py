@@ -24,9 +24,9 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.config import add_choices, load_config, parse_parameters
+from helpers.config import load_config, parse_parameters
 from helpers.shared import atomic_write
-from helpers.tools.command import ROOT, Refusal, find_notebook
+from helpers.tools.command import ROOT, Refusal, add_choices, find_notebook
 from helpers.tools.command import run as run_command
 from helpers.training.loop import STATE, how_to_go_on
 from helpers.training.tracking import claim_run
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
         The exit code: 0, 1 if a cell failed, 130 after an interrupt.
 
     Raises:
-        Refusal, UsageError, ConfigError: the request makes no sense; nothing was run.
+        Refusal, ConfigError: the request makes no sense; nothing was run.
     """
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", nargs="?", default="", help="name of a notebook in notebooks/")

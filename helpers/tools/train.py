@@ -10,10 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.config import ConfigError, UsageError, add_choices, load_config, parse_parameters
+from helpers.config import ConfigError, load_config, parse_parameters
 from helpers.data import frames
 from helpers.data.synthetic import ensure_synthetic
 from helpers.experiment import train_run
+from helpers.tools.command import add_choices
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import (
     Diverged,
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         given = {"profile": asked.profile, "task": asked.task, "parameters": parse_parameters(asked.parameters)}
         cfg = load_config(ROOT / "config.yaml", experiment=asked.experiment, **given)
-    except (UsageError, ConfigError) as error:
+    except ConfigError as error:
         print(error)
         return 2
     try:
