@@ -108,7 +108,7 @@ def test_the_installation_is_done_once_and_again_when_requirements_change(tmp_pa
     [
         (True, "2.13.0+cpu", ["-r", "requirements.lock"], "requirements.lock"),
         (False, None, ["-r", "requirements.lock"], "requirements.lock"),
-        (False, "2.9.1+cu128", ["torch==2.9.1+cu128"], "its torch 2.9.1+cu128 stays"),
+        (False, "2.9.1+cu128", ["torch==2.9.1+cu128"], "the torch==2.9.1+cu128 that is there"),
     ],
 )
 def test_one_pip_call_never_brings_another_torch(monkeypatch, capsys, own, torch, pins, told):

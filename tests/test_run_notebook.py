@@ -64,7 +64,7 @@ def test_a_failing_cell_has_the_last_word_and_leaves_its_html(course, capfd):
     assert main(["bad"], course.root) == 1
     said = capfd.readouterr().out
     assert said.splitlines()[-1] == "ValueError: the Sun is too bright" and "Traceback" not in said
-    assert said.splitlines()[-3:-1] == ['In "The bad notebook":', "    raise ValueError('the Sun is too bright')"]
+    assert said.splitlines()[-3:-1] == ["This cell failed:", "    raise ValueError('the Sun is too bright')"]
     folder = course.root / "runs" / "bad-flare-tiny-001"
     html = (folder / "bad.html").read_text()
     assert "the Sun is too bright" in html and "before" in html

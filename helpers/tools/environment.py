@@ -12,14 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 ROOT = Path(__file__).resolve().parents[2]
-PIP_FAILED = "The installation failed; pip's own message stands above. Mend that, then call the same command again."
 
 
 def main(folder: str = "") -> int:
@@ -33,12 +29,11 @@ def main(folder: str = "") -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)
     if folder:
         return make_virtual_environment(ROOT / folder)
-    failed = 0 if is_current() else install()
-    if failed:
-        print(PIP_FAILED)
-    else:
-        configure_git()
-    return failed
+    if not is_current() and (failed := install()):
+        print("The installation failed; pip says above why. Mend that, then call the same command again.")
+        return failed
+    configure_git()
+    return 0
 
 
 def make_virtual_environment(folder: Path) -> int:
@@ -53,39 +48,23 @@ def make_virtual_environment(folder: Path) -> int:
 def is_current() -> bool:
     """True if this environment holds this very folder, installed after the last change of its requirements."""
     changed = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "requirements.lock"))
-    for project in distributions(name="surya-course"):
-        for file in project.files or ():
-            if file.name == "direct_url.json":
-                record = Path(file.locate())
-                installed = Path(url2pathname(urlparse(json.loads(record.read_text())["url"]).path))
-                if installed == ROOT and record.stat().st_mtime >= changed:
-                    return True
-    return False
+    found = (file for project in distributions(name="surya-course") for file in project.files or ())
+    records = [Path(file.locate()) for file in found if file.name == "direct_url.json"]
+    here = [record for record in records if json.loads(record.read_text())["url"] == ROOT.as_uri()]
+    return any(record.stat().st_mtime >= changed for record in here)
 
 
 def install() -> int:
     """One pip call for everything, so that nothing can pull another torch than the pinned or the present one."""
-    try:
-        torch = version("torch")
-        own = Path(sys.prefix) == ROOT / ".venv"
-    except PackageNotFoundError:
-        torch, own = "", True
-    if own:
-        pins = ["-r", "requirements.lock"]
-        print(
-            f"Installing the exact versions of requirements.lock into {sys.prefix}: two minutes, 2 GB (CUDA: more) ..."
-        )
-    else:
-        pins = [f"torch=={torch}"]
-        print(f"Installing this course into the active environment {sys.prefix}; its torch {torch} stays ...")
-    sys.stdout.flush()
-    begin = time.monotonic()
+    pins, what = ["-r", "requirements.lock"], "the exact versions of requirements.lock: two minutes, 2 GB (CUDA: more)"
+    if Path(sys.prefix) != ROOT / ".venv":
+        with contextlib.suppress(PackageNotFoundError):
+            pins = [f"torch=={version('torch')}"]
+            what = f"this course, with the {pins[0]} that is there"
+    print(f"Installing into {sys.prefix} {what} ...", flush=True)
     # without compiling: Python does that for the tenth of the files that is ever imported
     command = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pins, "-e", ".[dev]"]
-    code = subprocess.run(command, cwd=ROOT).returncode
-    if not code:
-        print(f"Installed in {time.monotonic() - begin:.0f} s; later calls start at once.")
-    return code
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def configure_git() -> None:

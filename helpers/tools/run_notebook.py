@@ -78,17 +78,14 @@ class ThisPython(AsyncKernelManager):
 def run(notebook: Path, folder: Path, parameters: dict[str, Any]) -> int:
     """Execute `notebook` in this very Python and write it and its HTML into `folder`; returns the exit code."""
     executed, html = folder / notebook.name, folder / f"{notebook.stem}.html"
-    begin, code, message, heading = time.monotonic(), 0, "", ""
+    begin, code, message = time.monotonic(), 0, ""
 
     def minutes() -> str:
         return "{}:{:02}".format(*divmod(round(time.monotonic() - begin), 60))
 
     def say_heading(cell: nbformat.NotebookNode, cell_index: int) -> None:
-        nonlocal heading
-        found = re.search(r"^#+ +(.+)", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
-        if found:
-            heading = found[1]
-            print(f"{minutes():>6}  {heading}", flush=True)
+        if cell.cell_type == "markdown" and (heading := re.search(r"^#+ +(.+)", cell.source, re.MULTILINE)):
+            print(f"{minutes():>6}  {heading[1]}", flush=True)
 
     print(f"Running {notebook.name} as {folder.name}", flush=True)
     source, target = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, executed))
@@ -101,7 +98,7 @@ def run(notebook: Path, folder: Path, parameters: dict[str, Any]) -> int:
         )  # fmt: skip
     except PapermillExecutionError as error:
         last = re.sub(r"\x1b\[[0-9;]*m", "", f"{error.ename}: {error.evalue}")
-        code, message = 1, f'In "{heading}":\n{textwrap.indent(error.source, "    ")}\n{last}'
+        code, message = 1, f"This cell failed:\n{textwrap.indent(error.source, '    ')}\n{last}"
     except DeadKernelError:
         code, message = 1, "The notebook's Python died, most often for want of memory: smaller batches or frames help."
     except KeyboardInterrupt:

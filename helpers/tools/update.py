@@ -31,17 +31,13 @@ def main(remote: str) -> None:
     Raises:
         Refusal: says why nothing was merged and what to do, or which conflicts are left.
     """
-    if not (ROOT / ".git").exists() or not shutil.which("git"):
-        raise Refusal(
-            "This folder is no git clone (a downloaded ZIP?), or there is no git. Clone the template, and copy your "
-            "my_ files and config.local.yaml into that clone."
-        )
+    if not (ROOT / ".git").exists():
+        raise Refusal("This folder is no git clone (a downloaded ZIP?). Clone the template, and copy your files there.")
     stop_at_an_unfinished_merge()
     if not git("branch", "--show-current"):
         raise Refusal("You are on no branch (a detached HEAD). Give your work one: git switch -c my-task")
-    shallow = git("rev-parse", "--is-shallow-repository") == "true"
-    git("fetch", "--quiet", *(["--unshallow"] if shallow else []), remote)
-
+    deepen = ["--unshallow"] if git("rev-parse", "--is-shallow-repository") == "true" else []
+    git("fetch", "--quiet", *deepen, remote)
     news, before = f"{remote}/main", git("rev-parse", "--short", "HEAD")
     commits = git("log", "--format=  %s (%as)", "--no-merges", f"HEAD..{news}")
     if not commits:
@@ -91,10 +87,8 @@ def stop_at_an_unfinished_merge() -> None:
     if not heads.exists():
         return
     if len(heads.read_text().split()) > 1:
-        raise Refusal(
-            "A merge of several branches at once stopped here (your own main has commits). Finished by hand it would "
-            "lack the second branch. Go back, then merge the template's alone:\n  git merge --abort\n  make update"
-        )
+        # `git merge origin main`, where your own main has commits; finished by hand it would lack the second branch
+        raise Refusal("A merge of several branches stopped here. Start again:\n  git merge --abort\n  make update")
     files = git("diff", "--name-only", "--diff-filter=U").splitlines()
     if not files:
         raise Refusal("A merge waits to be finished:  git commit --no-edit\nor given up:  git merge --abort")
