@@ -138,6 +138,11 @@ def test_make_hands_words_over_untouched(make, name):
     assert done.returncode != 0 and done.stdout.startswith(f"There is no notebook '{name}'.\nThere is:")
 
 
+def test_make_prints_no_traceback_for_a_request_that_makes_no_sense(make):
+    done = make("cache", "TASK=nope")
+    assert done.returncode != 0 and "there is no 'nope'" in done.stdout and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("word", ["seed=2", "training.lr=1e-3", "task=flare"])
 def test_make_refuses_variables_that_no_target_knows(make, word):
     done = make("run-notebook", "NB=nope", "P=a=1", word)

@@ -9,6 +9,7 @@ import pandas as pd
 from helpers.config import load_config
 from helpers.data.frames import open_store, prepare_store, store_path, verify_store
 from helpers.data.synthetic import ensure_synthetic
+from helpers.tools.command import run
 
 
 def main() -> None:
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -18,6 +18,7 @@ from helpers.data.synthetic import SyntheticSun, _processes
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
 from helpers.shared import atomic_write
+from helpers.tools.command import run
 
 
 def pretrain(cfg: Config, path: Path) -> dict[str, float]:
@@ -110,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

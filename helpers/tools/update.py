@@ -39,7 +39,7 @@ def main(remote: str) -> None:
     deepen = ["--unshallow"] if git("rev-parse", "--is-shallow-repository") == "true" else []
     git("fetch", "--quiet", *deepen, remote)
     news, before = f"{remote}/main", git("rev-parse", "--short", "HEAD")
-    commits = git("log", "--format=  %s (%as)", "--no-merges", f"HEAD..{news}")
+    commits = git("log", "--format=  %s (%as)", f"HEAD..{news}")
     if not commits:
         print(f"Nothing new: your branch holds everything that {news} has.")
         return
@@ -66,9 +66,7 @@ def git(*words: str) -> str:
     elif "overwritten by merge" in said:
         advice = "Commit these files first (git commit -am 'My work so far'); rename those that git does not know yet."
     elif "no merge base" in said:
-        advice = (
-            'The two share no history (made by "Use this template"?). Clone the template, and copy your files there.'
-        )
+        advice = 'The two share no history ("Use this template"?). Clone the template, and copy your files there.'
     elif words[0] == "fetch":
         advice = "Are you online, and may you read the template? Is it called FROM=... in this list: git remote -v"
     else:
