@@ -118,3 +118,12 @@ def test_the_command_for_weights_and_biases_names_the_runs_that_wait(config, tmp
     assert sync_command(tmp_path / "runs").startswith(f"wandb sync {tmp_path / 'runs'}/*/wandb/offline-run-*   # 1 run")
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert written["experiment"] == json.loads((run.folder / "summary.json").read_text())["experiment"]
+
+
+def test_a_damaged_run_is_left_out_and_named(config, capsys):
+    good, damaged = leave_run(config(), 0.5), leave_run(config(seed=7), 0.5)
+    (config().runs_folder / damaged / "config.yaml").write_text("labels: [")
+    assert set(comparison.finished_runs(config())["name"]) == {good}
+    table, predictions = comparison.compare_runs(config())
+    assert list(table) == [f"finetune ({good})"] and list(predictions) == ["finetune"]
+    assert damaged in capsys.readouterr().out
