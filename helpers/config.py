@@ -65,9 +65,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
+# The sections of config.yaml, where each key is explained.
 class Paths(_Section):
-    """Folders of this machine."""
-
     shared: str | None
     runs: Annotated[str, PATH]
     reserve_gb: Annotated[float, Field(ge=0)]
@@ -76,8 +75,6 @@ class Paths(_Section):
 
 
 class Pretraining(_Section):
-    """How the tiny checkpoint is made (`python -m helpers.data.synthetic`)."""
-
     seed: int
     suns: Count
     samples: Count
@@ -89,8 +86,6 @@ class Pretraining(_Section):
 
 
 class Synthetic(_Section):
-    """The synthetic Sun; `folder: null` means that all data is real."""
-
     folder: Annotated[str | None, PATH, MACHINE]
     seed: int
     start: str
@@ -101,8 +96,6 @@ class Synthetic(_Section):
 
 
 class Data(_Section):
-    """Where frames come from and what is kept of them."""
-
     archive: Annotated[str, PATH, MACHINE]
     index: Annotated[str | None, PATH]
     anonymous: Annotated[bool, MACHINE]
@@ -128,8 +121,6 @@ class Data(_Section):
 
 
 class Labels(_Section):
-    """Which label belongs to which image."""
-
     kind: Literal["scalar", "mask", "image"]
     path: Annotated[str | None, PATH]
     time_column: str
@@ -145,8 +136,6 @@ class Labels(_Section):
 
 
 class Target(_Section):
-    """How the target is called, learned, judged and drawn."""
-
     name: str
     unit: str
     loss: str
@@ -157,8 +146,6 @@ class Target(_Section):
 
 
 class Split(_Section):
-    """[first, end) of each split, ISO dates or times."""
-
     train: Annotated[list[str], Field(min_length=2, max_length=2)]
     val: Annotated[list[str], Field(min_length=2, max_length=2)]
     test: Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -166,8 +153,6 @@ class Split(_Section):
 
 
 class Model(_Section):
-    """The encoder; sizes must be the checkpoint's."""
-
     weights: Annotated[str | None, PATH]
     weights_channels: list[Channel]
     patch_size: Count
@@ -186,8 +171,6 @@ class Model(_Section):
 
 
 class Head(_Section):
-    """From tokens to numbers or images."""
-
     pooling: Literal["mean", "max", "attention", "transformer", "class_token"]
     decoder_channels: list[Channel]
     penultimate: Count | None
@@ -196,8 +179,6 @@ class Head(_Section):
 
 
 class Lora(_Section):
-    """Low-rank adapters."""
-
     rank: Count
     alpha: Positive
     dropout: Share
@@ -206,8 +187,6 @@ class Lora(_Section):
 
 
 class Training(_Section):
-    """The loop."""
-
     lr: Positive
     epochs: Count
     regime: Literal["lora", "probe", "full", "scratch"]
@@ -235,8 +214,6 @@ class Training(_Section):
 
 
 class Diagnostics(_Section):
-    """Limits of the verdict on a training curve, and how much `learning_rate.ipynb` trains."""
-
     range_lrs: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     range_steps: Count
     sweep_lrs: Annotated[list[Positive], Field(min_length=1)]
@@ -249,15 +226,11 @@ class Diagnostics(_Section):
 
 
 class CompareEpochs(_Section):
-    """Epochs of each experiment; null: as configured for its notebook."""
-
     baseline: Count | None
     finetune: Count | None
 
 
 class Compare(_Section):
-    """What `compare.ipynb` trains where runs are missing, and how it judges them."""
-
     seeds: Annotated[list[int], Field(min_length=2)]
     train_samples: Annotated[list[Count | None], Field(min_length=1)]
     epochs: CompareEpochs
@@ -265,8 +238,6 @@ class Compare(_Section):
 
 
 class Tracking(_Section):
-    """Weights & Biases."""
-
     wandb: Literal["auto", "online", "offline", "disabled"]
     project: str
     entity: str | None
@@ -329,9 +300,7 @@ class Config(_Section):
         return ("B", "outputs") if self.labels.kind == "scalar" else ("B", "C", "H", "W")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Rules of the model, for the constructors in helpers/model too: what is wrong with the settings, a sentence each
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Rules of the model, for the constructors in helpers/model too: what is wrong with the settings, a sentence each
 POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
 QKV = ("q", "k", "v")
 
@@ -396,9 +365,7 @@ def lora_problems(rank: int, alpha: float, dropout: float, targets: Collection[s
     return problems
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reading and layering
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Reading and layering
 def load_config(
     path: str | Path = "config.yaml",
     overrides: Mapping[str, Any] | None = None,
@@ -575,9 +542,7 @@ def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal[
     return {key: value for key, value in leaves(tree) if not any(mark in may_differ for mark in _SCHEMA.get(key, ()))}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Saying every mistake at once
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Saying every mistake at once
 def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
     """Unknown keys anywhere in a file, in the blocks that are not chosen as well."""
     for key, _ in leaves(tree):
@@ -664,9 +629,7 @@ def _paths(
     return written, located
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
 def _of_frames(c: Any) -> Iterator[tuple[str, str]]:
     offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
     if len(offsets) != c.model.time_dim:

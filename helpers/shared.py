@@ -10,16 +10,13 @@ import errno
 import os
 import re
 import shutil
-import socket
-import stat
 import tempfile
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
@@ -251,7 +248,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
 def share(path: Path) -> None:
     """Let others use `path`, and all in it, as they may use the folder above, whatever your umask is."""
     for place in (path, *path.rglob("*")):
-        with suppress(PermissionError):  # of another person, who shares it
+        with suppress(OSError):  # gone, or of another person, who shares it
             rights = place.parent.stat().st_mode & (0o075 if place.is_dir() else 0o064)
             if not place.is_symlink():
                 place.chmod(place.stat().st_mode & 0o7700 | rights)
@@ -317,145 +314,3 @@ def lease(path: str | Path, what: str, expires_s: float = 60.0) -> Iterator[None
         yield
     finally:
         lock.release()
-
-
-# Only the old frame store uses what follows; it goes with it.
-class LockedError(TimeoutError):
-    """Someone else holds the lock of an item; the message says who."""
-
-
-@contextmanager
-def group_umask(folder: str | Path) -> Iterator[None]:
-    """While inside, new files of this process can be written by the group if `folder` (or the one above) can."""
-    if not stat.S_IMODE(_existing(Path(folder)).stat().st_mode) & stat.S_IWGRP:
-        yield
-        return
-    before = os.umask(0o002)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def flush_to_disk(file: str | Path, below: str | Path) -> None:
-    """Return when a file, and the folders from `below` down to it, would survive a power cut."""
-    file, below = Path(file), Path(below)
-    for path in (file, *(folder for folder in file.parents if folder == below or below in folder.parents)):
-        number = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        except OSError as error:
-            if path == file or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks: not for folders
-                raise
-        finally:
-            os.close(number)
-
-
-@dataclass
-class Lock:
-    """A held lock. `lost` turns true when someone took it over because we seemed dead (asleep for minutes)."""
-
-    owner_file: Path
-    beat_s: float
-    _released: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def lost(self) -> bool:
-        return not self.owner_file.exists()
-
-    def keep(self) -> None:
-        """Touch the owner's file until released: the sign of life that others look at."""
-        while not self._released.wait(self.beat_s):
-            try:
-                os.utime(self.owner_file)
-            except OSError:
-                return
-
-    def release(self) -> None:
-        self._released.set()
-        with suppress(OSError):  # taken over, or the next one has come in already
-            self.owner_file.unlink()
-            self.owner_file.parent.rmdir()
-
-
-@contextmanager
-def item_lock(path: str | Path, timeout_s: float | None = None, stale_s: float = 120.0) -> Iterator[Lock]:
-    """Hold the lock of the item at `path`, so that only one process on any machine works on it.
-
-    The lock is a folder `.NAME.lock` beside the item with one file named after its owner. It is taken by moving a
-    prepared folder into place, which fails when a folder with an owner is there, and taken over from a dead owner by
-    renaming the owner's file, which only one of several can do. An owner is dead when its process on this machine is
-    gone, or when its file was not touched for `stale_s` seconds by the clock of the disk.
-
-    Args:
-        timeout_s: how long to wait for it; 0 to try once, None to wait for ever.
-
-    Raises:
-        LockedError: it was not free in time.
-    """
-    place = Path(path).with_name(f".{Path(path).name}.lock")
-    make_folder(place.parent)
-    token = uuid.uuid4().hex
-    prepared, mine = place.with_name(f"{place.name}.{token}"), place / f"owner-{token}-{os.getpid()}-{_machine()}"
-    end = None if timeout_s is None else time.monotonic() + timeout_s
-    pause = 0.02
-    with group_umask(place.parent):
-        prepared.mkdir()
-        (prepared / mine.name).touch()
-    try:
-        while not _acquire(place, prepared, mine, stale_s):
-            if end is not None and time.monotonic() >= end:
-                raise LockedError(f"{path} is being worked on by {_owner(place)}. Wait for it, or try again later.")
-            time.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
-    finally:
-        shutil.rmtree(prepared, ignore_errors=True)
-    lock = Lock(mine, stale_s / 8)
-    threading.Thread(target=lock.keep, daemon=True).start()
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
-def _acquire(place: Path, prepared: Path, mine: Path, stale_s: float) -> bool:
-    with suppress(OSError):
-        os.rename(prepared, place)  # works when `place` is missing or empty
-        return True
-    if mine.exists():  # a network disk may report failure for a move that was done
-        return True
-    owner = next(place.glob("owner-*"), None)
-    if owner is None:
-        return False  # it is changing hands right now
-    with suppress(OSError):
-        os.utime(prepared / mine.name)
-        age = (prepared / mine.name).stat().st_mtime - owner.stat().st_mtime
-        _, _, pid, machine = owner.name.split("-", 3)
-        if age > stale_s or (machine == _machine() and not _alive(int(pid))):
-            os.utime(owner)  # before it is ours: a file with my name on it must never look dead to a third
-            os.rename(owner, mine)
-            return True
-    return False
-
-
-def _owner(place: Path) -> str:
-    owner = next(place.glob("owner-*"), None)
-    return "another process" if owner is None else "process {2} on {3}".format(*owner.name.split("-", 3))
-
-
-def _machine() -> str:
-    """This machine, or this container: process numbers mean the same wherever this is the same."""
-    name = socket.gethostname()
-    with suppress(OSError):
-        name += f".{os.stat('/proc/self/ns/pid').st_ino}"
-    return re.sub(r"[^\w.-]", "_", name)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

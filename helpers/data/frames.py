@@ -61,7 +61,7 @@ from helpers.data.archive import (
     read_variable,
 )
 from helpers.data.labels import labels_of, plan_samples
-from helpers.shared import GB, disk_errors, ensure_space, group_umask, is_writable, make_folder
+from helpers.shared import GB, disk_errors, ensure_space, is_writable, make_folder, share
 
 FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
 START, CADENCE, SLOTS = np.datetime64("2010-05-01", "s"), np.timedelta64(12, "m"), 1_300_440
@@ -227,9 +227,7 @@ class FrameStore:
         """Add the frame of this time, (all C, H, W) int16; it appears whole."""
         with disk_errors(self.path):
             zarr.open_group(self.path, mode="r+")["frames"][_row(when)] = codes
-        # as readable as its folder, whatever the umask is; the umask itself belongs to all threads
-        with suppress(FileNotFoundError):
-            self.file(when).chmod(stat.S_IMODE(self.file(when).parent.stat().st_mode) & 0o666)
+        share(self.file(when))
 
     def load(self, times: Iterable) -> None:
         """Keep the frames at `times` in memory from now on, the codes of all channels."""
@@ -376,7 +374,6 @@ def create_store(
     make_folder(path.parent)
     with (
         disk_errors(path.parent),
-        group_umask(path.parent),
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
     ):
         aside = Path(folder, path.name)
@@ -412,6 +409,7 @@ def create_store(
             zarr.consolidate_metadata(aside)
         try:
             aside.rename(path)
+            share(path)
         except OSError:
             if not (path / "zarr.json").is_file():
                 raise
