@@ -105,7 +105,7 @@ def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
     drawn(figure)
     loss, metric, rate = figure.axes
     assert loss.get_yscale() == "log" and "mse, standardised" in loss.get_ylabel()
-    assert metric.get_ylabel() == "validation mae [km/s]" and rate.get_ylabel() == "learning rate"
+    assert metric.get_ylabel() == "validation mae" and rate.get_ylabel() == "learning rate"
     assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 3
     np.testing.assert_allclose(metric.lines[0].get_ydata(), [50, 49, 48, 47, 46, 45])
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train", "validation", "kept: epoch 4"]

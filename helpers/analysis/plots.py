@@ -149,7 +149,7 @@ def plot_history(history: History, cfg: Config) -> Figure:
     loss.set(ylabel=f"loss ({cfg.target.loss}, standardised)")
     loss.axvline(kept, color="k", lw=0.8, ls="--", label=f"kept: epoch {kept}")
     metric.plot(table.index, table[f"val_{cfg.target.metrics[0]}"], ".-", color=SPLIT_COLORS["val"])
-    metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]} [{cfg.target.unit}]")
+    metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]}")
     metric.axvline(kept, color="k", lw=0.8, ls="--")
     # epoch 0 took no step
     rate.plot(table.index[1:], table["lr"][1:], ".-", color="0.3")
@@ -192,7 +192,7 @@ def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
             mean = curves.dropna().mean(axis=1)
             axis.plot(mean.index, mean, color=color, label=f"{experiment}, {len(tables)} seeds")
         axis.set(xlabel="epoch", title=f"{count:.0f} training samples")
-    axes[0, 0].set_ylabel(f"validation {cfg.target.metrics[0]} [{cfg.target.unit}]")
+    axes[0, 0].set_ylabel(f"validation {cfg.target.metrics[0]}")
     _finish(axes[0])
     return fig
 
