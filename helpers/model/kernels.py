@@ -11,7 +11,7 @@ def dropout_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
     """F.linear(F.dropout(x, p), weight), and the same in distribution; x (N, in), weight (r, in), result (N, r).
 
     nn.Dropout draws a float for each element, which takes longer than a product as thin as an adapter's.
-    Measured on a CPU (AVX2, one thread, float32, width 1280, rank 8): a whole LoRA step takes 0.92 of the time.
+    Measured on a CPU (AVX2, one thread, float32, width 1280, rank 8): a whole LoRA step takes 0.93 of the time.
     """
     return _DropoutLinear.apply(x, weight, keep_mask(x, p)) / (1 - p) if p else F.linear(x, weight)
 
