@@ -44,6 +44,7 @@ def test_the_files_of_the_section_are_complete_tasks(project, monkeypatch):
     assert load_config(project / "config.yaml", task="my_wind").labels.lead_minutes == 5760
 
 
+@pytest.mark.notebook
 def test_the_commands_of_the_section_run(project, section, make, tmp_path):
     commands = re.findall(r"^make (run-notebook .*TASK=my_hot_corona)$", section, re.MULTILINE)
     assert [command.split()[1] for command in commands] == ["NB=baseline", "NB=finetune"]

@@ -67,6 +67,9 @@ training: {batch_size: 4}
 """
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real_input")]  # the fixtures train
+
+
 @pytest.fixture(scope="module")
 def image():
     """Real AIA 171, (128, 128) float32 in DN."""
@@ -194,6 +197,7 @@ def test_a_label_file_that_does_not_meet_the_frames_is_explained(course):
         make_loaders(cfg)
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("name", ["baseline", "finetune"])
 def test_the_notebooks_run_on_it_as_they_are(course, monkeypatch, capsys, name):
     """Every code cell, unchanged, in the folder of the course."""
