@@ -590,7 +590,8 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
         for mistake in error.errors():
             key = ".".join(str(part) for part in mistake["loc"] if isinstance(part, str))
             faulty.add(key)
-            if key in extras or (mistake["type"] == "missing" and problems):
+            unset = mistake["type"] == "missing" or mistake["input"] is None
+            if key in extras or (unset and not complete):
                 continue  # the cause is in the list already
             item = "".join(f"[{part}]" for part in mistake["loc"] if isinstance(part, int))
             where = f" ({values[key][1]})" if key in values else ""

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from helpers import config
 from helpers.channels import load_scalers
 from helpers.config import ConfigError, load_config, parse_value, settings_that_matter
 
@@ -48,6 +49,10 @@ def test_every_combination_that_is_shipped_loads(path, profile, task, experiment
     cfg = load_config(path, profile=profile, task=task, experiment=experiment)
     assert (cfg.profile, cfg.task, cfg.experiment) == (profile, task, experiment)
     assert not any(name in str(cfg.to_dict()) for name in ("{seed}", "{synthetic}", "{labels}"))
+
+
+def test_every_key_stands_once_in_its_section():
+    assert dict(config.leaves(SHIPPED)).keys() == config._SCHEMA.keys()
 
 
 def test_it_is_found_from_a_folder_below(folder, monkeypatch):
