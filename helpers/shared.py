@@ -291,7 +291,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path, age_hours: float = 24.0) -> None:
     """Remove what an `atomic_write` that was killed has left in a folder, once it is old."""
-    for path in folder.glob(".*"):
+    for path in folder.glob(".*") if folder.is_dir() else ():
         with suppress(OSError):
             if re.search(r"\.[0-9a-f]{12}(\.|$)", path.name) and path.stat().st_mtime < time.time() - 3600 * age_hours:
                 path.unlink()

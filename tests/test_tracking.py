@@ -89,7 +89,11 @@ def test_many_processes_never_share_a_folder(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: claim_run(tmp_path / "runs", "a"), range(40)))
     assert len(set(folders)) == 40 and folders[0].parent.joinpath("a-040").exists()
+    left = tmp_path / "runs/a-001/.last.0123456789ab.pt"  # of a process that was killed while it saved
+    left.touch()
+    os.utime(left, (0, 0))
     assert claim_run(tmp_path / "runs", "a").name == "a-041" and claim_run(tmp_path / "runs", "b").name == "b-001"
+    assert not left.exists()
 
 
 def test_runs_are_found_by_experiment_task_and_profile(cfg):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, GOES_CLASSES, UNITS
 from helpers.config import Config
-from helpers.shared import atomic_write
+from helpers.shared import atomic_write, make_folder
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
 _NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # how NetCDF-4 marks one in HDF5
@@ -286,7 +286,7 @@ def ensure_synthetic(cfg: Config) -> Path | None:
         )
     if (folder / "index.csv").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with atomic_write(stamp) as temporary:
         temporary.write_text(json.dumps(made_by))
     start = pd.Timestamp(cfg.synthetic.start)
@@ -332,7 +332,6 @@ def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
 
 def _write_netcdf(path: Path, images: dict[str, np.ndarray]) -> None:
     """NetCDF-4 by way of h5py, in a third of the time of h5netcdf."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
         side = next(iter(images.values())).shape[0]
         for axis in "yx":

@@ -25,7 +25,7 @@ import pandas as pd
 import yaml
 
 from helpers.config import Config
-from helpers.shared import atomic_write
+from helpers.shared import atomic_write, make_folder, remove_leftovers, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,13 +166,15 @@ def start_run(cfg: Config, name: str | None = None, experiment: str | None = Non
 
 def claim_run(runs: Path, prefix: str) -> Path:
     """Make and return the folder `runs/<prefix>-<NNN>` with the next free number, also while others do the same."""
-    runs.mkdir(parents=True, exist_ok=True)
+    for earlier in make_folder(runs).iterdir():
+        remove_leftovers(earlier)
     taken = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in runs.iterdir()]
     number = max((int(match[1]) for match in taken if match), default=0) + 1
     while True:
         folder = runs / f"{prefix}-{number:03}"
         try:
             folder.mkdir()
+            share(folder)
             return folder
         except FileExistsError:
             number += 1
