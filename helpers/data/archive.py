@@ -6,7 +6,6 @@ ArchiveError is about none of them in particular (no network, no such profile): 
 
 from __future__ import annotations
 
-import re
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -26,12 +25,12 @@ from helpers.shared import DiskFullError, raise_if_full
 SCRATCH_PREFIX = "surya-course-frame-"
 ONE_TRY = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
 
-# How often a unit goes into the one that the channel is kept in. Intensities may be given a second: exposure times are
-# divided out in either case.
-_INTENSITY = re.compile(r"(DN|data numbers?|digital numbers?|counts?|ct|adu)\b", re.IGNORECASE)
+# How many of the unit that a channel is kept in make one of the unit in the file. Intensities may be given a second:
+# exposure times are divided out in either case.
 UNIT_FACTORS = {
+    "DN": dict.fromkeys(("DN", "DN/s", "DN s-1", "DN / s", "DN/pixel", "ct", "count", "counts", "adu"), 1),
     "G": {"G": 1, "Gauss": 1, "gauss": 1, "Mx/cm^2": 1, "Mx cm-2": 1, "kG": 1e3, "mT": 10, "T": 1e4},
-    "m/s": {"m/s": 1, "m s-1": 1, "m s^-1": 1, "m s**-1": 1, "km/s": 1e3, "km s-1": 1e3, "cm/s": 1e-2, "cm s-1": 1e-2},
+    "m/s": {"m/s": 1, "m s-1": 1, "m s^-1": 1, "km/s": 1e3, "km s-1": 1e3, "cm/s": 1e-2, "cm s-1": 1e-2},
 }
 
 # A whole date, and perhaps a time of day with its zone. Without this check pandas also takes words and parts of dates.
@@ -211,15 +210,13 @@ def read_index(path: str, archive: Archive | None = None) -> tuple[pd.Series, in
         )
     table["time"] = parse_times(table["timestep"], f"the index {path}")
     present = table["present"].str.strip().str.lower().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
-    for column, wrong, wanted in (
-        ("present", present.isna(), "0 or 1"),
-        ("path", (present == 1) & (table["path"].str.strip() == ""), "the path of the frame"),
-        ("path", table["path"].str.contains("://") & ~table["path"].str.startswith("s3://"), "s3:// or a plain path"),
-    ):
-        if wrong.any():
-            row = int(np.flatnonzero(wrong)[0])
-            cell = table[column].iloc[row]
-            raise ValueError(f'Row {row + 2} of the index {path} has "{cell}" in its column {column}, not {wanted}.')
+    usable = table["path"].str.match(r"s3://|(?!.*://)\s*\S") | (present == 0)
+    if (wrong := np.flatnonzero(present.isna() | ~usable)).size:
+        cells = table[["path", "present"]].iloc[wrong[0]].tolist()
+        raise ValueError(
+            f"Row {wrong[0] + 2} of the index {path} has {cells} as path and present. A path is s3://... or a plain "
+            f"one, and present is 0 or 1."
+        )
     rows = table[present == 1].drop_duplicates(["time", "path"])
     if (twice := rows["time"].duplicated(keep=False)).any():
         first, second = rows[twice].sort_values("time", kind="stable").iloc[:2].itertuples()
@@ -308,8 +305,12 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
             np.float32(np.ravel(attributes.get(k, d))[0]) for k, d in (("scale_factor", 1), ("add_offset", 0))
         )
         values = values * scale + offset
-    if (factor := _unit_factor(name, attributes.get("units"), unit)) != 1:
-        values = values * np.float32(factor)
+    found = attributes.get("units", b"")
+    found = (found.decode() if isinstance(found, bytes) else str(found)).strip()
+    if unit and found:
+        if found not in UNIT_FACTORS[unit]:
+            raise FrameError(f"{name} is given in {found}, which cannot be converted to {unit}")
+        values = values * np.float32(UNIT_FACTORS[unit][found])
     axes = [dimension[0].name.rpartition("/")[2] if len(dimension) else dimension.label for dimension in variable.dims]
     return values.T if axes == ["x", "y"] else values
 
@@ -334,17 +335,3 @@ def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
                 f"{name} is compressed with the HDF5 filter {code} ({title.decode()}), unknown to hdf5plugin"
             )
     return node
-
-
-def _unit_factor(name: str, found: str | bytes | None, unit: str | None) -> float:
-    found = found.decode() if isinstance(found, bytes) else found
-    if (
-        unit is None
-        or found is None
-        or found.strip() in ("", unit)
-        or (unit == "DN" and _INTENSITY.match(found.strip()))
-    ):
-        return 1
-    if factor := UNIT_FACTORS.get(unit, {}).get(found.strip()):
-        return factor
-    raise FrameError(f"{name} is given in {found}, which cannot be converted to {unit}")

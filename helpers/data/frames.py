@@ -21,8 +21,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,44 +35,19 @@ import zarr
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, ShardingCodec, VLenUTF8Codec, ZstdCodec
 
-from helpers.channels import (
-    CHANNELS,
-    ERROR_BOUND,
-    FILL_CODE,
-    UNITS,
-    Coding,
-    Scaler,
-    check_channels,
-    coding_of,
-    from_signed_log,
-    load_scalers,
-    to_signed_log,
-)
+from helpers import channels as physics
+from helpers.channels import CHANNELS, FILL_CODE, UNITS, Coding, Scaler
 from helpers.config import Config
-from helpers.data.archive import (
-    SCRATCH_PREFIX,
-    Archive,
-    FrameError,
-    MissingFrameError,
-    open_netcdf,
-    read_index,
-    read_variable,
-)
+from helpers.data import archive as archives
+from helpers.data.archive import Archive, FrameError, MissingFrameError
 from helpers.data.labels import labels_of, plan_samples
 from helpers.shared import GB, disk_errors, ensure_space, is_writable, make_folder, share
 
 FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
 START, CADENCE, SLOTS = np.datetime64("2010-05-01", "s"), np.timedelta64(12, "m"), 1_300_440
-CODECS = {
-    "sharding_indexed",
-    "bytes",
-    "blosc",
-    "zstd",
-    "crc32c",
-    "vlen-utf8",
-}  # the only ones that a store of ours uses
+CODECS = (ShardingCodec, BytesCodec, BloscCodec, Crc32cCodec, ZstdCodec, VLenUTF8Codec)  # all that a store of ours uses
 COMPRESSED = 0.6  # size of a compressed frame over that of its codes; measured: synthetic Sun 0.4, noisy frame 0.52
 FILE_BYTES = 2.6  # of a NetCDF file of the archive, a pixel and channel
 WORTH_A_PROCESS = 2e9  # bytes of pixels to read, from which on the seconds that a process takes to start pay
@@ -92,14 +67,13 @@ def reduce_frame(
         (C, H / reduce, W / reduce) int16 codes of the signed-log values.
 
     Raises:
-        FrameError: not NetCDF4, cut short, a channel missing, of a wrong shape or in an unknown unit, pixels that are
-            not numbers or have no code, or an image that is the same everywhere.
+        FrameError: the file or one of its images cannot be used, or pixels are not numbers, have no code, or are all
+            the same.
     """
-    side = native_size // reduce
-    frame = np.empty((len(codings), side, side), np.int16)
-    with open_netcdf(path) as file:
+    frame = np.empty((len(codings), native_size // reduce, native_size // reduce), np.int16)
+    with archives.open_netcdf(path) as file:
         for i, (name, coding) in enumerate(codings.items()):
-            image = torch.from_numpy(read_variable(file, name, UNITS[name], native_size))  # (H, W) physical
+            image = torch.from_numpy(archives.read_variable(file, name, UNITS[name], native_size))  # (H, W) physical
             pooled = avg_pool2d(image[None, None], reduce)[0, 0].numpy()  # (H / reduce, W / reduce) physical
             low, high = pooled.min(), pooled.max()  # NaN when any pixel is
             if not np.isfinite(high - low):
@@ -108,19 +82,16 @@ def reduce_frame(
             if low == high:
                 raise FrameError(f"{name} is {low:g} {UNITS[name]} in every pixel")
             try:
-                frame[i] = coding.encode(to_signed_log(pooled, scalers[name]))
+                frame[i] = coding.encode(physics.to_signed_log(pooled, scalers[name]))
             except ValueError:
-                least, most = from_signed_log(np.array(coding.limits), scalers[name])
+                least, most = physics.from_signed_log(np.array(coding.limits), scalers[name])
                 raise FrameError(
-                    f"{name} has a pixel of {high if high > most else low:.6g} {UNITS[name]} (averaged), but the store "
-                    f"can keep only {least:.4g} to {most:.4g} {UNITS[name]} of this channel"
+                    f"{name} goes from {low:.6g} to {high:.6g} {UNITS[name]} (averaged), but the store can keep only "
+                    f"{least:.4g} to {most:.4g} {UNITS[name]} of this channel"
                 ) from None
     return frame
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The store
-# --------------------------------------------------------------------------------------------------------------------
 def _row(when: Any) -> int:
     """The row of a time; ValueError for one that is not in the calendar."""
     row, rest = divmod(np.datetime64(when, "s") - START, CADENCE)
@@ -133,26 +104,29 @@ class FrameStore:
     """A store opened for reading, some channels of it (`open_store`).
 
     Attributes:
-        path: its folder.
-        attributes: what it says of itself.
-        stored_channels: names of the channels in it.
-        channels: names of the channels of what `read` returns, in order.
-        scalers: constants of the channels, by name.
-        codings: how the codes of each stored channel are read.
+        path, attributes: its folder, and what it says of itself.
+        stored_channels, channels: names of the channels in it, and of what `read` returns, in order.
+        scalers, codings: constants of the channels, and how the codes of each stored one are read, by name.
         side: side of the reduced images in pixels.
     """
 
-    def __init__(
-        self, path: Path, attributes: dict, channels: Sequence[str] | None, scalers: dict[str, Scaler]
-    ) -> None:
+    def __init__(self, path: Path, attributes: dict, scalers: dict[str, Scaler]) -> None:
         self.path, self.attributes, self.scalers = path, attributes, scalers
-        self.stored_channels = tuple(attributes["channels"])
-        self.channels = tuple(channels or self.stored_channels)
+        self.stored_channels = self.channels = tuple(attributes["channels"])
         self.side = attributes["native_size"] // attributes["reduce"]
         numbers = zip(self.stored_channels, attributes["steps"], attributes["offsets"], strict=True)
         self.codings = {name: Coding(np.float32(step), np.float32(offset)) for name, step, offset in numbers}
         self._array: zarr.Array | None = None
         self._memory: dict[int, np.ndarray] = {}
+
+    def file(self, when: Any) -> Path:
+        """Where the frame of this time is, or would be."""
+        return self.path / "frames" / f"c.{_row(when)}.0.0.0"
+
+    def __contains__(self, when: Any) -> bool:
+        with suppress(OSError, ValueError):
+            return stat.S_ISREG(os.lstat(self.file(when)).st_mode)
+        return False
 
     @property
     def times(self) -> np.ndarray:
@@ -162,22 +136,22 @@ class FrameStore:
         rows = sorted(int(name[1]) for name in names if name[0] == "c" and name[2:] == ["0", "0", "0"])
         return START + np.array(rows, int) * CADENCE.astype("timedelta64[s]")
 
-    def __len__(self) -> int:
-        return len(self.times)
-
-    def __contains__(self, when: Any) -> bool:
-        with suppress(OSError, ValueError):
-            return stat.S_ISREG(os.lstat(self.file(when)).st_mode)
-        return False
-
-    def file(self, when: Any) -> Path:
-        """Where the frame of this time is, or would be."""
-        return self.path / "frames" / f"c.{_row(when)}.0.0.0"
-
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame in memory, all channels of the store in int16."""
         return len(self.stored_channels) * self.side**2 * 2
+
+    def select(self, channels: Sequence[str]) -> FrameStore:
+        """The same store, frames in memory included, with other channels; ValueError when it lacks one."""
+        if absent := [name for name in channels if name not in self.stored_channels]:
+            raise ValueError(
+                f"{self.path} has no channel {', '.join(absent)}; it has {', '.join(self.stored_channels)}. Choose "
+                f"another data.store and run `make cache`: a new store gets the channels of data.channels and "
+                f"labels.target_channels."
+            )
+        other = copy.copy(self)
+        other.channels = tuple(channels)
+        return other
 
     def read(self, times: Iterable) -> Tensor:
         """The frames at these times in the chosen channels, (C, T, H, W) float32 normalised.
@@ -208,13 +182,10 @@ class FrameStore:
         try:
             if self._array is None:
                 self._array = zarr.open_group(self.path, mode="r")["frames"]
-            if len(chosen) == len(self.stored_channels):
-                frame = self._array[row]
-                planes = [frame[i] for i in chosen]
-            else:
-                planes = [self._array[row, i] for i in chosen]
-            # zarr takes an empty file for one without values
-            if any(plane[0, 0] == FILL_CODE for plane in planes):
+            whole = len(chosen) == len(self.stored_channels)
+            frame = self._array[row] if whole else {i: self._array[row, i] for i in chosen}
+            planes = [frame[i] for i in chosen]
+            if any(plane[0, 0] == FILL_CODE for plane in planes):  # zarr takes an empty file for one without values
                 raise ValueError("a channel is empty")
         except (OSError, RuntimeError, ValueError) as error:
             raise OSError(
@@ -223,28 +194,16 @@ class FrameStore:
             ) from error
         return planes
 
-    def write(self, when: Any, codes: np.ndarray) -> None:
-        """Add the frame of this time, (all C, H, W) int16; it appears whole."""
-        with disk_errors(self.path):
-            zarr.open_group(self.path, mode="r+")["frames"][_row(when)] = codes
-        share(self.file(when))
-
     def load(self, times: Iterable) -> None:
         """Keep the frames at `times` in memory from now on, the codes of all channels."""
         whole = self.select(self.stored_channels)
         self._memory |= {_row(when): np.stack(whole._codes(when)) for when in times}
 
-    def select(self, channels: Sequence[str]) -> FrameStore:
-        """The same store, frames in memory included, with other channels."""
-        if absent := [name for name in channels if name not in self.stored_channels]:
-            raise ValueError(
-                f"{self.path} has no channel {', '.join(absent)}; it has {', '.join(self.stored_channels)}. Choose "
-                f"another data.store and run `make cache`: a new store gets the channels of data.channels and "
-                f"labels.target_channels."
-            )
-        other = copy.copy(self)
-        other.channels = tuple(channels)
-        return other
+    def write(self, when: Any, codes: np.ndarray) -> None:
+        """Add the frame of this time, (all C, H, W) int16; it appears whole."""
+        with disk_errors(self.path):
+            zarr.open_group(self.path, mode="r+")["frames"][_row(when)] = codes
+        share(self.file(when))
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_array": None}  # each process opens it for itself
@@ -269,67 +228,50 @@ def open_store(
         ValueError: it is damaged or of another version, lacks a channel, or was built with another factor, side or
             scale factor.
     """
-    path, scalers = Path(path), scalers or load_scalers()
-    attributes = _checked_attributes(path)
-    problems = []
-    if channels and (absent := [name for name in check_channels(channels) if name not in attributes["channels"]]):
-        problems.append(f"has no channel {', '.join(absent)} (it has {', '.join(attributes['channels'])})")
-    for key, value in (("reduce", reduce), ("native_size", native_size)):
-        if value is not None and attributes[key] != value:
-            problems.append(f"was built with {key} {attributes[key]}, but the config asks for {value}")
-    for name, scale in zip(attributes["channels"], attributes["scale_factors"], strict=True):
-        if name in scalers and scalers[name].scale != scale:
-            problems.append(
-                f"was built with the scale factor {scale} of {name}, but data.scalers has {scalers[name].scale}"
-            )
-    if problems:
-        raise ValueError(
-            f"The store {path} {', and '.join(problems)}. Choose another data.store (a new one will be built), or set "
-            f"the config to what the store holds."
-        )
-    return FrameStore(path, attributes, channels, scalers)
-
-
-def _checked_attributes(path: Path) -> dict:
-    """The attributes of a store of this version, after a look at all that is not a frame."""
+    path, scalers = Path(path), scalers or physics.load_scalers()
     if not (path / "zarr.json").is_file():
         raise FileNotFoundError(
             f"There is no frame store at {path}. Build it with `make cache`, or correct data.store."
         )
-    renew = f"Move it away and build a new one: mv {path} {path}.old && make cache"
     try:
-        described = json.loads((path / "zarr.json").read_text())
-        attributes = described["attributes"]
-        if attributes.get("format") != FORMAT:
-            found = attributes.get("format", "none, so an old version or not ours")
-            raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
-        if links := [entry.name for entry in os.scandir(path) if entry.is_symlink()]:
-            raise ValueError(f"{', '.join(links)} is a link to elsewhere")
-        arrays = described["consolidated_metadata"]["metadata"]
-        if strange := sorted({name for array in arrays.values() for name in _codec_names(array)} - CODECS):
-            raise ValueError(f"it uses the codecs {', '.join(strange)}, which are not ours")
-        shape = (SLOTS, len(attributes["channels"]), *[attributes["native_size"] // attributes["reduce"]] * 2)
-        if tuple(arrays["frames"]["shape"]) != shape:
-            raise ValueError("the shape of its frames does not agree with its attributes")
-        group = zarr.open_group(path, mode="r", zarr_format=3)
-        for name, expected in _axes(attributes).items():
-            if not np.array_equal(group[name][:], expected):
-                raise ValueError(f"its array {name} does not agree with its attributes")
+        attributes = _checked_attributes(path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The store {path} cannot be used: {error}. {renew}") from error
+        raise ValueError(
+            f"The store {path} cannot be used: {error}. Move it away and build a new one: mv {path} {path}.old && make "
+            f"cache"
+        ) from error
+    scale_factors = [scalers[name].scale if name in scalers else None for name in attributes["channels"]]
+    for key, wanted in {"reduce": reduce, "native_size": native_size, "scale_factors": scale_factors}.items():
+        if wanted is not None and attributes[key] != wanted:
+            raise ValueError(
+                f"The store {path} was built with {key} {attributes[key]}, but the config asks for {wanted}. Choose "
+                f"another data.store (a new one will be built), or set the config to what the store holds."
+            )
+    store = FrameStore(path, attributes, scalers)
+    return store.select(physics.check_channels(channels)) if channels else store
+
+
+def _checked_attributes(path: Path) -> dict:
+    """The attributes of a store of this version, after a look at all that is not a frame."""
+    attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+    if attributes.get("format") != FORMAT:
+        found = attributes.get("format", "none, so an old version or not ours")
+        raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
+    if links := [entry.name for entry in os.scandir(path) if entry.is_symlink()]:
+        raise ValueError(f"{', '.join(links)} is a link to elsewhere")
+    group = zarr.open_group(path, mode="r", zarr_format=3)
+    for name, array in group.arrays():
+        codecs = list(array.metadata.codecs)
+        codecs += [inner for codec in codecs if isinstance(codec, ShardingCodec) for inner in codec.codecs]
+        if strange := [type(codec).__name__ for codec in codecs if not isinstance(codec, CODECS)]:
+            raise ValueError(f"its array {name} uses the codec {strange[0]}, which is not ours")
+    side = attributes["native_size"] // attributes["reduce"]
+    if group["frames"].shape != (SLOTS, len(attributes["channels"]), side, side):
+        raise ValueError("the shape of its frames does not agree with its attributes")
+    for name, expected in _axes(attributes).items():
+        if not np.array_equal(group[name][:], expected):
+            raise ValueError(f"its array {name} does not agree with its attributes")
     return attributes
-
-
-def _codec_names(metadata: Any) -> Iterator[str]:
-    """Names of all codecs in the metadata of an array, at any depth."""
-    if isinstance(metadata, dict):
-        for key, value in metadata.items():
-            if key in ("codecs", "index_codecs"):
-                yield from (codec["name"] for codec in value)
-            yield from _codec_names(value)
-    elif isinstance(metadata, list):
-        for item in metadata:
-            yield from _codec_names(item)
 
 
 def _axes(attributes: dict) -> dict[str, np.ndarray]:
@@ -353,14 +295,11 @@ def create_store(
         raise ValueError(
             f"Images of {native_size} pixels cannot be reduced by {reduce} (data.reduce): choose a divisor."
         )
-    codings = [coding_of(name, scalers[name]) for name in check_channels(channels)]
+    codings = [physics.coding_of(name, scalers[name]) for name in physics.check_channels(channels)]
     attributes = {
-        "title": "Solar Dynamics Observatory frames, reduced",
         "format": FORMAT,
         "space": "signed-log: y = sign(x s) log(1 + |x s|) of the physical value x, s in scale_factors",
-        "codes": "frames holds whole numbers: y = frames * step + offset, with step and offset of the channel",
-        "rounding": f"at most half a step, and {ERROR_BOUND} of the standard deviation of the channel",
-        "completeness": "a frame is there when its file frames/c.ROW.0.0.0 is; else its codes are all _FillValue",
+        "codes": "y = frames * step + offset, rounded by at most half a step; no frame: all codes are _FillValue",
         "channels": list(channels),
         "units": [UNITS[name] for name in channels],
         "scale_factors": [scalers[name].scale for name in channels],
@@ -370,14 +309,12 @@ def create_store(
         "native_size": native_size,
     }
     side, count = native_size // reduce, len(codings)
-    tile = min(side, 1024) if side % 1024 == 0 else side
+    tile = side if side % 1024 else 1024
     make_folder(path.parent)
-    with (
-        disk_errors(path.parent),
-        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
-    ):
-        aside = Path(folder, path.name)
-        group = zarr.create_group(aside, attributes=attributes)
+    aside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent)
+    with disk_errors(path.parent), aside as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr warns that the format does not demand consolidated metadata
+        group = zarr.create_group(Path(folder, "store"), attributes=attributes)
         group.create_array(
             "frames",
             shape=(SLOTS, count, side, side),
@@ -392,23 +329,20 @@ def create_store(
             # the names under which xarray knows what is no pixel, and that step and offset belong to frames
             attributes={"units": "1", "_FillValue": FILL_CODE, "coordinates": "step offset"},
         )
+        numbers = BloscCodec(cname="zstd", shuffle="bitshuffle", typesize=4)
         for name, values in _axes(attributes).items():
-            calendar = {"units": "minutes since 2010-05-01", "calendar": "proleptic_gregorian"}
             group.create_array(
                 name,
                 shape=values.shape,
                 chunks=values.shape,
                 dtype=str if name == "channel" else values.dtype,
-                compressors="auto" if name == "channel" else BloscCodec(cname="zstd", shuffle="bitshuffle", typesize=4),
+                compressors="auto" if name == "channel" else numbers,
                 dimension_names=("time" if name == "time" else "channel",),
-                attributes=calendar if name == "time" else {},
+                attributes={"units": "minutes since 2010-05-01"} if name == "time" else {},
             )[:] = values
-        (aside / "frames").mkdir(exist_ok=True)
-        with warnings.catch_warnings():  # zarr warns that the format does not demand it
-            warnings.simplefilter("ignore")
-            zarr.consolidate_metadata(aside)
+        zarr.consolidate_metadata(Path(folder, "store"))
         try:
-            aside.rename(path)
+            Path(folder, "store").rename(path)
             share(path)
         except OSError:
             if not (path / "zarr.json").is_file():
@@ -416,11 +350,7 @@ def create_store(
 
 
 def verify_store(path: str | Path) -> list[str]:
-    """Read every frame and remove those that are damaged, so that the next build makes them again.
-
-    Returns:
-        The times of the frames that were removed.
-    """
+    """Read every frame and remove the damaged ones, so that the next build makes them again; return their times."""
     store, damaged = open_store(path), []
     for when in tqdm(store.times, "verifying", unit="frame"):
         try:
@@ -453,23 +383,12 @@ class BuildReport:
     seconds: float = 0.0
     bytes_read: int = 0
 
-    def plus(self, other: BuildReport) -> BuildReport:
-        """What both did together, `other` after this one."""
-        counted = {
-            name: getattr(self, name) + getattr(other, name) for name in ("built", "missing", "seconds", "bytes_read")
-        }
-        found = {"unreadable": self.unreadable | other.unreadable, "lost": self.lost | other.lost}
-        return replace(self, **counted, **found)
-
     def __str__(self) -> str:
-        rate = self.bytes_read / 1e6 / max(self.seconds, 1e-9)
-        speed = f" in {self.seconds:.0f} s, {rate:.0f} MB/s" if self.built else ""
+        speed = f" in {self.seconds:.0f} s, {self.bytes_read / 1e6 / self.seconds:.0f} MB/s" if self.built else ""
         counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
         lines += [f"  unreadable: {url}: {reason}" for url, reason in list(self.unreadable.items())[:10]]
-        if len(self.unreadable) > 10:
-            lines.append(f"  ... and {len(self.unreadable) - 10} more")
-        return "\n".join(lines)
+        return "\n".join(lines + [f"  ... and {len(self.unreadable) - 10} more"] * (len(self.unreadable) > 10))
 
 
 def build_store(
@@ -492,7 +411,6 @@ def build_store(
     and looks again before each frame.
 
     Args:
-        times: of the frames, in UTC.
         channels: what to keep, by name. A store that is there already keeps the channels it has.
         reduce: side of the squares of physical pixels that are averaged.
         archive: where the frames come from; None for NASA's bucket.
@@ -509,69 +427,60 @@ def build_store(
     """
     started, path, archive = time.perf_counter(), Path(path), archive or Archive()
     if not (path / "zarr.json").is_file():
-        create_store(path, channels, reduce, native_size, scalers or load_scalers())
-    store = open_store(path, channels, reduce, native_size, scalers).select(open_store(path).stored_channels)
+        create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
+    store = open_store(path, channels, reduce, native_size, scalers)
     _remove_leftovers(store, archive)
-    wanted = np.unique(np.array(list(times), "datetime64[s]"))
+    wanted = {np.datetime64(when, "s"): _row(when) for when in times}
     there = {_row(when) for when in store.times}
-    todo = [when for when in wanted if _row(when) not in there]
-    report = BuildReport(path, already=len(wanted) - len(todo))
-    if todo:
-        ensure_space(path, len(todo) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(todo)} frames")
-    random.shuffle(todo)
-    jobs = {when: archive.url(when) for when in todo}
-    pixels = len(todo) * len(store.channels) * native_size**2 * 4
-    workers = min(workers, 1 + int(pixels / WORTH_A_PROCESS))
-    with tqdm(total=len(todo), desc="frames", unit="frame", disable=not progress or not todo) as bar:
-        for when, outcome, size in _results(store, replace(archive, index=None), jobs, workers, executor):
-            if isinstance(outcome, FrameError):
-                report.lost.add(when)
-                if isinstance(outcome, MissingFrameError):
-                    report.missing += 1
-                else:
-                    report.unreadable[jobs[when]] = str(outcome)
-            else:
-                report.built += outcome == "built"
-                report.already += outcome == "already"
-            report.bytes_read += size
-            bar.update()
-            bar.set_postfix_str(f"{report.bytes_read / 1e6 / (time.perf_counter() - started):.0f} MB/s", refresh=False)
-    report.seconds = time.perf_counter() - started
-    return report
-
-
-def _results(
-    store: FrameStore, archive: Archive, jobs: dict, workers: int, executor: Executor | None
-) -> Iterator[tuple[np.datetime64, str | FrameError, int]]:
-    if executor is None and workers == 1:
-        yield from (build_frame(store, archive, when, url) for when, url in jobs.items())
-        return
-    with nullcontext(executor) if executor else worker_pool(workers) as pool:
-        futures = [pool.submit(build_frame, store, archive, when, url) for when, url in jobs.items()]
+    jobs = [(when, archive.url(when)) for when, row in wanted.items() if row not in there]
+    random.shuffle(jobs)
+    report = BuildReport(path, already=len(wanted) - len(jobs))
+    if jobs:
+        ensure_space(path, len(jobs) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(jobs)} frames")
+    worth = 1 + int(len(jobs) * len(store.stored_channels) * native_size**2 * 4 / WORTH_A_PROCESS)
+    mine = ThreadPoolExecutor(1) if min(workers, worth) == 1 else worker_pool(min(workers, worth))
+    with (
+        nullcontext(executor) if executor else mine as pool,
+        tqdm(total=len(jobs), desc="frames", unit="frame", disable=not progress) as bar,
+    ):
+        futures = [pool.submit(build_frame, store, replace(archive, index=None), *job) for job in jobs]
         try:
             for future in as_completed(futures):
-                yield future.result()
-        finally:
+                when, url, outcome, size = future.result()
+                report.bytes_read += size
+                report.seconds = time.perf_counter() - started
+                bar.update()
+                bar.set_postfix_str(f"{report.bytes_read / 1e6 / report.seconds:.0f} MB/s", refresh=False)
+                report.built += outcome == "built"
+                report.already += outcome == "already"
+                report.missing += outcome == "missing"
+                if outcome not in ("built", "already"):
+                    report.lost.add(when)
+                    report.unreadable |= {url: outcome} if outcome != "missing" else {}
+        finally:  # after an error, or when somebody interrupts, nothing new is begun
             for future in futures:
                 future.cancel()
+    return report
 
 
 def build_frame(
     store: FrameStore, archive: Archive, when: np.datetime64, url: str | None
-) -> tuple[np.datetime64, str | FrameError, int]:
-    """Make one frame unless it is there; return its time, "built", "already" or why not, and the bytes read."""
+) -> tuple[np.datetime64, str | None, str, int]:
+    """Make one frame: its time and address; "built", "already", "missing", or why it is unreadable; bytes read."""
     if when in store:
-        return when, "already", 0
+        return when, url, "already", 0
+    if url is None:
+        return when, url, "missing", 0
     try:
-        if url is None:
-            raise MissingFrameError("the index has no frame for this time")
         with archive.local_copy(url) as path:
-            size, native_size = path.stat().st_size, store.attributes["native_size"]
-            codes = reduce_frame(path, store.codings, store.attributes["reduce"], store.scalers, native_size)
+            size, reduce, native_size = path.stat().st_size, store.attributes["reduce"], store.attributes["native_size"]
+            codes = reduce_frame(path, store.codings, reduce, store.scalers, native_size)
         store.write(when, codes)
-        return when, "built", size
+        return when, url, "built", size
+    except MissingFrameError:
+        return when, url, "missing", 0
     except FrameError as error:
-        return when, error, 0
+        return when, url, str(error), 0
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
@@ -597,12 +506,9 @@ def _start_worker() -> None:
 
 def _remove_leftovers(store: FrameStore, archive: Archive) -> None:
     """Remove what builders that were killed more than a day ago have left behind."""
-    places = (
-        (store.path / "frames", "*.partial"),
-        (store.path.parent, f".{store.path.name}.*"),
-        (Path(archive.scratch or tempfile.gettempdir()), f"{SCRATCH_PREFIX}*"),
-    )
-    for leftover in (path for folder, pattern in places for path in folder.glob(pattern)):
+    scratch = Path(archive.scratch or tempfile.gettempdir())
+    leftovers = [*(store.path / "frames").glob("*.partial"), *store.path.parent.glob(f".{store.path.name}.*")]
+    for leftover in [*leftovers, *scratch.glob(f"{archives.SCRATCH_PREFIX}*")]:
         with suppress(OSError):  # gone by now, or somebody else's
             if leftover.lstat().st_mtime < time.time() - 86400:
                 shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
@@ -620,50 +526,36 @@ def channels_needed(cfg: Config) -> tuple[str, ...]:
 def store_name(channels: Sequence[str], reduce: int, native_size: int) -> str:
     """A folder name that differs for every channel set and size, so that two configs never share a store by mistake."""
     ordered = [name for name in CHANNELS if name in channels]
-    digest = hashlib.sha1("+".join(ordered).encode()).hexdigest()[:6]
-    tag = f"{len(CHANNELS)}ch" if len(ordered) == len(CHANNELS) else f"{len(ordered)}ch-{digest}"
-    return f"{native_size}px-reduce{reduce}-{tag}.zarr"
+    digest = "" if len(ordered) == len(CHANNELS) else "-" + hashlib.sha1("+".join(ordered).encode()).hexdigest()[:6]
+    return f"{native_size}px-reduce{reduce}-{len(ordered)}ch{digest}.zarr"
 
 
 def store_path(cfg: Config) -> Path:
     """Where the frames of this configuration are read: `data.store` itself if it ends in .zarr, else a folder in it.
 
-    That is the store of exactly the channels that are needed, else one that holds all 13, else any other that has them.
-    Your private folder comes first where the shared one is read-only for you and `data.private_cache` is set.
+    That is the store of exactly the channels that are needed, or one that holds all 13. With `data.private_cache` your
+    own folder comes first where the shared one is read-only for you.
     """
-    folder = Path(cfg.data.store)
-    places = [cfg.shared.to_write(folder)] if cfg.data.private_cache else []
-    places = list(dict.fromkeys([*places, folder]))
-    if folder.suffix == ".zarr":
-        return next((place for place in places if place.exists()), places[0])
-    needed, reduce, native_size = channels_needed(cfg), cfg.data.reduce, cfg.data.native_size
-    exact = store_name(needed, reduce, native_size)
-    others = {path.name for place in places for path in place.glob(f"{native_size}px-reduce{reduce}-*.zarr")}
-    names = dict.fromkeys([exact, store_name(CHANNELS, reduce, native_size), *sorted(others)])
-    for path in (place / name for name in names for place in places):
+    folder, data = Path(cfg.data.store), cfg.data
+    places = dict.fromkeys([cfg.shared.to_write(folder), folder] if data.private_cache else [folder])
+    names = [store_name(channels, data.reduce, data.native_size) for channels in (channels_needed(cfg), CHANNELS)]
+    paths = list(places) if folder.suffix == ".zarr" else [place / name for name in names for place in places]
+    for path in paths:
         with suppress(FileNotFoundError, ValueError):
-            open_store(path, needed, reduce, native_size, cfg.scalers)
-            return path
-    return places[0] / exact
+            return open_store(path, channels_needed(cfg), data.reduce, data.native_size, cfg.scalers).path
+    return paths[0]
 
 
 def make_archive(cfg: Config) -> Archive:
     """Where this configuration takes its frames from."""
     data = cfg.data
     folder, index = (
-        str(cfg.shared.to_read(place)) if place and "://" not in place else place
-        for place in (data.archive, data.index)
+        text if text is None or "://" in text else str(cfg.shared.to_read(text)) for text in (data.archive, data.index)
     )
-    archive = Archive(
-        folder=folder,
-        anonymous=data.anonymous,
-        endpoint_url=data.endpoint_url,
-        retries=data.retries,
-        scratch=cfg.paths.scratch,
-    )
+    archive = Archive(folder, None, "", data.anonymous, data.endpoint_url, data.retries, scratch=cfg.paths.scratch)
     if index is None:
         return archive
-    return replace(archive, index=read_index(index, archive)[0], index_folder=index.rpartition("/")[0])
+    return replace(archive, index=archives.read_index(index, archive)[0], index_folder=index.rpartition("/")[0])
 
 
 def prepare_store(
@@ -686,11 +578,19 @@ def prepare_store(
     if times is not None:
         return _build_for(cfg, archive, times, executor, progress)
     labels, total = labels_of(cfg), None
+
+    def usable(wanted: np.ndarray) -> np.ndarray:
+        return ~np.isin(wanted, np.array(list(total.lost) if total else [], "datetime64[s]"))
+
     while True:
-        lost = total.lost if total else set()
-        plan = plan_samples(cfg, lambda wanted: ~np.isin(wanted, list(lost)), labels)  # noqa: B023
-        report = _build_for(cfg, archive, plan.frames, executor, progress)
-        total = total.plus(report) if total else report
+        report = _build_for(cfg, archive, plan_samples(cfg, usable, labels).frames, executor, progress)
+        if total is None:
+            total = report
+        else:
+            total.built += report.built
+            total.missing += report.missing
+            total.unreadable |= report.unreadable
+            total.lost |= report.lost
         if not report.lost:
             return total
 
@@ -699,54 +599,33 @@ def _build_for(
     cfg: Config, archive: Archive, times: Iterable, executor: Executor | None, progress: bool
 ) -> BuildReport:
     """Build these frames in the store of the configuration, or in your own where that one is read-only."""
-    times = np.unique(np.array(list(times), "datetime64[s]"))
-    path, channels = store_path(cfg), channels_needed(cfg)
-    shared = open_store(path) if (path / "zarr.json").is_file() else None
-    lacking = [when for when in times if shared is None or when not in shared]
-    if shared and not lacking:
+    times, data, path, channels = list(times), cfg.data, store_path(cfg), channels_needed(cfg)
+    store = open_store(path) if (path / "zarr.json").is_file() else None
+    lacking = [when for when in times if store is None or when not in store]
+    if store and not lacking:
         return BuildReport(path, already=len(times))
-    size_gb = len(lacking) * len(CHANNELS) * cfg.data.native_size**2 * FILE_BYTES / GB
-    if not is_writable(path):
-        if not cfg.data.private_cache:
-            raise PermissionError(
-                f"{path} lacks {len(lacking)} of the {len(times)} frames that are needed (about {size_gb:.1f} GB to "
-                f"read), and you may only read that folder. Whoever may write there, on a course the instructor, adds "
-                f"them with `make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds them "
-                f"in your own cache instead."
-            )
-        path = cfg.shared.to_write(path)
-    if size_gb > cfg.data.ask_above_gb:
+    size_gb = len(lacking) * len(CHANNELS) * data.native_size**2 * FILE_BYTES / GB
+    if not is_writable(path) and not data.private_cache:
+        raise PermissionError(
+            f"{path} lacks {len(lacking)} of the {len(times)} frames that are needed (about {size_gb:.1f} GB to read), "
+            f"and you may only read that folder. Whoever may write there, on a course the instructor, adds them with "
+            f"`make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds them in your own "
+            f"cache instead."
+        )
+    if size_gb > data.ask_above_gb:
         raise ValueError(
             f"{len(lacking)} frames would be built, for which about {size_gb:.0f} GB are read: more than "
-            f"data.ask_above_gb ({cfg.data.ask_above_gb:g}). Set training.max_train_samples, shorten the splits, or "
-            f"raise that key."
+            f"data.ask_above_gb ({data.ask_above_gb:g}). Set training.max_train_samples, shorten the splits, or raise "
+            f"that key."
         )
-    if shared and shared.path != path:
-        _copy_frames(shared, path, times)
-    return build_store(
-        times,
-        path,
-        shared.stored_channels if shared else channels,
-        cfg.data.reduce,
-        archive=archive,
-        native_size=cfg.data.native_size,
-        scalers=cfg.scalers,
-        workers=cfg.data.build_workers,
-        executor=executor,
-        reserve_gb=cfg.paths.reserve_gb,
-        progress=progress,
-    )
-
-
-def _copy_frames(source: FrameStore, path: Path, times: Iterable) -> None:
-    """Take over the frames of a store that may only be read into one of your own."""
-    if not (path / "zarr.json").is_file():
-        make_folder(path.parent)
-        shutil.copytree(source.path, path, ignore=lambda folder, names: [name for name in names if name[:2] == "c."])
-    target = open_store(path)
-    for when in times:
-        if when in source and when not in target and target.attributes == source.attributes:
-            aside = target.file(when).with_suffix(f".{os.getpid()}.partial")
-            with disk_errors(path):
-                shutil.copyfile(source.file(when), aside, follow_symlinks=False)
-                aside.replace(target.file(when))
+    if not is_writable(path):
+        path = cfg.shared.to_write(path)
+        if store and not path.exists():  # what is there need not be read from the archive again
+            wanted = {store.file(when).name for when in times}
+            make_folder(path.parent)
+            with disk_errors(path.parent):
+                unwanted = shutil.ignore_patterns(*{store.file(when).name for when in store.times} - wanted)
+                shutil.copytree(store.path, path, symlinks=True, ignore=unwanted)
+    settings = {"archive": archive, "native_size": data.native_size, "scalers": cfg.scalers, "executor": executor}
+    settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
+    return build_store(times, path, store.stored_channels if store else channels, data.reduce, **settings)
