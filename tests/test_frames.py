@@ -500,14 +500,12 @@ def test_builders_at_once_give_the_same_bytes(folder):
     assert not [path for path in folder.rglob("*") if path.suffix == ".partial" or path.name.startswith(".")]
 
 
-def test_workers_end_with_a_builder_that_is_killed(tmp_path):
-    def killed():
-        with worker_pool(1) as pool:
-            (tmp_path / "pid").write_text(str(pool.submit(os.getpid).result()))
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    assert _ends(_in_a_fork(killed)) == -signal.SIGKILL
-    worker = int((tmp_path / "pid").read_text())
+def test_workers_end_with_a_builder_that_is_killed():
+    code = "import os, signal; from helpers.data.frames import worker_pool; pool = worker_pool(1)\n"
+    code += "print(pool.submit(os.getpid).result(), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL
+    worker = int(killed.stdout)
     end = time.monotonic() + 60
     while time.monotonic() < end and Path(f"/proc/{worker}").exists():
         time.sleep(0.05)
