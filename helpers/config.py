@@ -600,8 +600,9 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
     if complete:
         known = _nested({key: value for key, value in (plain | located).items() if key not in faulty})
         sections = {name: SimpleNamespace(**keys) for name, keys in known.items() if isinstance(keys, dict)}
+        absent = (AttributeError, TypeError) if faulty else ()  # a key that is faulty itself is not there
         for rules in (_of_frames, _of_additions, _of_model, _of_labels, _of_target, _of_splits):
-            with suppress(AttributeError, TypeError):  # a key that is faulty itself is not there
+            with suppress(*absent):
                 for keys, sentence in rules(SimpleNamespace(**sections)):
                     origins = dict.fromkeys(values[key][1] for key in keys.split(", ") if key in values)
                     problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
