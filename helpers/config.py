@@ -191,7 +191,6 @@ class Training(_Section):
     epochs: Count
     regime: Literal["lora", "probe", "full", "scratch"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), MACHINE]
-    processes: Annotated[Count, COMPARED]
     precision: Literal["fp32", "bf16", "fp16"]
     frozen_dtype: Literal["fp32", "bf16"]
     deterministic: bool
@@ -286,7 +285,7 @@ class Config(_Section):
         """Keyword arguments of `SuryaEncoder` for this configuration."""
         own = self.model.model_dump(exclude={"weights", "weights_channels"})
         blocks = self.training.recompute_blocks
-        own["recompute_blocks"] = () if blocks == "auto" else blocks  # `fit` sees what fits
+        own["recompute_blocks"] = () if blocks == "auto" else blocks  # `recompute_if_needed` sees what fits
         return {"img_size": self.data.image_size, "in_chans": len(self.data.channels), **own}
 
     @property

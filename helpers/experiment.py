@@ -16,7 +16,7 @@ from helpers.model.lora import adapt, trainable_summary
 from helpers.shared import find_weights
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import fit, predict, seed_everything, standardise_features
-from helpers.training.memory import estimate_memory
+from helpers.training.memory import estimate_memory, recompute_if_needed
 from helpers.training.tracking import start_run
 
 
@@ -37,9 +37,9 @@ def train_run(cfg: Config) -> str:
     In one of several processes the name is empty but in the first of them.
     """
     seed_everything(cfg)
-    loaders = make_loaders(cfg)
-    model = build_model(cfg)
+    loaders, model = make_loaders(cfg), build_model(cfg)
     standardise_features(model, loaders, cfg)
+    recompute_if_needed(model, next(iter(loaders.val)), cfg)
     with start_run(cfg) if make_accelerator(cfg).is_main_process else nullcontext() as run:
         history = fit(model, loaders, cfg, run=run)
         for split in ("val", "test"):

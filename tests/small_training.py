@@ -45,6 +45,9 @@ class Numbers(Dataset):
     def __len__(self):
         return len(self.samples)
 
+    def target(self, i):
+        return self.targets[i]
+
     def __getitem__(self, i):
         time = self.samples["time"].iloc[i].isoformat()
         return {"ts": self.ts[i], "target": self.targets[i], "timestamp": time}

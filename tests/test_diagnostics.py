@@ -158,7 +158,6 @@ def test_recomputation_one_sample_and_bf16_save_what_they_promise():
 
 def test_auto_recomputes_no_block_more_than_the_memory_asks_for(capsys):
     model, batch, cfg = model_and_batch(6)
-    shape, cpu = (cfg.training.batch_size, *batch["ts"].shape[1:]), torch.device("cpu")
     backbone = model.encoder.backbone
 
     def needed(layers) -> int:
@@ -167,17 +166,17 @@ def test_auto_recomputes_no_block_more_than_the_memory_asks_for(capsys):
         return estimate.optimizer + estimate.step
 
     none, every = needed(()), needed(range(6))
-    recompute_if_needed(model, shape, cfg, cpu, free=2 * none)
+    recompute_if_needed(model, batch, cfg, free=2 * none)
     assert backbone.recompute_blocks == frozenset() and not capsys.readouterr().out
     free = int((none + every) / 2 / 0.9)
-    recompute_if_needed(model, shape, cfg, cpu, free=free)
+    recompute_if_needed(model, batch, cfg, free=free)
     chosen = backbone.recompute_blocks
     assert 0 < len(chosen) < 6 and needed(chosen) <= 0.9 * free < needed(range(len(chosen) - 1))
     assert f"{len(chosen)} of 6 blocks recompute" in capsys.readouterr().out
-    recompute_if_needed(model, shape, cfg, cpu, free=every // 2)
+    recompute_if_needed(model, batch, cfg, free=every // 2)
     assert backbone.recompute_blocks == frozenset(range(6))
     assert "Even so it may not fit: lower training.batch_size" in capsys.readouterr().out
-    recompute_if_needed(nn.Linear(2, 1), shape, cfg, cpu, free=1)  # no encoder, nothing to recompute
+    recompute_if_needed(nn.Linear(2, 1), batch, cfg, free=1)  # no encoder, nothing to recompute
 
 
 def test_weights_held_in_bf16_are_counted_so():

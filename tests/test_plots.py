@@ -15,7 +15,7 @@ from helpers.channels import CHANNELS, denormalise
 from helpers.config import load_config
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
-from helpers.training.loop import History
+from helpers.training.resume import History
 from helpers.training.tasks import ImagePredictions, Predictions, make_task
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer1D
 from helpers.model.lora import apply_lora
 from helpers.shared import DiskFullError
-from helpers.training.loop import BEST, STATE, Interrupted, fit, predict, seed_everything
-from helpers.training.tracking import start_run
+from helpers.training.loop import Interrupted, fit, predict, seed_everything
+from helpers.training.tracking import BEST, STATE, start_run
 
 EPOCHS, BATCHES = 3, 4
 OVERRIDES = {
@@ -214,8 +214,12 @@ def test_a_state_of_something_else_is_refused_by_name(tmp_path, whole):
     with pytest.raises(CheckpointError, match=r"whole .*other settings: training.lr \(0.01 then, 0.02 now\)"):
         train(tmp_path, "new2", resume="whole", **{"training.lr": 0.02})
     cfg = small_config(tmp_path, **OVERRIDES | {"training.resume": "whole"})
-    with pytest.raises(CheckpointError, match="other frames or labels in the training or validation split"):
+    with pytest.raises(CheckpointError, match="other frames or labels"):
         fit(build(), numbers(train_samples=16), cfg)
+    swapped = numbers(train_samples=8 * BATCHES)
+    swapped.val.dataset.targets[[0, 1]] = swapped.val.dataset.targets[[1, 0]]
+    with pytest.raises(CheckpointError, match="other frames or labels"):
+        fit(build(), swapped, cfg)
     with pytest.raises(CheckpointError, match="another model"):
         fit(nn.Linear(2, 1), numbers(train_samples=8 * BATCHES), cfg)
     (tmp_path / "runs/whole" / STATE).write_bytes(b"PK")

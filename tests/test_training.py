@@ -16,13 +16,7 @@ from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer1D
 from helpers.model.lora import adapt, apply_lora
 from helpers.training import devices
-from helpers.training.loop import (
-    Diverged,
-    fit,
-    parameter_groups,
-    predict,
-    seed_everything,
-)
+from helpers.training.loop import Diverged, fit, parameter_groups, predict, seed_everything
 from helpers.training.references import reference_predictions
 from helpers.training.tasks import Predictions, metrics_table
 from helpers.training.tracking import start_run
@@ -272,9 +266,15 @@ def test_a_device_that_is_not_there_is_named_with_those_that_are(config):
         config(**{"training.device": "gpu"})
 
 
-def test_the_gpu_with_the_most_free_memory_is_taken_and_named(capsys):
-    assert devices._emptiest([]) == "cpu" and devices._emptiest([5]) == "cuda:0" and not capsys.readouterr().out
-    assert devices._emptiest([20_000_000_000, 71_500_000_000, 3]) == "cuda:1"
+def test_the_gpu_with_the_most_free_memory_is_taken_and_named(monkeypatch, capsys):
+    free = [20_000_000_000, 71_500_000_000, 3]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: (free[number], 80_000_000_000))
+    devices._emptiest.cache_clear()
+    assert str(devices.choose_device("auto")) == "cuda:1"
+    free[0] = 10 * free[1]
+    assert str(devices.choose_device("auto")) == "cuda:1"  # chosen once
+    devices._emptiest.cache_clear()
     assert "cuda:1, which has the most free memory (GB free: cuda:0 20.0, cuda:1 71.5" in capsys.readouterr().out
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from helpers.channels import UNITS, Scaler, colormap, denormalise, normalise, stack_scalers, to_signed_log
 from helpers.config import Config, find_named
-from helpers.training.loop import History
 from helpers.training.metrics import tss
+from helpers.training.resume import History
 from helpers.training.tasks import TASKS, ImageExample, ImagePredictions, Predictions
 
 EXPERIMENT_COLORS = {"baseline": "0.35", "finetune": "tab:red"}

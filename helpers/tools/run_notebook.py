@@ -28,8 +28,7 @@ from helpers.config import load_config, parse_parameters
 from helpers.shared import atomic_write
 from helpers.tools.command import ROOT, Refusal, add_choices, find_notebook
 from helpers.tools.command import run as run_command
-from helpers.training.loop import STATE, how_to_go_on
-from helpers.training.tracking import claim_run
+from helpers.training.tracking import STATE, claim_run, how_to_go_on
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:

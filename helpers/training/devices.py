@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import cache
 
 import psutil
@@ -15,29 +14,32 @@ from helpers.config import Config
 
 
 def one_of_several() -> bool:
-    """Whether this is one of several processes that train together, whoever started them."""
+    """Whether this is one of several processes that train together (`accelerate launch`, `torchrun`)."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """A fresh Accelerator on `training.device` in `training.precision`: another cell may ask for another one.
+    """An Accelerator on `training.device` in `training.precision`.
 
     Raises:
         ValueError: the machine has no such device, or the device cannot compute in that precision, or the processes
             cannot share the batches.
     """
-    device = _device_of_this_process(cfg)
-    if cfg.training.precision == "fp16" and device.type != "cuda":
-        raise ValueError(
-            f"training.precision: fp16 needs a GPU, and this runs on {device}: its small range needs loss scaling, "
-            "which exists for CUDA alone. Set training.precision to bf16 or fp32."
-        )
+    # Accelerate keeps the first device and precision of a process, and another cell may ask for another one
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    if not one_of_several():  # else Accelerate knows which process has which GPU
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+    if one_of_several():  # Accelerate knows which process has which GPU
+        cpu = cfg.training.device == "cpu" or not torch.cuda.is_available()
+    else:
+        device = choose_device(cfg.training.device)
+        cpu, os.environ["ACCELERATE_TORCH_DEVICE"] = device.type == "cpu", str(device)
+    if cfg.training.precision == "fp16" and cpu:
+        raise ValueError(
+            "training.precision: fp16 needs a GPU, and this runs on cpu: its small range needs loss scaling, which "
+            "exists for CUDA alone. Set training.precision to bf16 or fp32."
+        )
     accelerator = Accelerator(
-        cpu=device.type == "cpu",
+        cpu=cpu,
         mixed_precision={"fp32": "no"}.get(cfg.training.precision, cfg.training.precision),
         gradient_accumulation_steps=cfg.training.accumulation,
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # batch_size is that of all processes together
@@ -50,40 +52,27 @@ def make_accelerator(cfg: Config) -> Accelerator:
     return accelerator
 
 
-def _device_of_this_process(cfg: Config) -> torch.device:
-    if one_of_several():
-        return torch.device("cuda" if cfg.training.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if cfg.training.processes > 1 and not torch.cuda.is_initialized():
-        return torch.device("cpu")  # a process that has used a GPU cannot be copied: `fit` uses them first
-    return choose_device(cfg.training.device)
-
-
 def choose_device(wanted: str) -> torch.device:
     """The device that `training.device` means: for "auto" the GPU with the most free memory, or the CPU.
 
     Raises:
         ValueError: there is no such device; the message lists those there are.
     """
-    count = torch.cuda.device_count()
-    there = ["cpu", *(f"cuda:{number}" for number in range(count))]
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     if wanted == "auto":
-        return torch.device(_automatic())
+        return torch.device(_emptiest())
     if (name := {"cuda": "cuda:0"}.get(wanted, wanted)) not in there:
         raise ValueError(f"training.device is {wanted!r}, and this machine has {', '.join(there)}. Or write auto.")
     return torch.device(name)
 
 
 @cache
-def _automatic() -> str:
-    """What "auto" means in this process, chosen once: its own tensors would send the next choice to another GPU."""
-    return _emptiest([torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())])
-
-
-def _emptiest(free: Sequence[int]) -> str:
-    """The GPU with the most free bytes, said aloud where there is a choice; without GPUs the CPU."""
+def _emptiest() -> str:
+    """The GPU with the most free memory, or the CPU; chosen once: its own tensors would send the next choice away."""
+    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
     if not free:
         return "cpu"
-    number = max(range(len(free)), key=free.__getitem__)
+    number = free.index(max(free))
     if len(free) > 1:
         listed = ", ".join(f"cuda:{i} {size / 1e9:.1f}" for i, size in enumerate(free))
         print(f"training on cuda:{number}, which has the most free memory (GB free: {listed})")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,14 +83,16 @@ def estimate_memory(
         tensors = (*model.parameters(), *model.buffers())
         shadow = copy.deepcopy(model, {id(tensor): fake.from_tensor(tensor) for tensor in tensors}).train()
         ts = torch.empty(shape, device=next(model.parameters()).device)
-        if frozen_dtype == "bf16" and hasattr(shadow, "encoder"):
+    encoder = _encoder_of(shadow)
+    if encoder is not None and frozen_dtype == "bf16":
+        with fake:
             hold_frozen(shadow, torch.bfloat16)
-    if recompute is not None and hasattr(shadow, "encoder"):
-        shadow.encoder.backbone.recompute_blocks = frozenset(range(cfg.model.depth)) if recompute else frozenset()
-    with fake, _Live() as live:
-        by_block = _step(shadow, {**batch, "ts": ts}, precision or cfg.training.precision, live)
+    if encoder is not None and recompute is not None:
+        encoder.backbone.recompute_blocks = frozenset(range(cfg.model.depth)) if recompute else frozenset()
+    with fake, _Live() as live, _watched_blocks(encoder, live) as kept:
+        _step(shadow, {**batch, "ts": ts}, precision or cfg.training.precision)
     weights = sum(t.numel() * t.element_size() for t in (*shadow.parameters(), *shadow.buffers()))
-    return StepMemory(weights, ADAM_BYTES * trainable_summary(model).trainable, live.peak, by_block)
+    return StepMemory(weights, ADAM_BYTES * trainable_summary(model).trainable, live.peak, kept)
 
 
 def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> int:
@@ -115,25 +118,26 @@ def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> i
     return peak
 
 
-def recompute_if_needed(
-    model: nn.Module, shape: tuple[int, ...], cfg: Config, device: torch.device, free: int | None = None
-) -> None:
-    """Let as few blocks of the encoder as possible recompute their activations, so that a training step fits; says so.
+def recompute_if_needed(model: nn.Module, batch: Mapping[str, Any], cfg: Config, free: int | None = None) -> None:
+    """With `training.recompute_blocks: auto`, let as few blocks of the encoder as possible recompute their activations,
+    so that a training step fits; says so.
 
     Args:
-        model: on its device, with what trains chosen; its encoder's `recompute_blocks` is set.
-        shape: (B, C, T, H, W) of the images of one step on this device.
+        model: with what trains chosen; it is moved to its device, and its encoder's `recompute_blocks` is set.
+        batch: one batch, for its shapes (B, C, T, H, W).
         free: bytes to fit into; None asks the device. A tenth is left for what libraries keep for themselves.
     """
-    encoder = getattr(model, "encoder", None)
-    if not isinstance(encoder, SuryaEncoder):
+    encoder = _encoder_of(model)
+    if encoder is None or cfg.training.recompute_blocks != "auto":
         return
-    free = free_memory(device) if free is None else free
-    batch = {"ts": torch.empty(shape, device="meta")}
+    accelerator = make_accelerator(cfg)
+    model.to(accelerator.device)
+    free = free_memory(accelerator.device) if free is None else free
+    share = cfg.training.batch_size // accelerator.num_processes
 
     def needed(count: int) -> StepMemory:
         encoder.backbone.recompute_blocks = frozenset(range(count))
-        return estimate_memory(model, batch, cfg, batch_size=shape[0])
+        return estimate_memory(model, batch, cfg, batch_size=share)
 
     kept = estimate = needed(0)
     count, blocks = 0, list(kept.by_block.values())[1:]  # the first entry is the embedding
@@ -143,7 +147,7 @@ def recompute_if_needed(
             count += 1
         estimate = needed(count)
     if count:
-        sizes = f"{(kept.optimizer + kept.step) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {device}"
+        sizes = f"{(kept.optimizer + kept.step) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {accelerator.device}"
         print(f"{count} of {len(blocks)} blocks recompute their activations: a step would add {sizes}.")
     if excess > 0:
         print(f"Even so it may not fit: lower training.batch_size, which is {cfg.training.batch_size}.")
@@ -171,29 +175,40 @@ def memory_options(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> p
     )
 
 
-def _step(model: nn.Module, batch: Mapping[str, Any], precision: str, live: _Live | None = None) -> dict[str, int]:
-    """Forward and backward; what each block of the encoder leaves alive behind it."""
-    marks: dict[str, int] = {}
+def _encoder_of(model: nn.Module) -> SuryaEncoder | None:
+    encoder = getattr(model, "encoder", None)
+    return encoder if isinstance(encoder, SuryaEncoder) else None
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            marks.setdefault(name, live.now)  # the first time; recomputation comes here again
 
-        return hook
-
-    encoder, hooks = getattr(model, "encoder", None), []
-    if live is not None and encoder is not None:
-        spectral, attention = encoder.backbone.blocks_spectral_gating, encoder.backbone.blocks_attention
-        named = {"embedding": encoder.embedding}
-        named |= {f"block {i}": block for i, block in enumerate((*spectral, *attention))}
-        hooks = [module.register_forward_hook(note(name)) for name, module in named.items()]
+def _step(model: nn.Module, batch: Mapping[str, Any], precision: str) -> None:
+    """Forward and backward."""
     with torch.autocast(batch["ts"].device.type, PRECISION.get(precision), enabled=precision in PRECISION):
         output = model(batch)
     output.float().square().mean().backward()
+
+
+@contextmanager
+def _watched_blocks(encoder: SuryaEncoder | None, live: _Live) -> Iterator[dict[str, int]]:
+    """While inside, a forward pass fills the dict with the bytes that each block leaves alive behind it."""
+    kept: dict[str, int] = {}
+    before = 0
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            nonlocal before
+            if name not in kept:  # recomputation comes here again
+                kept[name], before = live.now - before, live.now
+
+        return hook
+
+    hooks = []
+    if encoder is not None:
+        blocks = (*encoder.backbone.blocks_spectral_gating, *encoder.backbone.blocks_attention)
+        watched = {"embedding": encoder.embedding} | {f"block {i}": block for i, block in enumerate(blocks)}
+        hooks = [module.register_forward_hook(note(name)) for name, module in watched.items()]
+    yield kept
     for hook in hooks:
         hook.remove()
-    sizes = list(marks.values())
-    return {name: size - before for name, size, before in zip(marks, sizes, [0, *sizes], strict=False)}
 
 
 class _Live(TorchDispatchMode):

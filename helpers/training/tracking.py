@@ -8,18 +8,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-import netrc
 import os
 import re
-import socket
 import subprocess
-import urllib.request
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlparse
 
 import pandas as pd
 import yaml
@@ -30,8 +28,10 @@ from helpers.shared import atomic_write, make_folder, remove_leftovers, share
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
+BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapter` reads them
 _OWN = ("name", "experiment", "task", "profile", "status", "started", "finished")  # what runs are chosen by
-UPLOAD_SECONDS = 30  # how long the start and the end of a run wait for Weights & Biases
+UPLOAD_SECONDS = 15  # how long the start and the end of a run wait for Weights & Biases
 
 
 class Run:
@@ -118,7 +118,16 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.finish("failed" if kind else "finished")
+        try:
+            self.finish("failed" if kind else "finished")
+        except OSError:
+            if kind is None:
+                raise
+            # the disk is full: what ended the run is to be read, not this; and a word of the same length needs no space
+            summary = self.folder / "summary.json"
+            text = summary.read_text(encoding="utf-8").replace('"running"', '"failed" ')
+            with open(summary, "r+", encoding="utf-8") as file:
+                file.write(text)
 
     def _write_summary(self, status: str) -> None:
         content = {**self._about, "status": status, "metrics": self._metrics}
@@ -142,25 +151,30 @@ def start_run(cfg: Config, name: str | None = None, experiment: str | None = Non
 
     Args:
         cfg: the configuration; a copy is written beside the results.
-        name: of the folder; None takes the next free `<experiment>-<task>-<profile>-<NNN>`. `make run-notebook` has
-            made the folder already and passes its name.
+        name: of the folder, a plain name; None takes the next free `<experiment>-<task>-<profile>-<NNN>`.
+            `make run-notebook` has made the folder already and passes its name.
         experiment: what the run is compared as; None takes the configuration's.
 
     Raises:
+        ValueError: the name is not a plain name.
         FileExistsError: if a run of that name has begun before.
     """
-    experiment = experiment or cfg.experiment
-    runs = cfg.runs_folder
+    experiment, runs = experiment or cfg.experiment, cfg.runs_folder
+    # what a kill inside a save left behind
+    for leftover in runs.glob("*/.*.pt"):
+        if time.time() - leftover.stat().st_mtime > 86_400:
+            leftover.unlink(missing_ok=True)
     if name is None:
-        folder = claim_run(runs, f"{experiment}-{cfg.task}-{cfg.profile}")
-    else:
-        folder = runs / name
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "summary.json").exists():
-            raise FileExistsError(
-                f"{folder} holds the results of an earlier run, and runs are not overwritten. "
-                "Pass name=None to get the next free number, or another name."
-            )
+        return Run(claim_run(runs, f"{experiment}-{cfg.task}-{cfg.profile}"), cfg, experiment)
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
+        raise ValueError(f"A run cannot be called {name!r}: a name is letters, digits, _ . + and -, without a folder.")
+    folder = runs / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "summary.json").exists():
+        raise FileExistsError(
+            f"{folder} holds the results of an earlier run, and runs are not overwritten. "
+            "Pass name=None to get the next free number, or another name."
+        )
     return Run(folder, cfg, experiment)
 
 
@@ -183,26 +197,28 @@ def claim_run(runs: Path, prefix: str) -> Path:
 def list_runs(runs: str | Path, **wanted: str | None) -> pd.DataFrame:
     """The finished runs in the folder `runs`, oldest first, one row each with its metrics.
 
+    A run whose record cannot be read is left out and named.
+
     Args:
         runs: the folder of all runs (`cfg.runs_folder`).
         **wanted: experiment=, task= or profile= to choose by; None means any.
+
+    Returns:
+        The columns name, experiment, task, profile, status, started, finished, folder, and the metrics.
     """
     if unknown := set(wanted) - set(_OWN):
         raise TypeError(f"Runs are chosen by {', '.join(_OWN)}, not by {', '.join(sorted(unknown))}.")
     rows = []
     for path in Path(runs).glob("*/summary.json"):
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        fits = all(summary.get(key) == value for key, value in wanted.items() if value is not None)
-        if fits and summary["status"] == "finished":
-            rows.append({**{key: summary[key] for key in _OWN}, "folder": path.parent, **summary["metrics"]})
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8"))
+            fits = all(summary[key] == value for key, value in wanted.items() if value is not None)
+            if fits and summary["status"] == "finished":
+                rows.append({**{key: summary[key] for key in _OWN}, "folder": path.parent, **summary["metrics"]})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            print(f"Left out: {path.parent}, whose summary.json is damaged ({type(error).__name__}: {error}).")
     table = pd.DataFrame(rows, columns=None if rows else [*_OWN, "folder"])
     return table.sort_values("finished", ignore_index=True)
-
-
-def latest_run(runs: str | Path, **wanted: str | None) -> dict[str, Any] | None:
-    """The last finished run that `list_runs` would show for the same arguments, as a dict; None if there is none."""
-    table = list_runs(runs, **wanted)
-    return None if table.empty else table.iloc[-1].dropna().to_dict()
 
 
 def sync_command(runs: str | Path) -> str:
@@ -211,6 +227,15 @@ def sync_command(runs: str | Path) -> str:
     if not found:
         return f"No run in {runs} waits for an upload."
     return f"wandb sync {Path(runs)}/*/wandb/offline-run-*   # {len(found)} runs"
+
+
+def how_to_go_on(name: str, cfg: Config) -> str:
+    """What to type to go on with the interrupted run `name`."""
+    words = f"NB={cfg.experiment} TASK={cfg.task} PROFILE={cfg.profile}"
+    return (
+        f'To go on: make run-notebook {words} P="training.resume={name}" with the other parameters of the run, or in '
+        f'the notebook parameters = {{"training.resume": "{name}"}}, and run all cells.'
+    )
 
 
 def _now() -> str:
@@ -227,31 +252,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Weights & Biases
-# --------------------------------------------------------------------------------------------------------------------
-def wandb_mode(cfg: Config) -> str:
-    """`online`, `offline` or `disabled`; for `auto`, what WANDB_MODE says, else online if the person is logged in."""
-    if cfg.tracking.wandb != "auto":
-        return cfg.tracking.wandb
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_entry() else "offline"
-
-
-def _server() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
-def _has_netrc_entry() -> bool:
-    host = urlparse(_server()).hostname
-    try:
-        logins = netrc.netrc(os.environ.get("NETRC") or Path.home() / ".netrc")
-    except (OSError, netrc.NetrcParseError):
-        return False
-    return logins.authenticators(host) is not None
-
-
 def commit_of(folder: Path) -> str:
     """The git commit of the code in `folder`, with "+changes" where tracked files differ from it."""
     try:
@@ -264,17 +264,19 @@ def commit_of(folder: Path) -> str:
     return commit.strip() + ("+changes" if changes else "")
 
 
-def _answers(url: str, seconds: float = 3.0) -> bool:
-    """Whether anybody listens there; with a proxy that is the proxy's to find out."""
-    if urllib.request.getproxies():
-        return True
-    address = urlparse(url)
-    port = address.port or {"http": 80}.get(address.scheme, 443)
-    try:
-        socket.create_connection((address.hostname, port), seconds).close()
-    except OSError:
-        return False
-    return True
+# --------------------------------------------------------------------------------------------------------------------
+# Weights & Biases
+# --------------------------------------------------------------------------------------------------------------------
+def wandb_mode(cfg: Config) -> str:
+    """`online`, `offline` or `disabled`; for `auto`, what WANDB_MODE says, else online if the person is logged in."""
+    if cfg.tracking.wandb != "auto":
+        return cfg.tracking.wandb
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
 
 def _start_wandb(cfg: Config, folder: Path, experiment: str, commit: str) -> Any:
@@ -285,23 +287,22 @@ def _start_wandb(cfg: Config, folder: Path, experiment: str, commit: str) -> Any
     mode = wandb_mode(cfg)
     if mode == "disabled":
         return None
-    if mode == "online" and not _answers(_server()):
-        print(f"{_server()} does not answer, so this run is offline. Later: wandb sync {folder}/wandb/offline-run-*")
-        mode = "offline"
-    try:
-        import wandb
+    import wandb
 
-        # only what a comparison of runs needs: no copy of the console or the code, no polling of the machine
-        settings = wandb.Settings(
-            silent=True, console="off", disable_git=True, save_code=False,
-            init_timeout=UPLOAD_SECONDS, finish_timeout=UPLOAD_SECONDS, finish_timeout_raises=False,
-            x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True,
-        )  # fmt: skip
-        return wandb.init(
-            project=cfg.tracking.project, entity=cfg.tracking.entity, name=folder.name, dir=str(folder), mode=mode,
-            group=f"{cfg.task}-{cfg.profile}", job_type=experiment, settings=settings,
-            config={**cfg.to_dict(), "commit": commit}, reinit="create_new",
-        )  # fmt: skip
-    except Exception as error:  # no network, a wrong key, a full disk: the local history goes on
-        warnings.warn(f"Weights & Biases did not start ({error}); this run is kept in {folder} alone.", stacklevel=4)
-        return None
+    # only what a comparison of runs needs: no copy of the console or the code, no polling of the machine
+    settings = wandb.Settings(
+        silent=True, console="off", disable_git=True, save_code=False,
+        init_timeout=UPLOAD_SECONDS, finish_timeout=UPLOAD_SECONDS, finish_timeout_raises=False,
+        x_disable_stats=True, x_disable_meta=True, x_disable_machine_info=True,
+    )  # fmt: skip
+    for attempt in dict.fromkeys((mode, "offline")):
+        try:
+            # the id is given, because WANDB_RUN_ID in the environment would be that of every run
+            return wandb.init(
+                project=cfg.tracking.project, entity=cfg.tracking.entity, name=folder.name, dir=str(folder),
+                mode=attempt, id=uuid.uuid4().hex[:8], group=f"{cfg.task}-{cfg.profile}", job_type=experiment,
+                config={**cfg.to_dict(), "commit": commit}, reinit="create_new", settings=settings,
+            )  # fmt: skip
+        except Exception as error:  # no network, a wrong key, a full disk: the local history goes on
+            warnings.warn(f"Weights & Biases did not start {attempt} ({error}); {folder} has it all.", stacklevel=4)
+    return None

@@ -1,0 +1,162 @@
+"""Stopping and going on: all that changes during a training, in one file of the run's folder.
+
+Accelerate's `save_state` writes a folder, and a folder cannot take the place of the one before in one step. A file can:
+a kill at any moment leaves the old state or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from helpers.config import Config, settings_that_matter
+from helpers.data.dataset import Loaders
+from helpers.model.checkpoint import CheckpointError, load_state, loaded_from, save_state, trained_state
+from helpers.training.tracking import STATE
+
+
+@dataclass
+class History:
+    """One row an epoch (epoch 0 is before training, on a part of the training split) and which epoch was kept."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped: str = ""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows as a table indexed by epoch."""
+        return pd.DataFrame(self.rows).set_index("epoch")
+
+
+@dataclass
+class Progress:
+    """Where a training stands: the epoch that is to be done, and what is done of it already."""
+
+    epoch: int = 0
+    batches: int = 0
+    loss: float = 0.0  # summed over the samples of these batches
+    samples: int = 0
+
+    def __str__(self) -> str:
+        return f"after batch {self.batches} of epoch {self.epoch}" if self.batches else f"after epoch {self.epoch - 1}"
+
+
+class RunState:
+    """All that a later process needs to go on as if the training had never stopped.
+
+    Args:
+        parts: objects with a state_dict, by name: optimizer, schedule and loss scaler.
+        generator: of the shuffled training loader.
+        origin: what must be the same in the run that goes on (see `origin_of`).
+    """
+
+    def __init__(
+        self, model: nn.Module, parts: Mapping[str, Any], generator: torch.Generator | None, origin: Mapping[str, Any]
+    ) -> None:
+        self.model, self.parts, self.generator, self.origin = model, parts, generator, origin
+        self.progress, self.history = Progress(), History()
+        self.score, self.best = -math.inf, {}
+        self.order: Tensor | None = None  # state of the generator at the start of the epoch
+        self.saved = "nothing was saved yet"
+
+    def save(self, path: Path | None) -> None:
+        """Write everything to `path`, in place of what was there. All processes call this; the first has a path."""
+        randomness = gather_object([_random_state()])
+        if path is None:
+            return
+        between = self.generator.get_state() if self.generator is not None else None
+        state = {
+            **self.origin,
+            "model": {key: tensor.detach().cpu() for key, tensor in trained_state(self.model).items()},
+            "best": {key: tensor.cpu() for key, tensor in self.best.items()},
+            "score": self.score,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "random": randomness,
+            "order": self.order if self.progress.batches else between,
+            "progress": vars(self.progress),
+            "history": vars(self.history),
+        }
+        save_state(path, state)
+        self.saved = f"the last good state is {path} ({self.progress})"
+
+    def load(self, path: Path, process: int, processes: int) -> None:
+        """Take everything from the file of another run.
+
+        Args:
+            process, processes: the number of this process, and how many there are.
+
+        Raises:
+            CheckpointError: no such file, or one of another model, configuration, data or number of processes.
+        """
+        if not path.is_file():
+            there = sorted(found.parent.name for found in path.parents[1].glob(f"*/{STATE}"))
+            raise CheckpointError(
+                f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
+            )
+        state, own = load_state(path), trained_state(self.model)
+        before, now = state["config"], self.origin["config"]
+        other = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
+        reasons = {
+            f"other settings: {', '.join(other)}": bool(other),
+            "other frames or labels": state["data"] != self.origin["data"],
+            "another checkpoint under the model": state["checkpoint"] != self.origin["checkpoint"],
+            "another model": set(state["model"]) != set(own),
+            f"{len(state['random'])} process(es), and now there are {processes}": len(state["random"]) != processes,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise CheckpointError(
+                f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(found)}. "
+                "Take back what differs, or start a new run without training.resume."
+            )
+        with torch.no_grad():
+            for key, tensor in state["model"].items():
+                own[key].copy_(tensor)
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
+        self.score, self.best = state["score"], state["best"]
+        if (order := state["order"]) is not None:
+            self.order = order
+            self.generator.set_state(order)
+        _set_random_state(state["random"][process])
+
+
+def origin_of(cfg: Config, loaders: Loaders, model: nn.Module) -> dict[str, Any]:
+    """What a training comes from: its settings, the fingerprint of its data, and that of the weights it starts from."""
+    digest = hashlib.sha256()
+    for data in (loaders.train.dataset, loaders.val.dataset, loaders.test.dataset):
+        digest.update(repr([time.isoformat() for time in data.samples["time"]]).encode())
+        digest.update(data.targets.double().numpy().tobytes() if data.targets is not None else b"images")
+    digest.update(loaders.target_mean.double().numpy().tobytes())
+    settings = settings_that_matter(cfg, "resume")
+    return {"config": settings, "data": digest.hexdigest()[:16], "checkpoint": loaded_from(model)}
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - a dataset of one's own may draw from it
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
