@@ -19,6 +19,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
+from helpers import shared
 from helpers.config import load_config
 from helpers.training import tracking
 from helpers.training.tracking import claim_run, list_runs, start_run, wandb_mode
@@ -114,7 +115,8 @@ def test_runs_are_found_by_experiment_task_and_profile(cfg):
         list_runs(cfg.paths.runs, seed="0")
 
 
-def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd):
+def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "same")
     with start_run(with_wandb(cfg, "offline"), experiment="baseline") as run:
         run.describe(data_fingerprint="d1", checkpoint_fingerprint="none")
         run.log({"loss": 0.125}, step=0)
@@ -124,6 +126,7 @@ def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd):
         run.figure("curves", figure)
         run.summary({"test_rmse": 0.3})
     (file,) = run.folder.glob("wandb/offline-run-*/*.wandb")
+    assert "same" not in file.name
     deadline = time.monotonic() + 20  # wandb's own process writes the file, shortly after finish()
     while not (records := wandb_records(file)) or not records[-1].HasField("exit"):
         assert time.monotonic() < deadline, f"{file} is not complete"
@@ -164,7 +167,7 @@ class TestWandbMayFail:
 
     def test_at_the_start(self, cfg, monkeypatch):
         monkeypatch.setattr("wandb.init", lambda **_: (_ for _ in ()).throw(OSError("no network")))
-        with pytest.warns(UserWarning, match=r"did not start online \(no network\)"):
+        with pytest.warns(UserWarning, match=r"did not start (online|offline) \(no network\)"):
             run = start_run(with_wandb(cfg, "online"))
         self.check_local_history(run)
 
@@ -187,28 +190,55 @@ class TestWandbMayFail:
         assert len(pd.read_csv(run.folder / "history.csv")) == 2
 
 
-def test_a_server_that_is_not_there_costs_seconds_and_the_run_is_offline(cfg, monkeypatch, capsys):
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    started = time.monotonic()
-    with start_run(with_wandb(cfg, "online")) as run:
-        run.log({"loss": 1.0}, step=0)
-    assert time.monotonic() - started < 40
-    assert list(run.folder.glob("wandb/offline-run-*"))
-
-
-def test_a_server_that_never_replies_does_not_hold_the_training_up(cfg, monkeypatch):
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_server_that_does_not_answer_costs_seconds_and_the_run_is_offline(cfg, monkeypatch, silent):
+    """Nobody listens there, or somebody who never replies."""
     monkeypatch.setattr(tracking, "UPLOAD_SECONDS", 3)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1] if silent else 9}")
         monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
         started = time.monotonic()
-        with pytest.warns(UserWarning, match="Weights & Biases"), start_run(with_wandb(cfg, "online")) as run:
+        with pytest.warns(UserWarning, match="did not start online"), start_run(with_wandb(cfg, "online")) as run:
             run.log({"loss": 1.0}, step=0)
         assert time.monotonic() - started < 40
-    assert len(pd.read_csv(run.folder / "history.csv")) == 1
+    assert len(pd.read_csv(run.folder / "history.csv")) == 1 and list(run.folder.glob("wandb/offline-run-*"))
     for path in (path for path in run.folder.rglob("*") if path.is_file()):
         assert b"k" * 40 not in path.read_bytes(), f"{path} holds the key"
+
+
+@pytest.mark.parametrize("name", ["", "..", ".", "/abs", "../x", "a/b", "-rf"])
+def test_a_run_has_a_plain_name(cfg, name):
+    with pytest.raises(ValueError, match="A run cannot be called"):
+        start_run(cfg, name)
+
+
+def test_one_damaged_record_is_left_out_and_named(cfg, capsys):
+    for name in ("whole", "empty", "cut"):
+        start_run(cfg, name).finish()
+    (Path(cfg.paths.runs) / "empty/summary.json").write_text("{}")
+    (Path(cfg.paths.runs) / "cut/summary.json").write_text('{"name": "cu')
+    assert list(list_runs(cfg.paths.runs, task="flare")["name"]) == ["whole"]
+    said = capsys.readouterr().out
+    assert "runs/empty" in said and "runs/cut" in said
+
+
+def test_a_disk_that_stays_full_hides_no_error_and_leaves_no_run_running(cfg, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ZeroDivisionError), start_run(cfg, "full") as run:
+        monkeypatch.setattr(shared.os, "replace", full)
+        raise ZeroDivisionError
+    assert json.loads((run.folder / "summary.json").read_text())["status"] == "failed"
+
+
+def test_what_a_kill_left_inside_a_save_goes_after_a_day(cfg):
+    folder = start_run(cfg, "killed").folder
+    old, young = folder / ".last.0123456789ab.pt", folder / ".last.ba9876543210.pt"
+    old.write_bytes(b"1"), young.write_bytes(b"2")
+    os.utime(old, (time.time() - 2 * 86_400,) * 2)
+    start_run(cfg)
+    assert young.exists() and not old.exists()
 
 
 def test_a_run_says_which_code_data_and_weights_made_it(cfg, tmp_path):
@@ -228,17 +258,27 @@ def test_a_run_says_which_code_data_and_weights_made_it(cfg, tmp_path):
     assert (about["data_fingerprint"], about["checkpoint_fingerprint"]) == ("abc", "none") and about["commit"]
 
 
-def test_auto_is_online_only_for_who_is_logged_in(cfg, tmp_path, monkeypatch):
+def test_auto_is_online_only_for_who_is_logged_in(cfg, tmp_path, monkeypatch, capfd):
+    import wandb
+
     auto = with_wandb(cfg, "auto")
+
+    def mode() -> str:
+        wandb.teardown()  # it reads the environment once a process
+        return wandb_mode(auto)
+
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb_mode(auto) == "offline"
-    (tmp_path / "netrc").write_text("machine elsewhere.org login user password secret\n")
+    assert mode() == "offline"
+    (tmp_path / "netrc").write_text(f"machine elsewhere.org login user password {'k' * 40}\n")
     os.chmod(tmp_path / "netrc", 0o600)
-    assert wandb_mode(auto) == "offline"
+    assert mode() == "offline"
     monkeypatch.setenv("WANDB_BASE_URL", "https://elsewhere.org")
-    assert wandb_mode(auto) == "online"
+    assert mode() == "online"
     monkeypatch.delenv("WANDB_BASE_URL")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    assert mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode(auto) == "online"
+    assert mode() == "online"
     monkeypatch.setenv("WANDB_MODE", "offline")
-    assert wandb_mode(auto) == "offline" and wandb_mode(with_wandb(cfg, "online")) == "online"
+    assert mode() == "offline" and wandb_mode(with_wandb(cfg, "online")) == "online"
+    assert "wandb" not in "".join(capfd.readouterr())
