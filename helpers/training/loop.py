@@ -25,7 +25,7 @@ from helpers.config import Config
 from helpers.data.dataset import Loaders
 from helpers.model.checkpoint import save_adapter, trained_state
 from helpers.model.heads import FeatureModel
-from helpers.shared import raise_if_full
+from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator, one_of_several
 from helpers.training.resume import History, Progress, RunState, origin_of
 from helpers.training.tasks import ImagePredictions, Predictions, Task, check_shapes, make_task
@@ -114,10 +114,8 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
                 trainer.end_epoch(loss, trainer.judge(loaders.val), time.perf_counter() - started)
         except KeyboardInterrupt:
             raise Interrupted(f"Interrupted. {_what_remains(trainer.state, cfg, run)}", trainer.state.history) from None
-        except OSError as error:
-            if run is not None:
-                raise_if_full(error, run.folder, _what_remains(trainer.state, cfg, run))
-            raise
+        except DiskFullError as error:
+            raise DiskFullError(f"{error} {_what_remains(trainer.state, cfg, run)}") from None
         finally:
             trainer.finish()
     return trainer.state.history

@@ -11,7 +11,6 @@ import math
 import os
 import re
 import subprocess
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,7 +22,7 @@ import pandas as pd
 import yaml
 
 from helpers.config import Config
-from helpers.shared import atomic_write, make_folder, remove_leftovers, share
+from helpers.shared import atomic_write, disk_errors, make_folder, remove_leftovers, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +76,8 @@ class Run:
                 f"{self.folder / 'history.csv'} has the columns {', '.join(self._columns)}, but this row has "
                 f"{', '.join(row)}. Log the same names at every step; single numbers belong into run.summary(...)."
             )
-        with open(self.folder / "history.csv", "a", newline="", encoding="utf-8") as file:
+        path = self.folder / "history.csv"
+        with disk_errors(self.folder), open(path, "a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns)
             if first:
                 writer.writeheader()
@@ -160,10 +160,6 @@ def start_run(cfg: Config, name: str | None = None, experiment: str | None = Non
         FileExistsError: if a run of that name has begun before.
     """
     experiment, runs = experiment or cfg.experiment, cfg.runs_folder
-    # what a kill inside a save left behind
-    for leftover in runs.glob("*/.*.pt"):
-        if time.time() - leftover.stat().st_mtime > 86_400:
-            leftover.unlink(missing_ok=True)
     if name is None:
         return Run(claim_run(runs, f"{experiment}-{cfg.task}-{cfg.profile}"), cfg, experiment)
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
