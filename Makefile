@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab test test-fast test-notebooks bench cache update new-notebook lint lock clean
+.PHONY: help env run-notebook lab test test-fast test-notebooks bench plan cache update new-notebook lint lock clean
 
 # Variables of the command line: one that no target knows would be lost without a word.
 KNOWN := NB TASK PROFILE P FROM NAME ARGS B PYTHON
@@ -64,6 +64,9 @@ ifeq ($(B),list)
 else
 	@"$(PY)" "tests/benchmarks/$(basename $(or $(B),speed)).py" $(ARGS)
 endif
+
+plan: env  ## what a task would use, download and store, before it does [TASK=..] [PROFILE=..] [P="..."]
+	@"$(PY)" -m helpers.tools.plan $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 
 cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]
 	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") $(ARGS)

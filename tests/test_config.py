@@ -135,7 +135,7 @@ def test_names_in_paths_are_filled_in(path):
     sun = path.parent / "s/surya-course/synthetic/sun-4"
     assert cfg.shared.path == path.parent / "s/surya-course"
     assert cfg.synthetic.folder == str(sun)
-    assert cfg.data.index == str(sun / "index.csv") and cfg.labels.path == str(sun / "flares.csv")
+    assert cfg.data.archive == str(sun) and cfg.labels.path == str(sun / "flares.csv")
     assert cfg.model.weights == str(path.parent / "helpers/data/surya.tiny.pt")
     assert cfg.runs_folder == Path.home() / "r"
     assert load_config(path, {"data.index": "s3://bucket/i.csv"}).data.index == "s3://bucket/i.csv"
@@ -325,7 +325,7 @@ def test_a_contradiction_names_the_file_that_is_wrong(folder):
 
 def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
     message = mistakes(path, {"synthetic.folder": None})
-    assert all(f"{key}: {{synthetic}} in " in message for key in ("labels.path", "data.index", "data.store"))
+    assert all(f"{key}: {{synthetic}} in " in message for key in ("labels.path", "data.archive", "data.store"))
 
 
 @pytest.mark.parametrize(

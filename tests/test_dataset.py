@@ -10,9 +10,10 @@ from frame_files import physical_frame, write_index, write_netcdf
 
 from helpers.channels import CHANNELS, denormalise, load_scalers, normalise, stack_scalers
 from helpers.config import load_config
+from helpers.data import archive
 from helpers.data.archive import Archive, FrameError
 from helpers.data.dataset import SolarDataset, make_loaders, read_mask
-from helpers.data.frames import build_store, open_store
+from helpers.data.frames import build_store, open_store, prepare_store
 from helpers.data.labels import FrameTarget, Labels, check_splits, load_labels, match, plan_samples, sample_window
 
 ROOT = Path(__file__).parents[1]
@@ -321,6 +322,66 @@ def test_tasks_without_label_files_take_their_times_from_the_splits(config):
     assert [time.hour for time in plan.samples["train"]["time"]] == [0, 2, 4, 6, 8, 10]
     assert [time.hour for time in plan.samples["val"]["time"]] == [16]
     assert plan.offsets_minutes == (-60, 0, 60)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Names of the frame files that were opened."""
+    names, open_netcdf = [], archive.open_netcdf
+
+    def counting(path):
+        names.append(Path(path).name)
+        return open_netcdf(path)
+
+    monkeypatch.setattr(archive, "open_netcdf", counting)
+    return names
+
+
+def test_only_the_frames_that_samples_need_are_opened(config, tmp_path, opened):
+    """12 labelled samples: 24 frames. A second task on the same store adds only its own."""
+    hours = pd.date_range("2014-01-07", periods=26, freq="1h")
+    write_index(tmp_path / "sun", hours)
+    own = {"data.store": str(tmp_path / "frames"), "data.archive": str(tmp_path / "sun"), "data.index": None}
+    own |= {
+        "split.val": ["2014-01-07 13:00", "2014-01-07 18:30"],
+        "split.test": ["2014-01-07 20:00", "2014-01-08 02:00"],
+    }
+    own |= {"split.guard_hours": 0, "labels.tolerance_minutes": 0}
+
+    def build(name, *labelled):
+        pd.DataFrame({"timestamp": hours[[*labelled]], "value": 1.0}).to_csv(tmp_path / name, index=False)
+        cfg = config(**own, **{"labels.path": str(tmp_path / name)})
+        opened.clear()
+        assert prepare_store(cfg, progress=False).built == len(opened)
+        assert sum(make_loaders(cfg).sizes.values()) == len(labelled)
+        return len(opened)
+
+    twelve = (1, 3, 5, 7, 9, 11, 14, 16, 18, 20, 22, 24)
+    assert [build("a.csv", *twelve), build("a.csv", *twelve), build("b.csv", 1, 13, 25)] == [24, 0, 2]
+
+
+def test_others_take_the_place_of_samples_whose_frames_are_missing_or_damaged(config, tmp_path):
+    write_index(tmp_path / "sun", HOURS)
+    for hour in (2, 6):
+        (tmp_path / f"sun/2014/01/20140107_{hour:02d}00.nc").unlink()
+    (tmp_path / "sun/2014/01/20140107_1000.nc").write_bytes(b"cut short")
+    own = {"data.store": str(tmp_path / "frames"), "data.archive": str(tmp_path / "sun"), "data.index": None}
+    own |= {"data.offsets_minutes": [0], "model.time_dim": 1, "training.max_train_samples": 8}
+    report = prepare_store(config(**own), progress=False)
+    assert len(report.unreadable) <= 1 and report.built == 8 + 4 + 4
+    loaders = make_loaders(config(**own))
+    assert loaders.sizes == {"train": 8, "val": 4, "test": 4}
+    times = {time.hour for time in loaders.train.dataset.samples["time"]}
+    assert times.isdisjoint({2, 6, 10})
+    fewer = make_loaders(config(**(own | {"training.max_train_samples": 5})))
+    assert {time.hour for time in fewer.train.dataset.samples["time"]} < times
+
+
+def test_more_than_the_limit_is_not_read_without_being_asked(config, tmp_path):
+    own = {"data.store": str(tmp_path / "frames"), "data.ask_above_gb": 0.0}
+    with pytest.raises(ValueError, match=r"(?s)train: 9 samples.*frames: 21 needed.*data.ask_above_gb \(0 GB\)"):
+        prepare_store(config(**own), progress=False)
+    assert not (tmp_path / "frames").exists()
 
 
 def test_splits_keep_their_distance():

@@ -2,6 +2,9 @@
 
 import json
 import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from torch.nn import functional as F
 
 from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
 from helpers.config import load_config
+from helpers.data import synthetic
 from helpers.data.dataset import make_loaders
 from helpers.data.frames import prepare_store
 from helpers.data.labels import load_labels
@@ -20,6 +24,7 @@ from helpers.data.synthetic import DISK_RADIUS, MASK_FIELD, SyntheticSun, ensure
 from helpers.model.checkpoint import load_filtered
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
+from helpers.shared import DiskFullError
 from helpers.tools.pretrain_tiny import pretrain
 
 ROOT = Path(__file__).parents[1]
@@ -190,57 +195,114 @@ def test_goes_classes_are_read_back_as_the_flux(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- files
+def frames_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("20??/??/*.nc"))
+
+
 def test_files_have_the_layout_of_the_bucket(config, tmp_path):
-    cfg = config()
-    folder = ensure_synthetic(cfg)
+    folder = ensure_synthetic(config())
     assert folder == tmp_path / "sun"
-    index = pd.read_csv(folder / "index.csv")
-    assert list(index.columns) == ["path", "timestep", "present"] and len(index) == 180
-    assert 1 <= (index.present == 0).sum() < 12 and set(index.present) == {0, 1}
-    assert index.timestep[0] == "2014-01-01 00:00:00" and index.path[0] == "2014/01/20140101_0000.nc"
-    assert [(folder / path).exists() for path in index.path] == (index.present == 1).tolist()
-    assert len(list((folder / "2014").rglob("*.nc"))) == (index.present == 1).sum()
-    with xr.open_dataset(folder / index.path[3], engine="h5netcdf") as file:
+    frames = frames_of(folder)
+    assert 168 < len(frames) < 180  # of 60 visits with three frames; some lack
+    assert frames[0] == folder / "2014/01/20140101_0000.nc"
+    masks = pd.read_csv(folder / "masks.csv")
+    assert list(masks.columns) == ["timestamp", "path"]
+    assert [folder / path.removeprefix("masks/") for path in masks["path"]] == frames
+    assert all((folder / path).is_file() for path in masks["path"])
+    with xr.open_dataset(frames[3], engine="h5netcdf") as file:
         assert list(file.data_vars) and set(file.variables) == set(CHANNELS)
         for name in CHANNELS:
             assert file[name].dims == ("y", "x") and file[name].shape == (32, 32) and file[name].dtype == np.float32
             assert file[name].attrs["units"] == UNITS[name]
-        hour = (pd.Timestamp(index.timestep[3]) - pd.Timestamp("2014-01-01")).total_seconds() / 3600
+        hour = (pd.Timestamp(masks["timestamp"][3]) - pd.Timestamp("2014-01-01")).total_seconds() / 3600
         expected = SyntheticSun(0, 59 * 48 + 2 + 48).frame(hour, 32)
         np.testing.assert_array_equal(file["aia193"].values, expected[CHANNEL["aia193"]])
     labels = pd.read_csv(folder / "flares.csv")
     assert {"timestamp", "goes_class"} <= set(labels.columns)
     assert (pd.to_datetime(labels.timestamp).diff()[1:] == pd.Timedelta("1h")).all()
-    assert labels.timestamp.iloc[-1] > index.timestep.iloc[-1]
+    assert labels.timestamp.iloc[-1] > masks["timestamp"].iloc[-1]
 
 
-def test_a_second_call_writes_nothing_and_a_broken_one_goes_on(config):
+def test_a_second_call_writes_nothing(config):
     cfg = config(**{"synthetic.visits": 6})
     folder = ensure_synthetic(cfg)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*.*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert ensure_synthetic(cfg) == folder
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in before} == before
-    frames = sorted(folder.rglob("*.nc"))
-    frames = [path for path in frames if "masks" not in path.parts]
-    for lost in (*frames[2:5], folder / "flares.csv", folder / "index.csv"):  # as if killed on the way
-        lost.unlink()
-    ensure_synthetic(cfg)
-    assert sorted(path for path in folder.rglob("*.*") if path.is_file()) == sorted(before)
-    assert all(path.read_bytes() == before[path][1] for path in before if path.suffix == ".csv")
-    kept = [path for path in frames if path not in frames[2:5]]
-    assert all(path.stat().st_mtime_ns == before[path][0] for path in kept)
-    with xr.open_dataset(frames[3], engine="h5netcdf") as again:
-        assert np.isfinite(again["hmi_v"].values).all()
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_drawing_that_was_killed_appears_not_and_is_gone_on_with(config, tmp_path, monkeypatch):
+    cfg, write = config(**{"synthetic.visits": 6}), synthetic._write_frame
+
+    def interrupted(job):
+        if job[1] > 100:
+            raise KeyboardInterrupt
+        return write(job)
+
+    monkeypatch.setattr(synthetic, "worker_pool", lambda workers: ThreadPoolExecutor(1))
+    monkeypatch.setattr(synthetic, "_write_frame", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ensure_synthetic(cfg)
+    (aside,) = tmp_path.glob(".sun.*[!k]")
+    there = {path.name: path.stat().st_mtime_ns for path in frames_of(aside)}
+    assert not (tmp_path / "sun").exists() and 6 <= len(there) <= 9
+    monkeypatch.setattr(synthetic, "_write_frame", write)
+    frames = {path.name: path.stat().st_mtime_ns for path in frames_of(ensure_synthetic(cfg))}
+    assert len(frames) == 18 and there.items() < frames.items() and not aside.exists()
+
+
+def test_two_suns_at_once_in_one_folder_do_not_mix(config, tmp_path):
+    """The first one is whole; the other is refused. And two that are the same share one drawing."""
+    configs = [config(**{"synthetic.visits": 6, "synthetic.seed": seed}) for seed in (0, 1, 0, 1)]
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = [pool.submit(ensure_synthetic, cfg) for cfg in configs]
+    refused = [isinstance(outcome.exception(), ValueError) for outcome in outcomes]
+    assert refused in ([False, True] * 2, [True, False] * 2)
+    winner = int(refused[0])
+    alone = ensure_synthetic(configs[winner].model_copy(update={"synthetic": configs[winner].synthetic.model_copy(
+        update={"folder": str(tmp_path / "alone")})}))  # fmt: skip
+    for path in (path for path in alone.rglob("*") if path.is_file()):
+        assert path.read_bytes() == (tmp_path / "sun" / path.relative_to(alone)).read_bytes()
 
 
 @pytest.mark.parametrize("change", [{"synthetic.seed": 1}, {"synthetic.visits": 7}, {"data.native_size": 64}])
-def test_a_folder_with_another_sun_is_refused(config, tmp_path, change):
+def test_a_folder_with_another_sun_is_refused(config, change):
     folder = ensure_synthetic(config(**{"synthetic.visits": 6}))
-    index = (folder / "index.csv").read_bytes()
+    stamp = (folder / "synthetic.json").read_bytes()
     with pytest.raises(ValueError, match=r"holds another synthetic Sun .* Choose another synthetic.folder"):
         ensure_synthetic(config(**({"synthetic.visits": 6} | change)))
-    assert (folder / "index.csv").read_bytes() == index
+    assert (folder / "synthetic.json").read_bytes() == stamp
     ensure_synthetic(config(**{"synthetic.visits": 6, "synthetic.workers": 2}))  # how it is made does not matter
+
+
+def test_a_folder_with_something_else_is_refused(config, tmp_path):
+    (tmp_path / "sun").mkdir()
+    (tmp_path / "sun" / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="none that is complete"):
+        ensure_synthetic(config())
+    assert [path.name for path in (tmp_path / "sun").iterdir()] == ["thesis.txt"]
+
+
+def test_too_little_space_is_said_before_and_a_full_disk_ends_the_drawing(config, tmp_path):
+    with pytest.raises(DiskFullError, match="a synthetic Sun of 1.. frames"):
+        ensure_synthetic(config(**{"paths.reserve_gb": 1e6}))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("no right to mount a small disk")
+    code = (
+        "import sys; from helpers.config import load_config; from helpers.data import synthetic; "
+        "synthetic.BYTES_A_PIXEL = 0; "  # as if the estimate had been too low
+        "small = {'synthetic.folder': sys.argv[1], 'paths.reserve_gb': 0, 'data.native_size': 64, 'data.reduce': 1}; "
+        "synthetic.ensure_synthetic(load_config('config.yaml', small))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"{disk}/sun"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        )
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert done.returncode == 1 and "DiskFullError" in done.stderr.splitlines()[-1] and "HDF5" not in done.stderr
 
 
 def test_real_data_is_left_alone(config, tmp_path):
@@ -262,7 +324,7 @@ def test_the_whole_way_to_batches(config):
     assert report.built > 150 and not report.unreadable
     loaders = make_loaders(cfg)
     assert min(loaders.sizes.values()) > 20 and -8 < loaders.target_mean.item() < -3
-    assert "without: frame at -60 min missing" in loaders.report
+    assert "without a frame at -60 or 0 min" in loaders.report
     batch = next(iter(loaders.train))
     assert batch["ts"].shape == (4, 13, 2, 32, 32) and batch["ts"].std() > 0.3 and batch["ts"].isfinite().all()
 
@@ -290,7 +352,7 @@ def tiny(tmp_path):
 
 
 def test_the_tiny_checkpoint_looks_like_the_released_one(tiny):
-    path = ROOT / tiny.model.weights
+    path = ROOT / "helpers/data/surya.tiny.pt"
     assert path.stat().st_size <= 2_000_000
     state = torch.load(path, weights_only=True)
     released = json.loads((ROOT / "tests/data/surya_366m_state_dict.json").read_text())["state_dict"]
@@ -315,7 +377,7 @@ def test_the_tiny_checkpoint_forecasts_suns_it_has_never_seen(tiny):
     mean_frame = others[:, :, 2].mean(0).expand(len(samples), -1, -1, -1)
     from_mean = F.mse_loss(mean_frame, samples[:, :, 2]).item()
     before = forecast_error(model, samples)
-    report = load_filtered(model, ROOT / tiny.model.weights)
+    report = load_filtered(model, ROOT / "helpers/data/surya.tiny.pt")
     after = forecast_error(model, samples)
     assert report.parameters_loaded == report.parameters_total and not report.missing
     assert after < from_mean / 3 and after < before / 3, (after, from_mean, before)

@@ -73,7 +73,7 @@ def sun(tmp_path_factory):
 @pytest.fixture
 def config(sun, tmp_path):
     (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
-    places = {"data.index": f"{sun}/index.csv", "data.store": f"{sun}/frames", "paths.labels": str(sun)}
+    places = {"data.archive": str(sun), "data.store": f"{sun}/frames", "paths.labels": str(sun)}
     places |= {"synthetic.folder": None, "paths.runs": str(tmp_path / "runs")}
 
     def make(task: str, **overrides):
@@ -266,7 +266,7 @@ def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tm
     prepare_store(cfg, progress=False)
     loaders = make_loaders(cfg)
     model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
-    report = load_filtered(model, ROOT / cfg.model.weights, cfg.data.channels)
+    report = load_filtered(model, ROOT / "helpers/data/surya.tiny.pt", cfg.data.channels)
     assert report.parameters_loaded == report.parameters_total
     table = metrics_table(
         reference_predictions(loaders, "test", cfg) | {"Surya": predict(model, loaders, "test", cfg)}, cfg

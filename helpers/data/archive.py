@@ -94,6 +94,16 @@ class Archive:
         flat = f"{self.folder}/{name}"
         return flat if "://" not in flat and Path(flat).exists() else f"{self.folder}/{time:%Y/%m}/{name}"
 
+    def may_have(self, times: np.ndarray) -> np.ndarray:
+        """Which frames of these times, (N,) datetime64[s], there may be, (N,) bool; no server is asked."""
+        if self.index is not None:
+            return np.isin(times, self.index.index.to_numpy("datetime64[s]"))
+        if "://" in self.folder:
+            return np.ones(len(times), bool)
+        months = pd.DatetimeIndex(np.unique(times.astype("datetime64[M]"))).strftime("%Y/%m")
+        there = {path.name for month in months for path in Path(self.folder, month).glob("*.nc")}
+        return pd.DatetimeIndex(times).strftime("%Y%m%d_%H%M.nc").isin(there)
+
     @contextmanager
     def local_copy(self, url: str) -> Iterator[Path]:
         """The file at `url` on this disk: itself, or a whole download that is deleted afterwards.

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers.channels import denormalise, normalise, stack_scalers
 from helpers.config import Config
-from helpers.data.archive import FrameError, open_netcdf
+from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
 from helpers.data.labels import FrameTarget, Labels, frame_times, plan_samples
 from helpers.shared import GB
@@ -84,11 +84,9 @@ def read_mask(path: str, variable: str, side: int) -> Tensor:
     """
     try:
         with open_netcdf(path) as file:
-            if variable not in file:
-                raise FrameError(f"it has no variable {variable} (it has {', '.join(file) or 'none'})")
-            mask = torch.from_numpy(file[variable][()].astype(np.float32))
-        size = mask.shape[-1]
-        if mask.ndim != 2 or mask.shape[0] != size or size % side:
+            mask = torch.from_numpy(read_variable(file, variable))
+        size = len(mask)
+        if size % side:
             hint = f"; labels.reduce {side // size} times as large would suit it" if side % size == 0 else ""
             raise FrameError(
                 f"{variable} has the shape {tuple(mask.shape)}, which does not fit {side} x {side} pixels{hint}"

@@ -44,8 +44,17 @@ from helpers.channels import CHANNELS, FILL_CODE, UNITS, Coding, Scaler
 from helpers.config import Config
 from helpers.data import archive as archives
 from helpers.data.archive import Archive, FrameError, MissingFrameError
-from helpers.data.labels import labels_of, plan_samples
-from helpers.shared import GB, disk_errors, ensure_space, is_writable, make_folder, share
+from helpers.data.labels import FrameTarget, Labels, Plan, labels_of, plan_samples
+from helpers.shared import (
+    GB,
+    atomic_write,
+    disk_errors,
+    ensure_space,
+    free_space,
+    is_writable,
+    make_folder,
+    share,
+)
 
 FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
 START, CADENCE, SLOTS = np.datetime64("2010-05-01", "s"), np.timedelta64(12, "m"), 1_300_440
@@ -584,6 +593,51 @@ def make_archive(cfg: Config) -> Archive:
     return replace(archive, index=archives.read_index(index, archive)[0], index_folder=index.rpartition("/")[0])
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a build would take.
+
+    Attributes:
+        store: where the frames are read.
+        times: of all frames that are needed, (N,) datetime64[s].
+        lacking: those that the store lacks.
+        read_gb, store_gb: to read from the archive, and to write.
+        hours: at the speed that was last measured here; None before the first build.
+    """
+
+    store: Path
+    times: np.ndarray
+    lacking: np.ndarray
+    read_gb: float
+    store_gb: float
+    hours: float | None
+
+    def __str__(self) -> str:
+        time = f", about {self.hours:.1f} hours at the speed last measured here" if self.hours is not None else ""
+        return (
+            f"frames: {len(self.times)} needed, {len(self.times) - len(self.lacking)} there already in {self.store}\n"
+            f"to build: {len(self.lacking)} frames; {self.read_gb:.1f} GB to read, {self.store_gb:.2f} GB to store "
+            f"({free_space(self.store) / GB:.1f} GB free){time}"
+        )
+
+
+def needs_of(cfg: Config, times: Iterable) -> Needs:
+    """What the frames of these times take that the store of the configuration lacks."""
+    path, times = store_path(cfg), np.unique(np.array(list(times), "datetime64[s]"))
+    lacking = np.setdiff1d(times, open_store(path).times) if (path / "zarr.json").is_file() else times
+    read_gb = len(lacking) * len(CHANNELS) * cfg.data.native_size**2 * FILE_BYTES / GB
+    store_gb = len(lacking) * len(channels_needed(cfg)) * cfg.data.image_size**2 * 2 * COMPRESSED / GB
+    speed = _history(path).get("seconds_a_frame")
+    return Needs(path, times, lacking, read_gb, store_gb, None if speed is None else len(lacking) * speed / 3600)
+
+
+def plan_frames(cfg: Config, archive: Archive, labels: Labels | FrameTarget | None = None, lost: Iterable = ()) -> Plan:
+    """The samples whose frames are in the store or may be in the archive, those of the `lost` times left out."""
+    path, lost = store_path(cfg), np.array(list(lost), "datetime64[s]")
+    there = open_store(path).times if (path / "zarr.json").is_file() else lost[:0]
+    return plan_samples(cfg, lambda t: np.isin(t, there) | archive.may_have(t) & ~np.isin(t, lost), labels)
+
+
 def prepare_store(
     cfg: Config, times: Iterable | None = None, executor: Executor | None = None, progress: bool = True
 ) -> BuildReport:
@@ -598,18 +652,22 @@ def prepare_store(
 
     Raises:
         PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
-        ValueError: more would be read than data.ask_above_gb.
+        ValueError: there is no sample, or more would be read than data.ask_above_gb.
     """
     archive = make_archive(cfg)
     if times is not None:
-        return _build_for(cfg, archive, times, executor, progress)
-    labels, total = labels_of(cfg), None
-
-    def usable(wanted: np.ndarray) -> np.ndarray:
-        return ~np.isin(wanted, np.array(list(total.lost) if total else [], "datetime64[s]"))
-
+        return _build_lacking(cfg, archive, needs_of(cfg, times), "", executor, progress)
+    labels, total, path = labels_of(cfg), None, store_path(cfg)
+    # whoever may only read the store cannot look again for what its owner did not find
+    lost = set() if is_writable(path) else {np.datetime64(when) for when in _history(path).get("lost", [])}
     while True:
-        report = _build_for(cfg, archive, plan_samples(cfg, usable, labels).frames, executor, progress)
+        plan = plan_frames(cfg, archive, labels, lost)
+        if not len(plan.frames):
+            raise ValueError(
+                f"There is no frame for any sample.\n{plan}\nFrames come from {archive.folder}. Correct data.archive, "
+                f"the splits or section labels of the config."
+            )
+        report = _build_lacking(cfg, archive, needs_of(cfg, plan.frames), f"{plan}\n", executor, progress)
         if total is None:
             total = report
         else:
@@ -619,39 +677,54 @@ def prepare_store(
             total.lost |= report.lost
         if not report.lost:
             return total
+        lost |= report.lost
 
 
-def _build_for(
-    cfg: Config, archive: Archive, times: Iterable, executor: Executor | None, progress: bool
+def _build_lacking(
+    cfg: Config, archive: Archive, needs: Needs, plan: str, executor: Executor | None, progress: bool
 ) -> BuildReport:
-    """Build these frames in the store of the configuration, or in your own where that one is read-only."""
-    times, data, path, channels = list(times), cfg.data, store_path(cfg), channels_needed(cfg)
+    """Build what is needed in the store of the configuration, or in your own where that one is read-only."""
+    data, path, channels = cfg.data, needs.store, channels_needed(cfg)
     store = open_store(path) if (path / "zarr.json").is_file() else None
-    lacking = [when for when in times if store is None or when not in store]
-    if store and not lacking:
-        return BuildReport(path, already=len(times))
-    size_gb = len(lacking) * len(CHANNELS) * data.native_size**2 * FILE_BYTES / GB
+    if store and not len(needs.lacking):
+        return BuildReport(path, already=len(needs.times))
     if not is_writable(path) and not data.private_cache:
         raise PermissionError(
-            f"{path} lacks {len(lacking)} of the {len(times)} frames that are needed (about {size_gb:.1f} GB to read), "
-            f"and you may only read that folder. Whoever may write there, on a course the instructor, adds them with "
-            f"`make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds them in your own "
-            f"cache instead."
+            f"{plan}{needs}\nYou may only read that folder. Whoever may write there, on a course the instructor, adds "
+            f"the frames with `make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds them "
+            f"in your own cache instead."
         )
-    if size_gb > data.ask_above_gb:
+    if needs.read_gb > data.ask_above_gb:
         raise ValueError(
-            f"{len(lacking)} frames would be built, for which about {size_gb:.0f} GB are read: more than "
-            f"data.ask_above_gb ({data.ask_above_gb:g}). Set training.max_train_samples, shorten the splits, or raise "
-            f"that key."
+            f"{plan}{needs}\nThat is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, "
+            f"set training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
         )
     if not is_writable(path):
         path = cfg.shared.to_write(path)
         if store and not path.exists():  # what is there need not be read from the archive again
-            wanted = {store.file(when).name for when in times}
+            wanted = {store.file(when).name for when in needs.times}
             make_folder(path.parent)
             with disk_errors(path.parent):
                 unwanted = shutil.ignore_patterns(*{store.file(when).name for when in store.times} - wanted)
                 shutil.copytree(store.path, path, symlinks=True, ignore=unwanted)
     settings = {"archive": archive, "native_size": data.native_size, "scalers": cfg.scalers, "executor": executor}
     settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
-    return build_store(times, path, store.stored_channels if store else channels, data.reduce, **settings)
+    report = build_store(needs.times, path, store.stored_channels if store else channels, data.reduce, **settings)
+    history = _history(path)
+    history["lost"] = sorted({*history.get("lost", []), *map(str, report.lost)})
+    if report.built:
+        history["seconds_a_frame"] = report.seconds / report.built
+    with atomic_write(_history_file(path)) as temporary:
+        temporary.write_text(json.dumps(history))
+    return report
+
+
+def _history_file(store: Path) -> Path:
+    """Beside the store: the times that could not be had (`lost`), and the speed of the last build."""
+    return store.with_name(f"{store.name}.builds.json")
+
+
+def _history(store: Path) -> dict:
+    with suppress(OSError, ValueError):
+        return json.loads(_history_file(store).read_text())
+    return {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -115,12 +115,19 @@ def load_labels(
         paths, values = None, np.column_stack([read(table[name], where) for name in columns])
         usable = np.isfinite(values).all(axis=1)
     reason = "empty" if variable or transform == "none" else "empty, quiet or not positive, so without a logarithm"
-    dropped = {f"label {reason}": int((~usable).sum())} if not usable.all() else {}
+    rows = pd.DataFrame(values).assign(path=paths, time=times)[usable]
+    once = rows.drop_duplicates().sort_values("time", kind="stable")
+    if (twice := once["time"].duplicated()).any():
+        raise ValueError(
+            f"The label file {path} has two different labels for {once['time'][twice].iloc[0]}. Keep one row a time, "
+            f"for example the largest flare."
+        )
+    dropped = {f"label {reason}": int((~usable).sum()), "label row repeated": len(rows) - len(once)}
+    dropped = {why: count for why, count in dropped.items() if count}
     has_zone = table[time_column].str.contains(r"\d[T ]\d.*(?:Z|[+-]\d{2}:?\d{2})$").any()
     notes = ["label times carry a time zone and were converted to UTC"] if has_zone else []
-    return _in_order(
-        Labels(times, values, paths, variable, reduce, dropped, notes), np.flatnonzero(usable), f"The label file {path}"
-    )
+    rows = once.index.to_numpy()
+    return Labels(times[rows], values[rows], paths[rows] if variable else None, variable, reduce, dropped, notes)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -136,23 +143,6 @@ def _read_table(path: Path) -> pd.DataFrame:
             f"The label file {path} cannot be read as a table ({error}). Write a CSV in UTF-8 with a header and one "
             f"row a time."
         ) from None
-
-
-def _in_order(labels: Labels, rows: np.ndarray, where: str) -> Labels:
-    """These rows of the labels, sorted by time; repeated ones are dropped, two labels for one time refused."""
-    rows = rows[np.argsort(labels.times[rows], kind="stable")]
-    same = np.flatnonzero(labels.times[rows][1:] == labels.times[rows][:-1])
-    for i, j in zip(rows[same], rows[same + 1], strict=True):
-        other_path = labels.paths is not None and labels.paths[i] != labels.paths[j]
-        if other_path or not np.array_equal(labels.values[i], labels.values[j]):
-            raise ValueError(
-                f"{where} has two different labels for {pd.Timestamp(labels.times[i])}. Keep one row a time (for "
-                f"example the largest flare)."
-            )
-    dropped = labels.dropped | ({"label row repeated": len(same)} if len(same) else {})
-    rows = np.delete(rows, same + 1)
-    paths = None if labels.paths is None else labels.paths[rows]
-    return replace(labels, times=labels.times[rows], values=labels.values[rows], paths=paths, dropped=dropped)
 
 
 def _numbers(column: pd.Series, where: str) -> np.ndarray:

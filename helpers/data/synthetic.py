@@ -3,15 +3,16 @@
 A rotating disk carries bipolar active regions that emerge, fluctuate and decay. The field strength of a region drives
 its brightness in the EUV channels; its heating, which also depends on how compact the bipole is, drives the hot
 channels (94, 131, 335) and, two hours later and with noise, the soft X-ray flux. Frames are written as NetCDF files in
-the layout of s3://nasa-surya-bench with an index, labels are hourly GOES classes: the real files, only smaller.
+the layout of s3://nasa-surya-bench, labels are hourly GOES classes: the real files, only smaller.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import h5py
@@ -21,7 +22,8 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, GOES_CLASSES, UNITS
 from helpers.config import Config
-from helpers.shared import atomic_write, make_folder
+from helpers.data.frames import worker_pool
+from helpers.shared import atomic_write, disk_errors, ensure_space, lease, share
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
 _NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # how NetCDF-4 marks one in HDF5
@@ -30,7 +32,9 @@ FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
 MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
 MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
-VERSION = 3  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+VERSION = 4  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+STAMP = "synthetic.json"  # in the folder: which Sun it is
+BYTES_A_PIXEL = 10  # of a frame and its mask on the disk, measured
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,9 @@ class SyntheticSun:
         """All channels at `hour` as (13, side, side) float32 in physical units (DN, gauss, m/s); row 0 is the south."""
         rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
         disk = _disk(side)
-        field, cool, hot, radial = self._active(hour, disk)
-        shift = (
-            self.rotation(np.float64(0)) * hour
-        )  # as a solid body: sheared for months, the texture would become stripes
+        field, bright = self._active(hour, disk)
+        # as a solid body: sheared for months, the texture would become stripes
+        shift = self.rotation(np.float64(0)) * hour
         rows = ((disk.latitude / np.pi + 0.5) * 179).astype(int)
         columns = ((disk.longitude - shift) / (2 * np.pi) * 360).astype(int) % 360
         quiet = 1 + 0.25 * self.texture[rows, columns]  # (side, side), network that turns with the surface
@@ -138,36 +141,33 @@ class SyntheticSun:
         for c, name in enumerate(CHANNELS):
             noise = noise_scale * rng.standard_normal((side, side), np.float32)
             if name in _RESPONSES:
-                image = _euv(_RESPONSES[name], disk, quiet * level[c], cool, hot)
+                image = _euv(_RESPONSES[name], disk, quiet * level[c], bright)
                 out[c] = np.maximum(image + np.hypot(_RESPONSES[name].noise, _SHOT_NOISE * image) * noise, 0)
             else:
-                signal = {"hmi_v": 1900 * disk.x, "hmi_m": field["hmi_m"] * radial}.get(name, field.get(name))
-                out[c] = np.where(disk.on, signal + _HMI_NOISE[name] * noise, 0)
-        return _quantised(out)
+                out[c] = np.where(disk.on, field[name] + _HMI_NOISE[name] * noise, 0)
+        # rounded to about the noise, as an instrument would: what is finer only swells the files
+        return np.round(out / _STEPS) * _STEPS
 
-    def _active(self, hour: float, disk: _Disk) -> tuple[dict[str, np.ndarray], dict, dict, np.ndarray]:
-        """Field components (gauss) and brightness of cool and hot plasma, summed over the visible regions."""
-        shape = disk.x.shape
-        field = {name: np.zeros(shape, np.float32) for name in ("hmi_m", "hmi_bx", "hmi_by", "hmi_bz")}
-        cool = {power: np.zeros(shape, np.float32) for power in {r.power for r in _RESPONSES.values() if not r.hot}}
-        hot = {power: np.zeros(shape, np.float32) for power in {r.power for r in _RESPONSES.values() if r.hot}}
+    def _active(self, hour: float, disk: _Disk) -> tuple[dict[str, np.ndarray], dict[tuple[bool, float], np.ndarray]]:
+        """What HMI would see without noise (gauss, m/s), and the brightness of the visible regions.
+
+        The brightness is given for hot and for cool plasma and each power that a channel responds with.
+        """
+        bx, by, bz = np.zeros((3, *disk.x.shape), np.float32)
+        bright = {(r.hot, r.power): np.zeros(disk.x.shape, np.float32) for r in _RESPONSES.values()}
         now = self.regions(hour)
         for i, longitude, latitude, gauss, heating in zip(*now.values(), strict=True):
             if np.cos(latitude) * np.cos(longitude) < -0.05:
                 continue
             box, loops, lead, follow = self._bipole(i, longitude, latitude, disk)
             polarity = 1.0 if latitude > 0 else -1.0  # Hale's law
-            vertical = polarity * gauss * (lead - follow)
             sheared = 0.5 * polarity * gauss * loops
-            field["hmi_bz"][box] += vertical
-            field["hmi_m"][box] += vertical
-            field["hmi_bx"][box] -= sheared * np.cos(self.tilt[i])
-            field["hmi_by"][box] -= sheared * np.sin(self.tilt[i])
-            for power, image in cool.items():
-                image[box] += (gauss / 700) ** power * loops
-            for power, image in hot.items():
-                image[box] += heating**power * loops**2
-        return field, cool, hot, disk.z
+            bx[box] -= sheared * np.cos(self.tilt[i])
+            by[box] -= sheared * np.sin(self.tilt[i])
+            bz[box] += polarity * gauss * (lead - follow)
+            for (hot, power), image in bright.items():
+                image[box] += heating**power * loops**2 if hot else (gauss / 700) ** power * loops
+        return {"hmi_m": bz * disk.z, "hmi_bx": bx, "hmi_by": by, "hmi_bz": bz, "hmi_v": 1900 * disk.x}, bright
 
     def mask(self, hour: float, side: int) -> np.ndarray:
         """The active regions as an observer would outline them, (side, side) bool.
@@ -212,14 +212,9 @@ class _Disk:
         """The box of pixels within `reach` of a point on the sphere, and coordinates along and across the axis."""
         sin_lon, cos_lon, sin_lat, cos_lat = np.sin(longitude), np.cos(longitude), np.sin(latitude), np.cos(latitude)
         side = self.x.shape[0]
-        edges = [
-            (
-                int(np.clip((c - reach) / self.step + side / 2, 0, side)),
-                int(np.clip((c + reach) / self.step + side / 2, 0, side)),
-            )
-            for c in (sin_lat, cos_lat * sin_lon)
-        ]
-        box = (slice(*edges[0]), slice(*edges[1]))
+        middles = np.array([sin_lat, cos_lat * sin_lon])  # y, x
+        first, last = (np.clip((middles + s * reach) / self.step + side / 2, 0, side).astype(int) for s in (-1, 1))
+        box = (slice(first[0], last[0]), slice(first[1], last[1]))
         x, y, z = self.x[box], self.y[box], self.z[box]
         west = x * cos_lon - z * sin_lon
         north = -x * sin_lat * sin_lon + y * cos_lat - z * sin_lat * cos_lon
@@ -227,16 +222,12 @@ class _Disk:
         return box, u, v
 
 
-_DISKS: dict[int, _Disk] = {}
-
-
+@lru_cache(maxsize=4)
 def _disk(side: int) -> _Disk:
-    if side not in _DISKS:
-        _DISKS[side] = _Disk(side)
-    return _DISKS[side]
+    return _Disk(side)
 
 
-def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, cool: dict, hot: dict) -> np.ndarray:
+def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, bright: dict) -> np.ndarray:
     corona = np.exp(-disk.beyond / 0.07)  # scale height 0.07 solar radii
     if response.limb > 0:
         limb = 1 + response.limb * (1 - disk.z) ** 2
@@ -244,84 +235,80 @@ def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, cool: dict, hot: d
     else:
         surface = response.quiet * quiet * np.where(disk.on, 1 + response.limb * (1 - disk.z), 0)
         corona = disk.on
-    active = (hot if response.hot else cool)[response.power]
-    return surface + response.active * active * corona
-
-
-def _quantised(image: np.ndarray) -> np.ndarray:
-    """Round each channel to about its noise, as an instrument would: what is finer only swells the files."""
-    return np.round(image / _STEPS) * _STEPS
+    return surface + response.active * bright[response.hot, response.power] * corona
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Files in the layout of the public bucket
 # --------------------------------------------------------------------------------------------------------------------
 def ensure_synthetic(cfg: Config) -> Path | None:
-    """Write the synthetic frames, index and labels of this configuration, unless they are there.
+    """Write the synthetic frames and labels of this configuration, unless they are there.
+
+    Everything is drawn in a folder aside, which a killed drawing goes on with, and moved into place at the end.
 
     Args:
         cfg: `cfg.synthetic` says which Sun and where; with `folder: null` (real data) nothing happens.
 
     Returns:
-        The folder with index.csv, flares.csv, masks.csv, YYYY/MM/YYYYMMDD_HHMM.nc and, under masks/, a file of the same
-        name with the active regions of that frame; or None for real data.
+        The folder with flares.csv, masks.csv, YYYY/MM/YYYYMMDD_HHMM.nc and, under masks/, a file of the same name with
+        the active regions of that frame; one frame in a hundred lacks, as in the real archive. None for real data.
 
     Raises:
         ValueError: the folder holds another Sun than the configuration asks for.
+        DiskFullError: too little space, before starting or on the way.
     """
     if cfg.synthetic.folder is None:
         return None
+    sun = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"})
+    sun |= {"side": cfg.data.native_size, "version": VERSION}
     folder = cfg.shared.to_read(cfg.synthetic.folder)
-    if not (folder / "index.csv").exists():
-        folder = cfg.shared.to_write(folder)
-    made_by = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"}) | {
-        "side": cfg.data.native_size,
-        "version": VERSION,
-    }
-    stamp = folder / "synthetic.json"
-    if stamp.exists() and json.loads(stamp.read_text()) != made_by:
-        raise ValueError(
-            f"{folder} holds another synthetic Sun ({stamp.read_text()}) than the configuration asks for "
-            f"({json.dumps(made_by)}). Choose another synthetic.folder, or delete that one."
-        )
-    if (folder / "index.csv").exists():
+    if _is_drawn(folder, sun):
         return folder
-    make_folder(folder)
-    with atomic_write(stamp) as temporary:
-        temporary.write_text(json.dumps(made_by))
-    start = pd.Timestamp(cfg.synthetic.start)
-    hours = np.add.outer(np.arange(cfg.synthetic.visits) * cfg.synthetic.hours_between_visits, [0, 1, 2]).ravel()
-    sun = SyntheticSun(cfg.synthetic.seed, float(hours[-1]) + 48)
-    lost = np.random.default_rng([sun.seed, 2]).random(len(hours)) < 0.01  # gaps, as in the real index
-    _write_frames(sun, start, hours[~lost], folder, cfg.data.native_size, cfg.synthetic.workers)
-    _write_labels(sun, start, int(hours[-1]) + 24, folder / "flares.csv")
-    times = [start + pd.Timedelta(hours=int(hour)) for hour in hours]
-    masks = pd.DataFrame({"timestamp": times, "path": [f"masks/{_name(time)}" for time in times]})[~lost]
-    with atomic_write(folder / "masks.csv") as temporary:
-        masks.to_csv(temporary, index=False)
-    index = pd.DataFrame({"path": [_name(time) for time in times], "timestep": times, "present": (~lost).astype(int)})
-    with atomic_write(folder / "index.csv") as temporary:  # last: an index means that everything is there
-        index.to_csv(temporary, index=False, date_format="%Y-%m-%d %H:%M:%S")
+    folder = cfg.shared.to_write(folder)
+    with lease(folder, "the synthetic Sun"), disk_errors(folder):
+        if not _is_drawn(folder, sun):
+            aside = folder.with_name(f".{folder.name}.{hashlib.sha1(repr(sun).encode()).hexdigest()[:8]}")
+            _draw(cfg, aside)
+            (aside / STAMP).write_text(json.dumps(sun))
+            aside.rename(folder)
+            share(folder)
     return folder
 
 
-def _name(time: pd.Timestamp) -> str:
-    return time.strftime("%Y/%m/%Y%m%d_%H%M.nc")
+def _is_drawn(folder: Path, sun: dict) -> bool:
+    """Whether the folder holds this Sun; ValueError if it holds something else."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return False
+    found = (folder / STAMP).read_text() if (folder / STAMP).is_file() else "none that is complete"
+    if found != json.dumps(sun):
+        raise ValueError(
+            f"{folder} holds another synthetic Sun ({found}) than the configuration asks for ({json.dumps(sun)}). "
+            f"Choose another synthetic.folder, or delete that one."
+        )
+    return True
 
 
-def _write_frames(
-    sun: SyntheticSun, start: pd.Timestamp, hours: np.ndarray, folder: Path, side: int, workers: int
-) -> None:
-    jobs = [(sun, int(hour), folder, _name(start + pd.Timedelta(hours=int(hour))), side) for hour in hours]
+def _draw(cfg: Config, folder: Path) -> None:
+    start, side = pd.Timestamp(cfg.synthetic.start), cfg.data.native_size
+    hours = np.add.outer(np.arange(cfg.synthetic.visits) * cfg.synthetic.hours_between_visits, [0, 1, 2]).ravel()
+    sun = SyntheticSun(cfg.synthetic.seed, float(hours[-1]) + 48)
+    lacking = np.random.default_rng([sun.seed, 2]).random(len(hours)) < 0.01
+    times = start + pd.to_timedelta(hours[~lacking], "h")
+    names = times.strftime("%Y/%m/%Y%m%d_%H%M.nc")
+    jobs = [(sun, int(hour), folder, name, side) for hour, name in zip(hours[~lacking], names, strict=True)]
     jobs = [job for job in jobs if not (folder / job[3]).exists()]  # written last of a job
-    with _processes(workers) as pool:
+    size = len(jobs) * side**2 * BYTES_A_PIXEL
+    ensure_space(folder, size, cfg.paths.reserve_gb, what=f"a synthetic Sun of {len(jobs)} frames")
+    with worker_pool(cfg.synthetic.workers) as pool:
         for _ in tqdm(pool.map(_write_frame, jobs, chunksize=4), "synthetic frames", len(jobs), unit="frame"):
             pass
-
-
-def _processes(workers: int) -> ProcessPoolExecutor:
-    """Processes that do not inherit the threads of torch and Jupyter, as forked ones would."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"))
+    masks = pd.DataFrame({"timestamp": times, "path": "masks/" + names})
+    rng = np.random.default_rng([sun.seed, 3])
+    flux = np.array([sun.flux(hour, rng) for hour in range(int(hours[-1]) + 24)])
+    hourly = pd.date_range(start, periods=len(flux), freq="1h")
+    flares = pd.DataFrame({"timestamp": hourly, "goes_class": [goes_class(f) for f in flux], "flux": flux})
+    for name, table in {"masks.csv": masks, "flares.csv": flares}.items():
+        table.to_csv(folder / name, index=False, float_format="%.4e")
 
 
 def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
@@ -331,8 +318,9 @@ def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
 
 
 def _write_netcdf(path: Path, images: dict[str, np.ndarray]) -> None:
-    """NetCDF-4 by way of h5py, in a third of the time of h5netcdf."""
-    with atomic_write(path) as temporary, h5py.File(temporary, "w") as file:
+    """NetCDF-4 by way of h5py, in a third of the time of h5netcdf; in memory, as HDF5 hangs on a full disk."""
+    memory = io.BytesIO()
+    with h5py.File(memory, "w") as file:
         side = next(iter(images.values())).shape[0]
         for axis in "yx":
             file.create_dataset(axis, (side,), "f4").make_scale(f"{_NETCDF_DIMENSION}{side:10d}")
@@ -341,15 +329,8 @@ def _write_netcdf(path: Path, images: dict[str, np.ndarray]) -> None:
             data.attrs["units"] = UNITS.get(name, "1")
             for number, axis in enumerate("yx"):
                 data.dims[number].attach_scale(file[axis])
-
-
-def _write_labels(sun: SyntheticSun, start: pd.Timestamp, hours: int, path: Path) -> None:
-    rng = np.random.default_rng([sun.seed, 3])
-    flux = np.array([sun.flux(hour, rng) for hour in range(hours)])
-    times = pd.date_range(start, periods=hours, freq="1h")
-    table = pd.DataFrame({"timestamp": times, "goes_class": [goes_class(f) for f in flux], "flux": flux})
     with atomic_write(path) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.4e")
+        temporary.write_bytes(memory.getbuffer())
 
 
 def goes_class(flux: float) -> str:

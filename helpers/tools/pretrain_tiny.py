@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, load_scalers, normalise, stack_scalers
 from helpers.config import Config, load_config
-from helpers.data.synthetic import SyntheticSun, _processes
+from helpers.data.frames import worker_pool
+from helpers.data.synthetic import SyntheticSun
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
 from helpers.shared import atomic_write
@@ -34,9 +35,8 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
     """
     settings = cfg.synthetic.pretraining
     torch.manual_seed(settings.seed)
-    frames = _forecast_samples(
-        cfg, settings.samples, settings.seed, settings.noise
-    )  # (N, 13, 3, H, W) normalised float16
+    # (N, 13, 3, H, W) normalised float16
+    frames = _forecast_samples(cfg, settings.samples, settings.seed, settings.noise)
     held_out = _forecast_samples(cfg, settings.held_out, settings.seed + settings.suns)
     model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
     report = {"before": _forecast_error(model, held_out)}
@@ -46,9 +46,8 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, steps, pct_start=0.1)
     model.train()
     for _ in (bar := tqdm(range(settings.epochs), "pretraining", unit="epoch")):
-        for index in torch.randperm(len(frames))[: steps // settings.epochs * settings.batch_size].split(
-            settings.batch_size
-        ):
+        order = torch.randperm(len(frames))[: steps // settings.epochs * settings.batch_size]
+        for index in order.split(settings.batch_size):
             ts, future = frames[index, :, :2].float(), frames[index, :, 2].float()
             loss = F.mse_loss(model({"ts": ts}), future)
             optimizer.zero_grad()
@@ -62,9 +61,8 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
     report["persistence"] = F.mse_loss(held_out[:, :, 1].float(), future).item()
     report["mean_frame"] = F.mse_loss(future.mean(0).expand_as(future), future).item()
     state = {key.removeprefix("encoder."): value.detach().clone() for key, value in model.state_dict().items()}
-    state["embedding.pos_embed"] = (
-        model.encoder.embedding.pos_embed.clone()
-    )  # a function of the grid, but the release has it
+    # a function of the grid, but the release has it
+    state["embedding.pos_embed"] = model.encoder.embedding.pos_embed.clone()
     with atomic_write(path) as temporary:
         torch.save(state, temporary)
     return report
@@ -78,7 +76,7 @@ def _forecast_samples(cfg: Config, count: int, seed: int, noise: float = 1.0) ->
     """
     suns = cfg.synthetic.pretraining.suns
     jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.reduce, noise) for i in range(count)]
-    with _processes(cfg.synthetic.workers) as pool:
+    with worker_pool(cfg.synthetic.workers) as pool:
         samples = list(tqdm(pool.map(_forecast_sample, jobs, chunksize=8), "pretraining frames", count, unit="sample"))
     return torch.from_numpy(np.stack(samples))
 
