@@ -32,6 +32,7 @@ from helpers.data import archive as archives
 from helpers.data import frames
 from helpers.data.archive import Archive, ArchiveError, FrameError, open_netcdf, read_index, read_variable
 from helpers.data.frames import build_store, open_store, prepare_store, reduce_frame, verify_store, worker_pool
+from helpers.data.labels import plan_samples
 from helpers.shared import DiskFullError
 
 ROOT = Path(__file__).parents[1]
@@ -802,3 +803,49 @@ def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, mo
     with pytest.raises(SystemExit):
         cache.main()
     assert "--span takes two times" in capsys.readouterr().err
+
+
+def test_labels_decide_which_files_are_opened(tmp_path, monkeypatch):
+    """Twelve labelled samples build 24 frames; where frames are missing the next samples take their place."""
+    hours = pd.date_range("2014-01-07", periods=80, freq="2h")  # a label every other hour, so that no frame is shared
+    needed = hours.union(hours - pd.Timedelta(hours=1))
+    write_index(tmp_path, needed, channels=THREE)
+    pd.DataFrame({"timestamp": hours, "goes_class": "M1.0"}).to_csv(tmp_path / "labels.csv", index=False)
+    opened = []
+    monkeypatch.setattr(archives, "open_netcdf", lambda path: opened.append(Path(path).name) or open_netcdf(path))
+
+    def prepare(**changes):
+        spans = {"train": [hours[0], hours[49]], "val": [hours[52], hours[62]], "test": [hours[66], hours[79]]}
+        usual = {
+            "paths.shared": str(tmp_path),
+            "data.archive": str(tmp_path),
+            "data.index": None,
+            "data.store": "{shared}/frames",
+            "data.native_size": 32,
+            "data.channels": list(THREE),
+            "data.offsets_minutes": [-60, 0],
+            "paths.reserve_gb": 0.0,
+            "model.patch_size": 4,
+            "labels.path": str(tmp_path / "labels.csv"),
+            "labels.lead_minutes": 0,
+            "labels.tolerance_minutes": 0,
+            "split.guard_hours": 1.0,
+            "training.max_train_samples": 8,
+            "training.max_val_samples": 2,
+            "training.max_test_samples": 2,
+        } | {f"split.{name}": [str(time) for time in span] for name, span in spans.items()}
+        cfg = load_config(ROOT / "config.yaml", usual | changes)
+        return cfg, prepare_store(cfg, progress=False)
+
+    cfg, report = prepare()
+    assert report.built == len(opened) == len(set(opened)) == 24
+    first = plan_samples(cfg).samples["train"]["time"].tolist()
+    _, report = prepare(**{"training.max_train_samples": 10})
+    assert (report.built, report.already, len(opened)) == (4, 24, 28)
+    for lost in first[:3]:
+        (tmp_path / f"{lost:%Y/%m/%Y%m%d_%H%M}.nc").unlink()
+    _, report = prepare(**{"data.store": "{shared}/other"})
+    assert report.missing == 3 and report.built >= 24 and len(report.lost) == 3
+    store = open_store(report.store)
+    whole = [hour in store and hour - pd.Timedelta(hours=1) in store for hour in hours]
+    assert np.flatnonzero(whole).size == 12
