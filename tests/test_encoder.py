@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from small_encoder import SMALL
 
 from helpers.model.encoder import Neighbourhood, SuryaEncoder
@@ -269,36 +268,22 @@ def test_all_wrong_settings_are_named_at_once():
 
 
 @pytest.mark.parametrize(
-    ("shape", "sentence"),
-    [
-        ((1, 2, 3, 32, 32), 'rearrange(ts, "b t c h w -> b c t h w")'),
-        ((1, 32, 32, 3, 2), 'rearrange(ts, "b h w c t -> b c t h w")'),
-        ((3, 2, 32, 32), "add the batch axis: ts[None]"),
-        ((1, 3, 32, 32), "C follows from data.channels"),
-        ((1, 3, 2, 32, 64), "data.native_size / data.reduce"),
-        ((1, 4, 1, 64, 64), "C follows from data.channels, T from data.offsets_minutes"),
-    ],
+    "shape", [(1, 2, 3, 32, 32), (3, 2, 32, 32), (1, 3, 32, 32), (1, 3, 2, 32, 64), (1, 4, 1, 64, 64)]
 )
-def test_an_input_of_another_shape_is_answered_with_the_likely_mistake(shape: tuple, sentence: str):
-    with pytest.raises(ValueError) as error:
+def test_an_input_of_another_shape_is_answered_with_both_shapes(shape: tuple):
+    with pytest.raises(ValueError, match="data.channels") as error:
         SuryaEncoder(**SMALL)(torch.zeros(shape))
-    assert sentence in str(error.value)
-    assert "(B, 3, 2, 32, 32)" in str(error.value) and str(tuple(shape)) in str(error.value)
-
-
-def test_the_suggested_rearrangement_is_right():
-    ts = torch.randn(1, 2, 3, 32, 32)
-    SuryaEncoder(**SMALL)(rearrange(ts, "b t c h w -> b c t h w"))
+    assert "(B, 3, 2, 32, 32)" in str(error.value) and str(shape) in str(error.value)
 
 
 def test_global_tokens_are_needed_or_refused():
     ts, dim = torch.zeros(2, 3, 2, 32, 32), SMALL["embed_dim"]
     with_token, without = SuryaEncoder(**SMALL, nglo=1), SuryaEncoder(**SMALL)
-    with pytest.raises(ValueError, match=r"takes global_tokens of shape \(1 or 2, 1, 16\); it got None"):
+    with pytest.raises(ValueError, match=r"global_tokens must be of shape \(1, 1, 16\) where nglo=1, not None"):
         with_token(ts)
-    with pytest.raises(ValueError, match="takes no global_tokens"):
+    with pytest.raises(ValueError, match="global_tokens must be of shape None where nglo=0"):
         without(ts, torch.zeros(1, 1, dim))
-    with pytest.raises(ValueError, match=r"shape \(1 or 2, 1, 16\); it got \(3, 1, 16\)"):
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 16\) where nglo=1, not \(3, 1, 16\)"):
         with_token(ts, torch.zeros(3, 1, dim))
     one, each = with_token(ts, torch.ones(1, 1, dim)), with_token(ts, torch.ones(2, 1, dim))
     assert one.shape == (2, 1 + 64, dim)

@@ -59,7 +59,6 @@ def test_attention_pooling_starts_as_the_mean_and_can_pick_a_patch():
     with torch.no_grad():
         pool.query.copy_(1e3 * nn.functional.layer_norm(tokens[0, 4], (16,)))
     torch.testing.assert_close(pool(tokens)[0], tokens[0, 4])
-    assert pool.weights(tokens).shape == (2, 9)
 
 
 def test_pooling_does_not_depend_on_where_the_patches_are():
@@ -148,15 +147,10 @@ def test_the_1d_baseline_trains_quickly_to_the_least_squares_solution():
     torch.testing.assert_close(model({"ts": ts}).detach().double(), best, atol=1e-2, rtol=0)
 
 
-def test_scalers_of_another_number_of_channels_are_refused():
-    with pytest.raises(ValueError, match="one number for each of the 3 channels"):
-        LinearBaseline1D(3, std=[1.0, 2.0])
-
-
 @pytest.mark.parametrize("model", [LinearBaseline1D(3, time_dim=2), LinearBaseline2D(3, time_dim=2)])
 def test_the_baselines_refuse_another_number_of_channels_or_frames(model: nn.Module):
     for shape in [(1, 2, 3, 8, 8), (1, 4, 2, 8, 8), (3, 2, 8, 8)]:
-        with pytest.raises(ValueError, match="C=3 and T=2 and got"):
+        with pytest.raises(ValueError, match=r"C, T = \(3, 2\) and got"):
             model({"ts": torch.zeros(shape)})
 
 
@@ -180,12 +174,6 @@ def test_the_decoder_is_a_convolution_and_a_pixel_shuffle():
     }
 
 
-@pytest.mark.parametrize("upscale", [3, 8, 0])
-def test_an_upscale_that_does_not_divide_the_patch_is_refused(upscale: int):
-    with pytest.raises(ValueError, match=rf"upscale={upscale} does not divide the patch size 4.*\[1, 2, 4\]"):
-        Specformer2D(SuryaEncoder(**SMALL), upscale=upscale)
-
-
 def test_a_2d_model_takes_no_class_token():
     with pytest.raises(ValueError, match="needs an encoder with nglo=0"):
         Specformer2D(SuryaEncoder(**SMALL, nglo=1))
@@ -205,5 +193,3 @@ def test_the_2d_baseline_for_a_smaller_target():
     whole = LinearBaseline2D(3, time_dim=2)
     whole.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(batch()), nn.functional.avg_pool2d(whole(batch()), 2))
-    with pytest.raises(ValueError, match="factor=5 does not divide the image of 32 x 32"):
-        LinearBaseline2D(3, time_dim=2, factor=5)(batch())

@@ -303,7 +303,7 @@ def test_a_model_without_an_encoder_is_refused():
         apply_lora(LinearBaseline1D(3))
 
 
-def test_the_summary_counts_and_lists_what_trains():
+def test_the_summary_counts_what_trains():
     model = make()
     summary = trainable_summary(model)
     adapters = sum(tensor.numel() for tensor in lora_state_dict(model).values())
@@ -315,7 +315,6 @@ def test_the_summary_counts_and_lists_what_trains():
     assert (summary.trainable, summary.total) == (adapters + head, total)
     text = str(summary)
     assert f"{summary.trainable:,}" in text and f"{100 * summary.trainable / total:.2f}% trainable" in text
-    assert "encoder.backbone.blocks_attention.*.attn.qkv.lora_A  (2 x," in text and "head.*.weight" in text
 
 
 def test_the_summary_of_other_models():
@@ -323,4 +322,4 @@ def test_the_summary_of_other_models():
     baseline = trainable_summary(LinearBaseline1D(3, time_dim=2))
     assert baseline.groups["head"] == (7, 7) == (baseline.trainable, baseline.total)
     frozen = LinearBaseline1D(3).requires_grad_(False)
-    assert "nothing" in str(trainable_summary(frozen))
+    assert trainable_summary(frozen).trainable == 0 and "0.00% trainable" in str(trainable_summary(frozen))

@@ -1,8 +1,7 @@
 """Weights in and out: a Surya checkpoint into a model of another shape, and the small files of a fine-tune.
 
 `load_filtered` gives every tensor of the model's encoder a source in the checkpoint and every tensor of the
-checkpoint a place, or says which has none. Three kinds are adapted on the way (the two first are half of Surya's
-parameters, so a loader that drops what does not match leaves a half-random model):
+checkpoint a place, or says which has none. Three kinds are adapted, of which the first two are half of Surya's weights:
 
 * `patch_embed.proj.weight`: channels picked by name, the most recent frames kept;
 * `filter.complex_weight`: on a smaller token grid over the same field of view, the modes that this grid has. A mode is
@@ -33,13 +32,13 @@ from helpers.model.lora import merge_lora
 from helpers.shared import atomic_write
 
 State = Mapping[str, Tensor]
+Transfer = tuple[Tensor, str]  # values for a tensor of the model, and how they were cut out of the checkpoint's
 PATCHES = "embedding.patch_embed.proj.weight"
 POSITIONS = "embedding.pos_embed"
 DECODER = "unembed.unembed.0."
 WRAPPERS = {"_orig_mod", "module", "model", "encoder"}  # what torch.compile and other classes add to names
 MOST_FRAMES = 2  # that a released checkpoint was trained with
 ADAPTER_FORMAT = "surya-course-adapter-1"
-STATE_FORMAT = "surya-course-state-1"
 
 
 class CheckpointError(ValueError):
@@ -83,11 +82,8 @@ def load_filtered(
 
     The decoder of a Specformer2D starts from the rows of `decoder_channels`, channels of the checkpoint, one for each
     of its outputs. With None or [] it is loaded whole where it fits (the checkpoint's channels in its order), else left
-    fresh. The fingerprint of the checkpoint is noted in `encoder.loaded_from`.
-
-    Raises:
-        CheckpointError: when the file is no checkpoint or damaged, its architecture is another, it has less frames or a
-            smaller grid than the model, the names do not agree with it, or (strict) a tensor finds no partner.
+    fresh. The fingerprint of the checkpoint is noted in `encoder.loaded_from`. A CheckpointError says what is wrong
+    with the file, how its architecture, frames, grid or channels differ, or (strict) which tensors have no partner.
     """
     total, encoder = sum(p.numel() for p in model.parameters()), encoder_of(model)
     if source is None:
@@ -97,7 +93,10 @@ def load_filtered(
     targets = {key: tensor for key, tensor in encoder.state_dict(keep_vars=True).items() if "lora_" not in key}
     try:
         names = channel_names(state, encoder, channels, source_channels)
-        transfers = {key: fit(key, state[key], target, *names) for key, target in targets.items() if key in state}
+        transfers: dict[str, Transfer] = {key: (state[key], "") for key in targets if key in state}
+        transfers[PATCHES] = fit_patches(state[PATCHES], encoder.time_dim, *names)
+        for key in [key for key in transfers if key.endswith(".filter.complex_weight") and state[key].ndim == 4]:
+            transfers[key] = fit_filter(state[key], encoder.grid)
         if isinstance(model, Specformer2D):
             transfers |= fit_decoder(state, model, names[1], decoder_channels)
             targets |= {f"{DECODER}{kind}": getattr(model.unembed.unembed[0], kind) for kind in ("weight", "bias")}
@@ -122,34 +121,22 @@ def load_filtered(
             f"({_some(report.missing)}) and {len(lost)} of its encoder tensors have no place in the model "
             f"({_some(lost)}). Set depth, n_spectral_blocks and rpe as the checkpoint has them, or pass strict=False."
         )
-    for key, transfer in transfers.items():
+    for key, (values, _) in transfers.items():
         with torch.no_grad():
-            targets[key].copy_(transfer.values)
+            targets[key].copy_(values)
         report.parameters_loaded += targets[key].numel() * isinstance(targets[key], nn.Parameter)
-        if transfer.how:
-            report.adapted[key] = transfer.how
-        else:
-            report.loaded.append(key)
+    report.adapted = {key: how for key, (_, how) in transfers.items() if how}
+    report.loaded = [key for key in transfers if key not in report.adapted]
     encoder.loaded_from = fingerprint(state)
     filled = {*transfers, *report.missing}
     report.fresh = [key for key in model.state_dict() if key.removeprefix("encoder.") not in filled]
     return report
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Giving each tensor of the model its values
-# --------------------------------------------------------------------------------------------------------------------
-@dataclass
-class Transfer:
-    """Values for a tensor of the model, from the checkpoint's tensor of that name, and how they were cut out of it."""
-
-    values: Tensor
-    how: str = ""
-
-
+# --------------------------------------------------------------------------- Giving each tensor of the model its values
 def check_transfers(transfers: Mapping[str, Transfer], targets: State) -> None:
     """Raise a CheckpointError unless all values are of their target's shape, floating-point numbers and finite."""
-    values = {key: transfer.values for key, transfer in transfers.items()}
+    values = {key: cut for key, (cut, _) in transfers.items()}
     if wrong := [key for key, value in values.items() if value.shape != targets[key].shape]:
         theirs, ours = tuple(values[wrong[0]].shape), tuple(targets[wrong[0]].shape)
         raise CheckpointError(
@@ -157,10 +144,9 @@ def check_transfers(transfers: Mapping[str, Transfer], targets: State) -> None:
             "model: set embed_dim, patch_size, num_heads, dp_rank and mlp_ratio as the checkpoint has them."
         )
     for key, value in values.items():
-        if targets[key].is_floating_point() and not value.is_floating_point():
-            raise CheckpointError(f"{key} holds {value.dtype} in the checkpoint, not floating-point numbers.")
-        if not value.sum(dtype=torch.float32).isfinite():
-            raise CheckpointError(f"{key} holds numbers that are not finite: the checkpoint is spoilt, get it anew.")
+        sound = value.is_floating_point() and value.sum(dtype=torch.float32).isfinite()
+        if targets[key].is_floating_point() and not sound:
+            raise CheckpointError(f"{key} does not hold finite floating-point numbers: get the checkpoint anew.")
 
 
 def channel_names(
@@ -172,18 +158,14 @@ def channel_names(
     if PATCHES not in state or state[PATCHES].ndim != 4:
         raise CheckpointError(f"It holds another architecture, without {PATCHES}; it begins with {_some(list(state))}.")
     if len(model) != encoder.in_chans:
-        raise CheckpointError(
-            f"The model has {encoder.in_chans} input channels, and {len(model)} names are given for them: pass "
-            "channels=[...] with their names in the model's order."
-        )
+        raise CheckpointError(f"channels=[...] names {len(model)} channels, and the model has {encoder.in_chans}.")
     planes, outputs = state[PATCHES].shape[1], len(state.get(f"{DECODER}bias", ())) // state[PATCHES].shape[3] ** 2
-    if not source or planes % len(source) or planes // len(source) > MOST_FRAMES or outputs not in (0, len(source)):
+    counts = [len(source) * frames for frames in range(1, MOST_FRAMES + 1)]
+    if planes not in counts or outputs not in (0, len(source)) or len(set(source)) < len(source):
         raise CheckpointError(
             f"The checkpoint has {planes} input planes (channels x frames) and {outputs or 'no'} decoded channels, "
             f"and {len(source)} names are given for it: model.weights_channels names each of its channels once."
         )
-    if len(set(source)) < len(source) or len(set(model)) < len(model):
-        raise CheckpointError(f"A channel is named twice in {model} or in {source}.")
     return model, source
 
 
@@ -194,41 +176,27 @@ def places(wanted: Sequence[str], source: Sequence[str], argument: str) -> list[
     return [source.index(name) for name in wanted]
 
 
-def fit(key: str, values: Tensor, target: Tensor, channels: list[str], source_channels: list[str]) -> Transfer:
-    """The values of one tensor of the encoder."""
-    if key == PATCHES:
-        return fit_patches(values, target.shape[1] // len(channels), channels, source_channels)
-    if key.endswith(".filter.complex_weight") and values.ndim == 4:
-        return fit_filter(values, target.shape[0])
-    return Transfer(values)
-
-
 def fit_patches(values: Tensor, wanted: int, channels: list[str], source_channels: list[str]) -> Transfer:
     """Channels by name, and the last `wanted` frames: (D, C*T, p, p) of the checkpoint to that of the model."""
     planes = values.unflatten(1, (len(source_channels), -1))  # (D, C, T, p, p)
     frames, picked = planes.shape[2], places(channels, source_channels, "channels")
     if wanted > frames:
-        raise CheckpointError(
-            f"The model takes {wanted} frames and the checkpoint was trained with {frames}: set time_dim to {frames}."
-        )
+        raise CheckpointError(f"The model takes {wanted} frames and the checkpoint {frames}: set time_dim to {frames}.")
     how = [f"{len(picked)} of {len(source_channels)} channels, by name"] if channels != source_channels else []
     how += [f"the last {wanted} of {frames} frames"] if wanted != frames else []
-    return Transfer(planes[:, picked, frames - wanted :].flatten(1, 2) if how else values, "; ".join(how))
+    return planes[:, picked, frames - wanted :].flatten(1, 2), "; ".join(how)
 
 
 def fit_filter(values: Tensor, new: int) -> Transfer:
     """The modes that a smaller grid of side `new` has: (G, G/2+1, D, 2) of the checkpoint to that of the model."""
     old = values.shape[0]
     if new > old:
-        raise CheckpointError(
-            f"The model's token grid is {new} x {new} and the checkpoint's is {old} x {old}, without the higher "
-            "frequencies. Use smaller images (a larger data.reduce)."
-        )
+        raise CheckpointError(f"The token grid {new} x {new} is larger than {old} x {old}: set a larger data.reduce.")
     if new == old:
-        return Transfer(values)
+        return values, ""
     rows = torch.cat([torch.arange(new // 2 + 1), torch.arange(old - new // 2 + 1, old)])  # 0 ... G/2, -(G/2-1) ... -1
     modes = values[:, : new // 2 + 1].index_select(0, rows)
-    return Transfer(modes, f"the modes of a {new} x {new} grid, out of {old} x {old}")
+    return modes, f"the modes of a {new} x {new} grid, out of {old} x {old}"
 
 
 def fit_decoder(
@@ -240,18 +208,16 @@ def fit_decoder(
     keys = (f"{DECODER}weight", f"{DECODER}bias")
     rows = {key: state[key] for key in keys if len(state.get(key, ())) == count * patch**2}
     if not wanted:
-        return {key: Transfer(tensor) for key, tensor in rows.items() if outputs == count and factor == 1}
+        return {key: (tensor, "") for key, tensor in rows.items() if outputs == count and factor == 1}
     if len(rows) < 2 or len(wanted) != outputs:
-        raise CheckpointError(
-            f"decoder_channels names {list(wanted)}; the model has {outputs} outputs, and the checkpoint "
-            f"{'a' if rows else 'no'} decoder for {count} channels."
-        )
+        decoded = count if rows else 0
+        raise CheckpointError(f"decoder_channels must name {outputs} of the {decoded} channels the checkpoint decodes.")
     picked = places(wanted, source_channels, "decoder_channels")
     how = f"the rows of {', '.join(wanted)}" + (f", averaged over {factor} x {factor} pixels" if factor > 1 else "")
     pattern = "c (uy fy ux fx) ... -> (c uy ux) ..."  # a smaller target is the mean over its pixels
     sizes = {"uy": decoder.upscale, "ux": decoder.upscale, "fy": factor, "fx": factor}
     rows = {key: tensor.unflatten(0, (count, patch**2))[picked] for key, tensor in rows.items()}  # (out, p*p, ...)
-    return {key: Transfer(reduce(tensor, pattern, "mean", **sizes), how) for key, tensor in rows.items()}
+    return {key: (reduce(tensor, pattern, "mean", **sizes), how) for key, tensor in rows.items()}
 
 
 def _some(keys: Sequence[str], count: int = 4) -> str:
@@ -259,9 +225,7 @@ def _some(keys: Sequence[str], count: int = 4) -> str:
     return (", ".join(keys[:count]) or "none") + more
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------- Files
 def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
     """The tensors of a checkpoint under Surya's keys, memory-mapped, and a name for messages.
 
@@ -275,8 +239,7 @@ def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
     state: dict[str, Tensor] = {}
     for key, tensor in contents.items() if isinstance(contents, Mapping) else ():
         if isinstance(tensor, Tensor):
-            parts = [part for part in key.split(".") if part not in WRAPPERS]
-            own = ".".join(parts[1:] if parts[:1] and parts[0].isdigit() else parts)
+            own = ".".join(part for part in key.split(".") if part not in WRAPPERS)
             if own in state:
                 raise CheckpointError(f"{name} holds {own} under two prefixes: keep one of its two models.")
             state[own] = tensor
@@ -299,10 +262,9 @@ def read_file(path: Path) -> Any:
             f"{path} holds Python objects, which can run code, besides tensors: save it anew as a plain state dict."
         ) from error
     except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError) as error:
-        with path.open("rb") as file:
-            pointer = file.read(64).startswith(b"version https://git-lfs")
         what = f"cut short, damaged or no file of torch.save ({str(error).splitlines()[0]}); delete it, get it again"
-        what = "a git-LFS pointer, not the weights: run `git lfs pull` or download the file" if pointer else what
+        if b"git-lfs" in path.open("rb").read(64):
+            what = "a git-LFS pointer, not the weights: run `git lfs pull` or download the file"
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is {what}.") from error
 
 
@@ -321,25 +283,15 @@ def fingerprint(source: str | Path | State, samples: int = 64) -> str:
     return digest.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a fine-tune leaves behind
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------- What a fine-tune leaves behind
 def save_adapter(
     path: str | Path,
-    model: nn.Module,
-    config: Mapping[str, Any],
-    fingerprint: str | None = None,
-    extra: Mapping[str, Any] | None = None,
+    model: nn.Module,  # any model of the course
+    config: Mapping[str, Any],  # the settings of the run, as plain values (others are written as text)
+    fingerprint: str | None = None,  # of the checkpoint under the encoder; None: as `load_filtered` has noted
+    extra: Mapping[str, Any] | None = None,  # more plain values, such as metrics or the target's scaling
 ) -> Path:
-    """Write what was trained, without the frozen weights, whole or not at all: a few MB; returns the path.
-
-    Args:
-        path: file to write.
-        model: any model of the course.
-        config: the settings of the run, as plain values (others are written as text).
-        fingerprint: of the checkpoint that the encoder was filled from; None: as `load_filtered` has noted.
-        extra: more plain values, such as metrics or the target's scaling.
-    """
+    """Write what was trained, without the frozen weights, whole or not at all: a few MB; returns the path."""
     plain = json.loads(json.dumps({"config": dict(config), "extra": dict(extra or {})}, default=str))
     state = {key: tensor.detach().cpu().clone() for key, tensor in trained_state(model).items()}
     origin = fingerprint or loaded_from(model) or "none"
@@ -349,15 +301,11 @@ def save_adapter(
 
 
 def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = None) -> dict[str, Any]:
-    """Fill what was trained into a model built the same way; returns {"config", "extra", "fingerprint"} as saved.
+    """Fill what `save_adapter` wrote into a model; returns {"config", "extra", "fingerprint"} as saved.
 
-    Args:
-        path: a file of `save_adapter`.
-        model: built with the same settings, with `load_filtered` and `apply_lora` done.
-        fingerprint: of the checkpoint that the model's encoder was filled from; None: as `load_filtered` has noted.
-
-    Raises:
-        CheckpointError: for another file, another checkpoint, or a model of another shape. Nothing is written then.
+    The model is built with the same settings, with `load_filtered` and `apply_lora` done. `fingerprint` is that of the
+    checkpoint under its encoder; None: as `load_filtered` has noted. Another file, another checkpoint or a model of
+    another shape raise a CheckpointError, and nothing is written then.
     """
     contents, name = read_file(Path(path)), Path(path).name
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
@@ -370,13 +318,11 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
             f"{holds or 'none that load_filtered put there'}: fill it from the checkpoint that the run used first."
         )
     state = contents["state"]
-    missing, lost = [key for key in targets if key not in state], [key for key in state if key not in targets]
-    other = [key for key in state if key in targets and state[key].shape != targets[key].shape]
-    if missing or lost or other:
+    shapes, wanted = [{key: tuple(tensor.shape) for key, tensor in side.items()} for side in (state, targets)]
+    if other := [key for key in {**shapes, **wanted} if shapes.get(key) != wanted.get(key)]:
         raise CheckpointError(
-            f"{name} was trained with another model: {len(lost)} of its tensors have no place here ({_some(lost, 2)}), "
-            f"{len(missing)} of the model's are not in it ({_some(missing, 2)}), and {len(other)} have another shape "
-            f"({_some(other, 2)}). Build model, head and adapters (apply_lora) with the settings in the file."
+            f"{name} was trained with another model; {len(other)} tensors are on one side alone or differ in shape "
+            f"({_some(other)}): build model, head and adapters (apply_lora) with the settings in the file."
         )
     with torch.no_grad():
         for key, tensor in state.items():
@@ -399,24 +345,9 @@ def loaded_from(model: nn.Module) -> str | None:
 def export_merged(path: str | Path, model: nn.Module) -> Path:
     """Write the whole model in float32 with every adapter added to its weight, for use without this course.
 
-    A plain state dict with the keys of the model without adapters: `load_state_dict` of such a model reads it, and
-    `load_filtered` takes the encoder from it. The model itself does not change.
+    A state dict for `load_state_dict` of a model without adapters, and for `load_filtered`; this one does not change.
     """
     merged = merge_lora(copy.deepcopy(model).float())
     with atomic_write(path) as temporary:
         torch.save({key: tensor.detach().cpu() for key, tensor in merged.state_dict().items()}, temporary)
     return Path(path)
-
-
-def save_state(path: str | Path, contents: Mapping[str, Any]) -> None:
-    """Write what a training needs to go on (plain values and tensors), whole or not at all."""
-    with atomic_write(path) as temporary:
-        torch.save({"format": STATE_FORMAT, **contents}, temporary)
-
-
-def load_state(path: str | Path) -> dict[str, Any]:
-    """What `save_state` wrote; a CheckpointError for no such file, or another one."""
-    contents = read_file(Path(path))
-    if not isinstance(contents, Mapping) or contents.get("format") != STATE_FORMAT:
-        raise CheckpointError(f"{path} does not hold the state of a training.")
-    return dict(contents)

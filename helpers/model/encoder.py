@@ -10,7 +10,6 @@ n = (G / b) ** 2 blocks, K keys that a block looks at.
 """
 
 from collections.abc import Callable, Iterable
-from itertools import permutations
 
 import torch
 import torch.nn.functional as F
@@ -378,10 +377,18 @@ class SuryaEncoder(nn.Module):
         """Tokens (B, nglo + L, D) in float32, global ones first, then patches row by row.
 
         ts is (B, C, T, H, W), normalised; global_tokens is (1 or B, nglo, D), needed when the encoder has nglo > 0 and
-        refused otherwise. A ValueError says which shape is not the configured one, and what is likely wrong.
+        refused otherwise. A ValueError says which shape is not the configured one.
         """
-        check_input(ts, (self.in_chans, self.time_dim, self.img_size, self.img_size))
-        check_global_tokens(global_tokens, ts.shape[0], self.nglo, self.embed_dim)
+        expected = (self.in_chans, self.time_dim, self.img_size, self.img_size)
+        if tuple(ts.shape[1:]) != expected:
+            raise ValueError(
+                f"The encoder takes ts of shape (B, C, T, H, W) = (B, {', '.join(map(str, expected))}) and got "
+                f"{tuple(ts.shape)}: C, T and the side follow from data.channels, data.offsets_minutes, data.reduce."
+            )
+        got = None if global_tokens is None else tuple(global_tokens.shape)
+        wanted = [(count, self.nglo, self.embed_dim) for count in (1, len(ts))] if self.nglo else [None]
+        if got not in wanted:
+            raise ValueError(f"global_tokens must be of shape {wanted[0]} where nglo={self.nglo}, not {got}.")
         return self.backbone(self.embedding(ts), global_tokens)
 
 
@@ -398,29 +405,3 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def check_input(ts: Tensor, expected: tuple[int, int, int, int]) -> None:
-    """Raise a ValueError with both shapes and the likely mistake unless ts is (B, *expected), expected = C, T, H, W."""
-    got = tuple(ts.shape)
-    if got[1:] == expected:
-        return
-    orders = permutations((1, 2, 3, 4)) if len(got) == 5 else ()
-    order = next((order for order in orders if tuple(got[i] for i in order) == expected), None)
-    if order:
-        axes = " ".join("cthw"[order.index(i)] for i in (1, 2, 3, 4))
-        hint = f'The axes are in another order: use einops.rearrange(ts, "b {axes} -> b c t h w").'
-    elif got == expected:
-        hint = "If this is one sample, add the batch axis: ts[None]."
-    else:
-        hint = "C follows from data.channels, T from data.offsets_minutes, H and W from data.native_size / data.reduce."
-    wanted = ", ".join(map(str, expected))
-    raise ValueError(f"The encoder takes ts of shape (B, C, T, H, W) = (B, {wanted}) and got {got}. {hint}")
-
-
-def check_global_tokens(tokens: Tensor | None, batch: int, nglo: int, dim: int) -> None:
-    """Raise a ValueError when global tokens are missing, unwanted or of another shape than (1 or batch, nglo, dim)."""
-    got = None if tokens is None else tuple(tokens.shape)
-    if got not in ([(1, nglo, dim), (batch, nglo, dim)] if nglo else [None]):
-        wanted = f"global_tokens of shape (1 or {batch}, {nglo}, {dim})" if nglo else "no global_tokens"
-        raise ValueError(f"This encoder was built with nglo={nglo} and takes {wanted}; it got {got}.")

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
+from einops.layers.torch import Reduce
 from torch import Tensor, nn
 
 from helpers.config import Config, pooling_problems
@@ -27,52 +28,28 @@ def _images(batch: Batch, model: nn.Module) -> Tensor:
     return batch["ts"].to(next(model.parameters()).device)
 
 
-class Pooling(nn.Module):
-    """From the tokens (B, L, D) of a sample to one vector (B, width)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.width = dim
-
-
-class MeanPooling(Pooling):
-    """Every patch counts the same: right for sums over the disc."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens.mean(dim=1)  # (B, D)
-
-
-class MaxPooling(Pooling):
-    """Each feature from the patch where it is strongest: right when one active region decides."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens.amax(dim=1)  # (B, D)
-
-
-class AttentionPooling(Pooling):
+class AttentionPooling(nn.Module):
     """A learned query weighs the patches (softmax); it starts as the mean."""
 
     def __init__(self, dim: int):
-        super().__init__(dim)
+        super().__init__()
         self.query = nn.Parameter(torch.zeros(dim))
 
-    def weights(self, tokens: Tensor) -> Tensor:
-        """How much each token counts (B, L), to be drawn over the image."""
-        keys = F.layer_norm(tokens.float(), tokens.shape[-1:])
-        return (keys @ self.query * tokens.shape[-1] ** -0.5).softmax(dim=1)
-
     def forward(self, tokens: Tensor) -> Tensor:
-        return (self.weights(tokens)[:, :, None] * tokens).sum(dim=1)  # (B, D)
+        keys = F.layer_norm(tokens.float(), tokens.shape[-1:])
+        weights = (keys @ self.query * tokens.shape[-1] ** -0.5).softmax(dim=1)  # (B, L)
+        return (weights[:, :, None] * tokens).sum(dim=1)  # (B, D)
 
 
-class TransformerPooling(Pooling):
+class TransformerPooling(nn.Module):
     """One small transformer layer over a readout token and the patches: these are compared before they are summed up.
 
     It works at a width of at most 128, because its cost grows with the square of the number of tokens.
     """
 
     def __init__(self, dim: int):
-        super().__init__(min(dim, 128))
+        super().__init__()
+        self.width = min(dim, 128)
         self.norm = nn.LayerNorm(dim)
         self.reduce = nn.Linear(dim, self.width)
         self.readout = nn.Parameter(torch.randn(1, 1, self.width) * 0.02)
@@ -86,28 +63,28 @@ class TransformerPooling(Pooling):
         return self.layer(x)[:, 0]  # (B, width)
 
 
-class ClassTokenPooling(Pooling):
+class ClassTokenPooling(nn.Module):
     """The class token went through the attention blocks with the patches and stands first."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]  # (B, D)
 
 
+# From the tokens (B, L, D) of a sample to one vector: (B, D), or (B, width) from the transformer.
 POOLS = {
-    "mean": MeanPooling,
-    "max": MaxPooling,
+    "mean": lambda dim: Reduce("b l d -> b d", "mean"),  # right for sums over the disc
+    "max": lambda dim: Reduce("b l d -> b d", "max"),  # each feature where it is strongest: one active region decides
     "attention": AttentionPooling,
     "transformer": TransformerPooling,
-    "class_token": ClassTokenPooling,
+    "class_token": lambda dim: ClassTokenPooling(),
 }
 
 
 class FeatureModel(nn.Module):
     """A vector of features for each sample, standardised by fixed numbers, then a head.
 
-    Features of the Sun share a large mean and differ little between samples, which makes gradient descent slow. Calling
-    `fit_features` once before training takes their mean and deviation from the training data; without it the features
-    are used as they come. The numbers are buffers: they are saved with the model and do not change in training.
+    Features of the Sun share a large mean and differ little between samples, which makes gradient descent slow.
+    `fit_features` takes their mean and deviation from the training data, once; they are saved with the model.
     """
 
     def __init__(self, num_features: int):
@@ -161,20 +138,21 @@ class Specformer1D(FeatureModel):
         if problems := pooling_problems(pooling, encoder.nglo):
             raise ValueError(f"The model cannot be built: {problems[0]}.")
         dim, pool = encoder.embed_dim, POOLS[pooling](encoder.embed_dim)
-        super().__init__(pool.width)
+        width = pool.width if pooling == "transformer" else dim
+        super().__init__(width)
         self.encoder, self.pooling, self.pool = encoder, pooling, pool
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if pooling == "class_token" else None
-        self.norm = nn.LayerNorm(pool.width)
-        last = nn.Linear(penultimate or pool.width, num_outputs)
+        self.norm = nn.LayerNorm(width)
+        last = nn.Linear(penultimate or width, num_outputs)
         # Outputs of about 0.1 for standardised features.
         nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
         nn.init.zeros_(last.bias)
-        hidden = [nn.Linear(pool.width, penultimate), nn.GELU()] if penultimate else []
+        hidden = [nn.Linear(width, penultimate), nn.GELU()] if penultimate else []
         self.head = nn.Sequential(*hidden, nn.Dropout(dropout), last)
 
     def features(self, batch: Batch) -> Tensor:
         tokens = self.encoder(_images(batch, self), self.class_token)  # (B, nglo + L, D)
-        return self.norm(self.pool(tokens).float()).float()  # (B, D)
+        return self.norm(self.pool(tokens).float()).float()  # (B, width)
 
 
 def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer2D":
@@ -215,22 +193,15 @@ class Specformer2D(nn.Module):
     """Encoder, linear decoder, pixel shuffle: an image for a Sun, such as a mask or another channel.
 
     The decoder has the keys of the checkpoint's pretraining head, so with out_chans=13 the released weights give
-    Surya's own one-hour forecast. A fresh decoder starts with outputs near zero.
-
-    A token becomes `upscale` x `upscale` pixels: None for the patch size, so that the target has the side of the input,
-    patch_size // f for a target smaller by a factor f. Raises a ValueError for an encoder with global tokens, or an
-    upscale that does not divide the patch size.
+    Surya's own one-hour forecast. A token becomes `upscale` x `upscale` pixels: None for the patch size (the input's
+    side), patch_size // f for an image smaller by a factor f. An encoder with global tokens raises a ValueError.
     """
 
     def __init__(self, encoder: SuryaEncoder, out_chans: int = 1, upscale: int | None = None):
         super().__init__()
-        patch = encoder.patch_size
-        upscale = patch if upscale is None else upscale
+        upscale = encoder.patch_size if upscale is None else upscale
         if encoder.nglo:
             raise ValueError(f"Specformer2D needs an encoder with nglo=0, and this one has nglo={encoder.nglo}.")
-        if upscale < 1 or patch % upscale:
-            sides = [u for u in range(1, patch + 1) if patch % u == 0]
-            raise ValueError(f"upscale={upscale} does not divide the patch size {patch}: choose one of {sides}.")
         self.encoder = encoder
         self.unembed = nn.Module()
         self.unembed.unembed = nn.ModuleList([PixelDecoder(encoder.embed_dim, out_chans, upscale)])
@@ -245,11 +216,7 @@ class LinearBaseline1D(FeatureModel):
     """A linear map of the mean of each channel over the image, in signed-log space, for all T frames: C*T features.
 
     The batch holds normalised values z, and signed-log values are y = z * std + mean; the mean over the image commutes
-    with that map. Trained by gradient descent in the same loop as the others; call `fit_features(train_loader)` first,
-    because the channels differ in scale.
-
-    mean and std (C,) are those of each channel in signed-log space (std plus epsilon), as in the scalers; None when the
-    normalised means themselves will do.
+    with that map. Call `fit_features(train_loader)` before training, because the channels differ in scale.
     """
 
     def __init__(
@@ -257,15 +224,13 @@ class LinearBaseline1D(FeatureModel):
         in_chans: int,
         num_outputs: int = 1,
         time_dim: int = 1,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] | None = None,  # (C,) of each channel in signed-log space; None: stay normalised
+        std: Sequence[float] | None = None,  # (C,), plus epsilon, as in the scalers
     ):
         super().__init__(in_chans * time_dim)
         self.shape = (in_chans, time_dim)
         mean = torch.zeros(in_chans) if mean is None else torch.as_tensor(mean, dtype=torch.float32)
         std = torch.ones(in_chans) if std is None else torch.as_tensor(std, dtype=torch.float32)
-        if mean.shape != (in_chans,) or std.shape != (in_chans,):
-            raise ValueError(f"mean and std must hold one number for each of the {in_chans} channels.")
         self.register_buffer("signed_log_mean", mean)
         self.register_buffer("signed_log_std", std)
         self.head = nn.Linear(in_chans * time_dim, num_outputs)
@@ -296,14 +261,10 @@ class LinearBaseline2D(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         ts = _images(batch, self)
         _check_channels_and_frames(ts, self.shape)
-        if ts.shape[3] % self.factor or ts.shape[4] % self.factor:
-            raise ValueError(f"factor={self.factor} does not divide the image of {ts.shape[3]} x {ts.shape[4]} pixels.")
-        f = self.factor
-        pixels = reduce(ts.float(), "b c t (h fy) (w fx) -> b h w (c t)", "mean", fy=f, fx=f)
+        pixels = reduce(ts.float(), "b c t (h fy) (w fx) -> b h w (c t)", "mean", fy=self.factor, fx=self.factor)
         return rearrange(self.head(pixels), "b h w o -> b o h w").float()
 
 
 def _check_channels_and_frames(ts: Tensor, expected: tuple[int, int]) -> None:
     if ts.ndim != 5 or tuple(ts.shape[1:3]) != expected:
-        wanted = f"(B, C, T, H, W) with C={expected[0]} and T={expected[1]}"
-        raise ValueError(f"The baseline takes ts of shape {wanted} and got {tuple(ts.shape)}.")
+        raise ValueError(f"The baseline takes ts (B, C, T, H, W) with C, T = {expected} and got {tuple(ts.shape)}.")

@@ -8,10 +8,9 @@ and never writes into a frozen weight, whatever is called in whatever order.
 
 import copy
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import loralib
 import torch
@@ -65,14 +64,6 @@ class LoRALinear(nn.Linear, loralib.LoRALayer):
         blocks = iter(self.lora_B.chunk(sum(self.parts)))
         none = self.lora_B.new_zeros(self.out_features // len(self.parts), 0)
         return self.scaling * torch.block_diag(*[next(blocks) if adapted else none for adapted in self.parts])
-
-    def merge(self) -> nn.Linear:
-        """A plain layer with the update added to a copy of the weight."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        update = (self.scaled_B() @ self.lora_A).detach()
-        plain.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype))
-        plain.bias = self.bias
-        return plain.train(self.training)
 
 
 def apply_lora(
@@ -152,51 +143,37 @@ def merge_lora(model: nn.Module) -> nn.Module:
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoRALinear):
             parent, leaf = name.rpartition(".")[::2]
-            setattr(merged.get_submodule(parent), leaf, layer.merge())
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            update = (layer.scaled_B() @ layer.lora_A).detach()
+            plain.weight = nn.Parameter((layer.weight.float() + update).to(layer.weight.dtype))
+            plain.bias = layer.bias
+            setattr(merged.get_submodule(parent), leaf, plain.train(layer.training))
     return merged
 
 
 @dataclass(frozen=True)
 class TrainableSummary:
-    """Counts of parameters; prints as a table of the groups and a list of what trains.
+    """Counts of parameters; prints as a table of the groups."""
 
-    Attributes:
-        groups: {"adapters" | "head" | "encoder": (trainable, total)}.
-        trains: {name with block numbers as *: (tensors, parameters)}.
-    """
-
-    groups: dict[str, tuple[int, int]]
-    trains: dict[str, tuple[int, int]] = field(repr=False)
-
-    @property
-    def trainable(self) -> int:
-        return sum(trainable for trainable, _ in self.groups.values())
-
-    @property
-    def total(self) -> int:
-        return sum(total for _, total in self.groups.values())
+    groups: dict[str, tuple[int, int]]  # {"adapters" | "head" | "encoder": (trainable, total)}
+    trainable: int
+    total: int
 
     def __str__(self) -> str:
         groups = {**self.groups, "all": (self.trainable, self.total)}
         rows = [f"{'':10}{'trainable':>14}{'frozen':>14}"]
         rows += [f"{name:10}{train:>14,}{total - train:>14,}" for name, (train, total) in groups.items() if total]
         rows[-1] += f"   {100 * self.trainable / max(self.total, 1):.2f}% trainable"
-        trains = [f"  {name}  ({count} x, {size:,})" for name, (count, size) in self.trains.items()]
-        return "\n".join([*rows, "", "What trains:", *(trains or ["  nothing"])])
+        return "\n".join(rows)
 
 
 def trainable_summary(model: nn.Module) -> TrainableSummary:
     """Count what trains and what is frozen, for adapters, head (all outside the encoder) and encoder."""
     inside = "" if isinstance(model, SuryaEncoder) else "encoder."
     groups = {"adapters": (0, 0), "head": (0, 0), "encoder": (0, 0)}
-    trains: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         group = "adapters" if "lora_" in name else "encoder" if name.startswith(inside) else "head"
         trainable, total = groups[group]
-        size = parameter.numel()
-        groups[group] = (trainable + size * parameter.requires_grad, total + size)
-        if parameter.requires_grad:
-            pattern = re.sub(r"\.\d+\.", ".*.", name)
-            count, counted = trains.get(pattern, (0, 0))
-            trains[pattern] = (count + 1, counted + size)
-    return TrainableSummary(groups, trains)
+        groups[group] = (trainable + parameter.numel() * parameter.requires_grad, total + parameter.numel())
+    trainable, total = (sum(counts) for counts in zip(*groups.values(), strict=True))
+    return TrainableSummary(groups, trainable, total)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from helpers.config import Config, settings_that_matter
 from helpers.data.dataset import Loaders
-from helpers.model.checkpoint import CheckpointError, load_state, loaded_from, save_state, trained_state
+from helpers.model.checkpoint import CheckpointError, loaded_from, read_file, trained_state
+from helpers.shared import atomic_write
 from helpers.training.tracking import STATE
 
 
@@ -88,7 +89,8 @@ class RunState:
             "progress": vars(self.progress),
             "history": vars(self.history),
         }
-        save_state(path, state)
+        with atomic_write(path) as temporary:
+            torch.save(state, temporary)
         self.saved = f"the last good state is {path} ({self.progress})"
 
     def load(self, path: Path, process: int, processes: int) -> None:
@@ -105,7 +107,7 @@ class RunState:
             raise CheckpointError(
                 f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
             )
-        state, own = load_state(path), trained_state(self.model)
+        state, own = read_file(path), trained_state(self.model)
         before, now = state["config"], self.origin["config"]
         other = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
         reasons = {
