@@ -263,8 +263,9 @@ def read_file(path: Path) -> Any:
         ) from error
     except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError) as error:
         what = f"cut short, damaged or no file of torch.save ({str(error).splitlines()[0]}); delete it, get it again"
-        if b"git-lfs" in path.open("rb").read(64):
-            what = "a git-LFS pointer, not the weights: run `git lfs pull` or download the file"
+        with path.open("rb") as file:
+            if file.read(64).startswith(b"version https://git-lfs"):
+                what = "a git-LFS pointer, not the weights: run `git lfs pull` or download the file"
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is {what}.") from error
 
 
