@@ -376,7 +376,7 @@ class SuryaEncoder(nn.Module):
     def forward(self, ts: Tensor, global_tokens: Tensor | None = None) -> Tensor:
         """Tokens (B, nglo + L, D) in float32, global ones first, then patches row by row.
 
-        ts is (B, C, T, H, W), normalised; global_tokens is (1 or B, nglo, D) where nglo > 0. Other shapes: a ValueError.
+        ts is (B, C, T, H, W), normalised; global_tokens is (1 or B, nglo, D) where nglo > 0. Others: a ValueError.
         """
         expected = (self.in_chans, self.time_dim, self.img_size, self.img_size)
         if tuple(ts.shape[1:]) != expected:
