@@ -28,7 +28,7 @@ from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator, one_of_several
 from helpers.training.resume import History, Progress, RunState, origin_of
-from helpers.training.tasks import ImagePredictions, Predictions, Task, check_shapes, make_task
+from helpers.training.tasks import ImagePredictions, Predictions, check_shapes, make_task
 from helpers.training.tracking import BEST, STATE, how_to_go_on
 
 if TYPE_CHECKING:
@@ -197,7 +197,9 @@ class Trainer:
         for batch in self._remaining_batches():
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model(batch), batch["target"])
-                value, stop = self._agree(loss)
+                # the mean loss of all processes, and whether one of them was asked to stop
+                asked = loss.new_tensor(float(self.asked_to_stop.is_set()))
+                value, stop = accelerator.reduce(torch.stack([loss.detach(), asked]), "mean").tolist()
                 if not math.isfinite(value):
                     raise self._diverged(f"The training loss became {value}")
                 accelerator.backward(loss)
@@ -225,15 +227,7 @@ class Trainer:
         self.bar.set_description(f"epoch {at.epoch}/{self.cfg.training.epochs}")
         if generator is not None:
             self.state.order = generator.get_state()
-        batches = skip_first_batches(self.train, at.batches) if at.batches else self.train
-        batches.set_epoch(at.epoch)
-        return batches
-
-    def _agree(self, loss: Tensor) -> tuple[float, bool]:
-        """The mean loss of all processes, and whether one of them was asked to stop."""
-        own = torch.stack([loss.detach(), loss.new_tensor(float(self.asked_to_stop.is_set()))])
-        value, stop = self.accelerator.reduce(own, "mean").tolist()
-        return value, stop > 0
+        return skip_first_batches(self.train, at.batches) if at.batches else self.train
 
     def loss_before_training(self) -> float:
         """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
@@ -242,9 +236,14 @@ class Trainer:
         chosen = torch.linspace(0, len(data) - 1, count).round().long().tolist()
         return self.judge(_in_order(self.loaders.train, Subset(data, chosen)))["loss"]
 
+    @torch.no_grad()
     def judge(self, loader: DataLoader) -> dict[str, float]:
         """Loss and metrics over all samples of a loader, each once, however many processes share them."""
-        return _judge(self.model, loader, self.task, self.accelerator)
+        collector, total, count = self.task.collector(), 0.0, 0
+        for output, target, batch in _outputs(self.model, loader, self.accelerator):
+            total, count = total + self.task.loss(output, target).item() * len(target), count + len(target)
+            collector.add(self.task.to_units(output), target, batch)
+        return {"loss": total / count, **collector.metrics()}
 
     def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
         """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""
@@ -367,15 +366,6 @@ def _check_judged(loss: float, value: float, key: str) -> None:
             "quiet times, r2 and rrse targets that differ. Put another metric first in target.metrics, or lengthen "
             "split.val."
         )
-
-
-@torch.no_grad()
-def _judge(model: nn.Module, loader: DataLoader, task: Task, accelerator: Accelerator) -> dict[str, float]:
-    collector, total, count = task.collector(), 0.0, 0
-    for output, target, batch in _outputs(model, loader, accelerator):
-        total, count = total + task.loss(output, target).item() * len(target), count + len(target)
-        collector.add(task.to_units(output), target, batch)
-    return {"loss": total / count, **collector.metrics()}
 
 
 def _outputs(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor, dict]]:
