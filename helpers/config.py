@@ -710,8 +710,9 @@ def _of_target(c: Any) -> Iterator[tuple[str, str]]:
         except Exception as error:  # whatever a module of one's own raises
             yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
             continue
-        if key == "target.metrics" and not hasattr(own, "higher_is_better"):
-            yield key, f"{name} must be a NumberMetric or ImageMetric, as in helpers/training/metrics.py"
+        form, part = ("NumberMetric", "compute") if c.labels.kind == "scalar" else ("ImageMetric", "make")
+        if key == "target.metrics" and not hasattr(own, part):
+            yield key, f"{name} must be a {form}, as in helpers/training/metrics.py"
         if key != "target.metrics" and not callable(own):
             yield key, f"{name} must be a function"
     if c.target.event_threshold is None and {"tss", "hss"} & set(c.target.metrics):
