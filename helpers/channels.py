@@ -12,8 +12,7 @@ Constants: `scalers.yaml` of the release nasa-ibm-ai4science/Surya-1.0, copied t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +71,9 @@ class Coding:
             raise ValueError(f"Signed-log values from {signed_log.min()} to {signed_log.max()} do not fit {self}.")
         return codes.astype(np.int16)
 
-    def decode(self, codes):
-        """Codes -> signed-log values, float32 of the same shape, for numpy arrays and torch tensors."""
-        _, codes, (step, offset) = _prepare(codes, self.step, self.offset)
-        return codes * step + offset
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Codes -> signed-log values, float32 of the same shape."""
+        return codes * self.step + self.offset
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -91,18 +89,11 @@ def coding_of(name: str, scaler: Scaler) -> Coding:
 
 
 def check_channels(names: Sequence[str]) -> tuple[str, ...]:
-    """Return `names` as a tuple; raise ValueError naming every channel that does not exist or stands there twice."""
-    if isinstance(names, str):
-        raise ValueError(f'Channels are a list of names, for example ["{names}"], but the text "{names}" was given.')
-    wrong = []
-    for name in names:
-        if name not in CHANNELS:
-            near = get_close_matches(str(name), CHANNELS, n=1)
-            wrong.append(f'"{name}"' + (f' (did you mean "{near[0]}"?)' if near else ""))
-    wrong += [f'"{name}" (given twice)' for name in dict.fromkeys(names) if list(names).count(name) > 1]
+    """Return `names` as a tuple; raise ValueError where they are not a list of channels, each once."""
+    wrong = [names] if isinstance(names, str) else [n for n in names if n not in CHANNELS or list(names).count(n) > 1]
     if wrong or not names:
-        found = ", ".join(wrong) or "an empty list"
-        raise ValueError(f"Not a list of channels: {found}. The channels are {', '.join(CHANNELS)}.")
+        what = f"{wrong} in " if wrong else ""
+        raise ValueError(f"Not a list of channels, each once: {what}{names!r}. There are {', '.join(CHANNELS)}.")
     return tuple(names)
 
 
@@ -125,14 +116,11 @@ def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
         ValueError: with the channel whose constants are missing, no numbers, or make no scale.
     """
     path = Path(path or SCALERS_FILE)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no scalers file at {path}; data.scalers: null takes the released one.")
     scalers, name = {}, "its first entry"
     try:
         for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
             scaler = Scaler(*(float(entry[key]) for key in ("mean", "std", "sl_scale_factor", "epsilon")))
-            numbers = np.array([scaler.mean, scaler.std, scaler.scale, scaler.epsilon])
-            if not (np.isfinite(numbers).all() and scaler.scale > 0 and scaler.std > 0 and scaler.epsilon >= 0):
+            if not (np.isfinite(astuple(scaler)).all() and scaler.scale > 0 and scaler.std > 0 and scaler.epsilon >= 0):
                 raise ValueError("scale factor and std must be above 0")
             scalers[name] = scaler
     except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
@@ -151,12 +139,8 @@ def stack_scalers(scalers: Mapping[str, Scaler], channels: Sequence[str], traili
     missing = [name for name in channels if name not in scalers]
     if missing:
         raise ValueError(f"No normalisation constants for {', '.join(missing)}; add them to the file data.scalers.")
-    shape = (len(channels), *[1] * trailing)
-
-    def column(field: str) -> np.ndarray:
-        return np.array([getattr(scalers[name], field) for name in channels], dtype=np.float64).reshape(shape)
-
-    return Scaler(column("mean"), column("std"), column("scale"), column("epsilon"))
+    constants = np.array([astuple(scalers[name]) for name in channels], np.float64).T  # (4, C)
+    return Scaler(*constants.reshape(4, len(channels), *[1] * trailing))
 
 
 def to_signed_log(physical, scaler: Scaler):
@@ -178,12 +162,6 @@ def standardise(signed_log, scaler: Scaler):
     return (y - mean) / (std + epsilon)
 
 
-def destandardise(normalised, scaler: Scaler):
-    """Normalised values -> signed-log values, y = z (std + epsilon) + mean: the inverse of `standardise`."""
-    _, z, (mean, std, epsilon) = _prepare(normalised, scaler.mean, scaler.std, scaler.epsilon)
-    return z * (std + epsilon) + mean
-
-
 def normalise(physical, scaler: Scaler):
     """Physical values -> normalised values (what the model reads); same shape, float32 or float64."""
     return standardise(to_signed_log(physical, scaler), scaler)
@@ -191,7 +169,8 @@ def normalise(physical, scaler: Scaler):
 
 def denormalise(normalised, scaler: Scaler):
     """Normalised values -> physical values: the inverse of `normalise`, 1e-5 relative from 1 unit upwards."""
-    return from_signed_log(destandardise(normalised, scaler), scaler)
+    _, z, (mean, std, epsilon) = _prepare(normalised, scaler.mean, scaler.std, scaler.epsilon)
+    return from_signed_log(z * (std + epsilon) + mean, scaler)
 
 
 def _prepare(values, *constants):

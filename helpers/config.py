@@ -15,18 +15,17 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from helpers.channels import Scaler, load_scalers
+from helpers.channels import CHANNELS, Scaler, load_scalers
 from helpers.shared import SharedFolder, find_shared
 
-Channel = Literal[
-    "aia94", "aia131", "aia171", "aia193", "aia211", "aia304", "aia335", "aia1600",
-    "hmi_m", "hmi_bx", "hmi_by", "hmi_bz", "hmi_v",
-]  # fmt: skip
+Channel = Literal[CHANNELS]
+Pooling = Literal["mean", "max", "attention", "transformer", "class_token"]
+POOLINGS, QKV = get_args(Pooling), ("q", "k", "v")
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -43,18 +42,9 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of targ
         "figure": ("scatter",),
     },
     "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("image",)},
-    "image": {
-        "loss": ("mse", "mae", "huber"),
-        "metric": ("rmse", "mae", "correlation", "ssim"),
-        "figure": ("image",),
-    },
+    "image": {"loss": ("mse", "mae", "huber"), "metric": ("rmse", "mae", "correlation", "ssim"), "figure": ("image",)},
 }
-
-_OVERLAYS = {
-    "profiles": "profile",
-    "tasks": "task",
-    "experiments": "experiment",
-}  # block -> the key that chooses from it
+_OVERLAYS = {"profiles": "profile", "tasks": "task", "experiments": "experiment"}  # block -> the key that chooses
 
 
 class ConfigError(ValueError):
@@ -74,17 +64,6 @@ class Paths(_Section):
     scratch: Annotated[str | None, PATH]
 
 
-class Pretraining(_Section):
-    seed: int
-    suns: Count
-    samples: Count
-    held_out: Count
-    noise: Annotated[float, Field(ge=1)]
-    epochs: Count
-    batch_size: Count
-    lr: Positive
-
-
 class Synthetic(_Section):
     folder: Annotated[str | None, PATH, MACHINE]
     seed: int
@@ -92,7 +71,6 @@ class Synthetic(_Section):
     visits: Count
     hours_between_visits: Count
     workers: Annotated[Count, MACHINE]
-    pretraining: Annotated[Pretraining, MACHINE]
 
 
 class Data(_Section):
@@ -145,10 +123,22 @@ class Target(_Section):
     mask_threshold: Share
 
 
+def _period(times: list[str]) -> list[str]:
+    first, end = (datetime.fromisoformat(time) for time in times)
+    if first.tzinfo or end.tzinfo:
+        raise ValueError("splits are in UTC, like the frames; write them without a time zone")
+    if first >= end:
+        raise ValueError(f"it ends at {end} before it begins at {first}")
+    return times
+
+
+Period = Annotated[list[str], Field(min_length=2, max_length=2), AfterValidator(_period)]  # ISO dates, the end excluded
+
+
 class Split(_Section):
-    train: Annotated[list[str], Field(min_length=2, max_length=2)]
-    val: Annotated[list[str], Field(min_length=2, max_length=2)]
-    test: Annotated[list[str], Field(min_length=2, max_length=2)]
+    train: Period
+    val: Period
+    test: Period
     guard_hours: Annotated[float, Field(ge=0)]
 
 
@@ -171,7 +161,7 @@ class Model(_Section):
 
 
 class Head(_Section):
-    pooling: Literal["mean", "max", "attention", "transformer", "class_token"]
+    pooling: Pooling
     decoder_channels: list[Channel]
     penultimate: Count | None
     dropout: Share
@@ -224,15 +214,11 @@ class Diagnostics(_Section):
     overfitting: Positive
 
 
-class CompareEpochs(_Section):
-    baseline: Count | None
-    finetune: Count | None
-
-
 class Compare(_Section):
     seeds: Annotated[list[int], Field(min_length=2)]
     train_samples: Annotated[list[Count | None], Field(min_length=1)]
-    epochs: CompareEpochs
+    baseline_epochs: Count | None
+    finetune_epochs: Count | None
     draws: Count
 
 
@@ -293,17 +279,8 @@ class Config(_Section):
         """Numbers, or channels of the image, that the model predicts."""
         return len(self.labels.value_columns) if self.labels.kind == "scalar" else len(self.labels.target_channels) or 1
 
-    @property
-    def target_axes(self) -> tuple[str, ...]:
-        """Names of the axes of a batch of targets."""
-        return ("B", "outputs") if self.labels.kind == "scalar" else ("B", "C", "H", "W")
-
 
 # ---- Rules of the model, for the constructors in helpers/model too: what is wrong with the settings, a sentence each
-POOLINGS = ("mean", "max", "attention", "transformer", "class_token")
-QKV = ("q", "k", "v")
-
-
 def encoder_problems(
     img_size: int,
     patch_size: int,
@@ -318,24 +295,17 @@ def encoder_problems(
     **_: Any,
 ) -> list[str]:
     """What keeps the arguments of a SuryaEncoder from making one; img_size is data.native_size / data.reduce."""
-    problems = []
-    if img_size % patch_size:
-        problems.append(f"img_size {img_size} is not a multiple of patch_size {patch_size}")
-    elif (grid := img_size // patch_size) % 2:
-        problems.append(f"the token grid, img_size {img_size} / patch_size {patch_size} = {grid}, must be even")
-    if embed_dim % num_heads:
-        problems.append(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
-    if embed_dim % 4:
-        problems.append(f"embed_dim {embed_dim} is not a multiple of 4, as the positions need")
-    if window_size != 2:
-        problems.append(f"window_size {window_size} is not in the release; use 2")
-    if not 0 <= n_spectral_blocks <= depth:
-        problems.append(f"n_spectral_blocks {n_spectral_blocks} is not between 0 and depth {depth}")
-    if wrong := sorted(set(recompute_blocks) - set(range(depth))):
-        problems.append(f"recompute_blocks {wrong} are no blocks, which are numbered 0 to {depth - 1}")
-    if rpe and nglo:
-        problems.append("rpe together with nglo has no reference to be checked against; use one of them")
-    return problems
+    pair, spectral, wrong = 2 * patch_size, n_spectral_blocks, sorted(set(recompute_blocks) - set(range(depth)))
+    problems = {
+        f"img_size {img_size} must be an even number of patches of patch_size {patch_size}": img_size % pair,
+        f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}": embed_dim % num_heads,
+        f"embed_dim {embed_dim} is not a multiple of 4, as the positions need": embed_dim % 4,
+        f"window_size {window_size} is not in the release; use 2": window_size != 2,
+        f"n_spectral_blocks {spectral} is not between 0 and depth {depth}": spectral not in range(depth + 1),
+        f"recompute_blocks {wrong} are no blocks, which are numbered 0 to {depth - 1}": wrong,
+        "rpe together with nglo has no reference to be checked against; use one of them": rpe and nglo,
+    }
+    return [sentence for sentence, broken in problems.items() if broken]
 
 
 def pooling_problems(pooling: str, nglo: int) -> list[str]:
@@ -344,24 +314,6 @@ def pooling_problems(pooling: str, nglo: int) -> list[str]:
         return [f"there is no pooling {pooling!r}; choose one of {', '.join(POOLINGS)}"]
     needed = 1 if pooling == "class_token" else 0
     return [] if nglo == needed else [f"pooling {pooling!r} needs nglo={needed}, and nglo is {nglo}"]
-
-
-def lora_problems(rank: int, alpha: float, dropout: float, targets: Collection[str], qkv: Collection[str]) -> list[str]:
-    """What keeps the settings of `lora` from making adapters; which layers a model has is the model's matter."""
-    problems = []
-    if not isinstance(rank, int) or rank < 1:
-        problems.append(f"rank must be a whole number of at least 1, not {rank!r}")
-    if not alpha > 0:
-        problems.append(f"alpha must be positive, not {alpha!r}")
-    if not 0 <= dropout < 1:
-        problems.append(f"dropout must be at least 0 and below 1, not {dropout!r}")
-    if not targets:
-        problems.append("targets is empty, so nothing would be adapted")
-    if unknown := sorted(set(qkv) - set(QKV)):
-        problems.append(f"qkv may hold 'q', 'k' and 'v' alone, not {unknown}")
-    if "qkv" in targets and not qkv:
-        problems.append("qkv is a target but none of q, k, v is chosen")
-    return problems
 
 
 # ---- Reading and layering
@@ -388,7 +340,12 @@ def load_config(
     Raises:
         ConfigError: one message with every mistake, each with its key path and the layer that set it.
     """
-    path = _find(Path(path))
+    path = Path(path)
+    above = (*Path.cwd().parents, Path(__file__).resolve().parents[1]) if len(path.parts) == 1 else ()
+    found = [folder / path for folder in (Path(), *above) if (folder / path).is_file()]
+    if not found:
+        raise ConfigError(f"There is no configuration file {path}. Start inside the repository, or pass its full path.")
+    path = found[0].resolve()
     sources = [(file.name, _read(file)) for file in (path, path.with_name("config.local.yaml")) if file.exists()]
     sources += [("notebook parameters", _nested(parameters or {})), ("overrides=", _nested(overrides or {}))]
     problems = [problem for origin, tree in sources for problem in _unknown_keys(tree, origin)]
@@ -417,29 +374,15 @@ def load_config(
     return config
 
 
-def _find(path: Path) -> Path:
-    folders = [Path()]
-    if not path.is_absolute() and len(path.parts) == 1:
-        folders = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[1]]
-    for folder in folders:
-        if (folder / path).is_file():
-            return (folder / path).resolve()
-    raise ConfigError(
-        f"There is no configuration file {path}. Start the notebook inside the repository, or pass its full path."
-    )
-
-
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 where it matters: 1e-3 is a number; dates, 010, 1:30, 1_000 and yes are text; a key stands only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[str] = set()
-        for key_node in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key_node.value}' stands twice in one section", key_node.start_mark
-                )
-            seen.add(key_node.value)
+        for key, _ in node.value:
+            if (name := str(key.value)) in seen:
+                raise yaml.MarkedYAMLError(None, None, f"the key '{name}' stands twice in one section", key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -454,19 +397,12 @@ for _tag, _pattern, _first in (
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
-def parse_value(text: str) -> Any:
-    """A value written on a command line ("1e-3", "[aia171, hmi_m]", "null") as config.yaml would read it."""
-    return yaml.load(text, _Loader)  # noqa: S506 - derived from SafeLoader
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - derived from SafeLoader
         json.dumps(tree, default=str)  # raises where an anchor holds itself
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    except (UnicodeDecodeError, TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} must be text in UTF-8 without anchors that hold themselves: {error}") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path} must hold sections such as 'training:', but it holds a {type(tree).__name__}.")
     return tree or {}
@@ -600,7 +536,7 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
         known = _nested({key: value for key, value in (plain | located).items() if key not in faulty})
         sections = {name: SimpleNamespace(**keys) for name, keys in known.items() if isinstance(keys, dict)}
         absent = (AttributeError, TypeError) if faulty else ()  # a key that is faulty itself is not there
-        for rules in (_of_frames, _of_additions, _of_model, _of_labels, _of_target, _of_splits):
+        for rules in (_of_frames, _of_model, _of_labels, _of_target):
             with suppress(*absent):
                 for keys, sentence in rules(SimpleNamespace(**sections)):
                     origins = dict.fromkeys(values[key][1] for key in keys.split(", ") if key in values)
@@ -608,9 +544,7 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
     return config
 
 
-def _paths(
-    values: dict[str, Any], root: Path, shared: Path, problems: list[str]
-) -> tuple[dict[str, str], dict[str, str]]:
+def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]) -> tuple[dict, dict]:
     """All settings that are paths: as written, but with {seed}, {synthetic} and {labels} filled in; and absolute."""
     names, written, located = {"seed": str(values.get("synthetic.seed"))}, {}, {}
     first = {"synthetic.folder": "synthetic", "paths.labels": "labels"}
@@ -645,13 +579,6 @@ def _of_frames(c: Any) -> Iterator[tuple[str, str]]:
         yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
 
 
-def _of_additions(c: Any) -> Iterator[tuple[str, str]]:
-    for problem in pooling_problems(c.head.pooling, c.model.nglo):
-        yield "head.pooling, model.nglo", problem
-    for problem in lora_problems(**vars(c.lora)):
-        yield "lora.targets, lora.qkv", problem
-
-
 def _of_model(c: Any) -> Iterator[tuple[str, str]]:
     weights, held = c.model.weights or "", c.training.frozen_dtype
     if weights.startswith("hf://") and weights.count("/") < 4:
@@ -665,6 +592,10 @@ def _of_model(c: Any) -> Iterator[tuple[str, str]]:
             keys = {name: f"model.{name}" for name in vars(c.model)}
             keys |= {"img_size": "data.native_size, data.reduce", "recompute_blocks": "training.recompute_blocks"}
             yield ", ".join(keys[name] for name in re.findall(r"\w+", problem) if name in keys), problem
+    for problem in pooling_problems(c.head.pooling, c.model.nglo):
+        yield "head.pooling, model.nglo", problem
+    if "qkv" in c.lora.targets and not c.lora.qkv:
+        yield "lora.targets, lora.qkv", "qkv is a target but none of q, k, v is chosen"
 
 
 def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
@@ -682,10 +613,9 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     both = sorted(set(c.data.channels) & set(own.target_channels))
     if kind == "image" and both and own.target_offset_minutes in c.data.offsets_minutes:
         yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
-    if kind == "scalar" and wanted:
-        yield "head.decoder_channels", "numbers have no decoder; this is for labels.kind: mask or image"
-    elif wanted and len(wanted) != (outputs := len(own.target_channels) or 1):
-        yield "head.decoder_channels", f"{len(wanted)} channels for {outputs} output(s)"
+    outputs = 0 if kind == "scalar" else len(own.target_channels) or 1
+    if wanted and len(wanted) != outputs:
+        yield "head.decoder_channels", f"{len(wanted)} channels for {outputs} image(s) that are predicted"
     if unknown := sorted(set(wanted) - set(c.model.weights_channels)):
         yield "head.decoder_channels, model.weights_channels", f"the checkpoint has no decoder rows of {unknown}"
     if kind != "scalar" and c.model.nglo:
@@ -696,42 +626,23 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
 
 def _of_target(c: Any) -> Iterator[tuple[str, str]]:
     asked = {"target.loss": [c.target.loss], "target.metrics": c.target.metrics, "target.plot": [c.target.plot]}
-    there = dict(zip(asked, KINDS[c.labels.kind].values(), strict=True))
-    for key, name in ((key, name) for key, names in asked.items() for name in names if name is not None):
-        if not OWN.fullmatch(name):
-            if name not in there[key]:
-                yield (
-                    f"{key}, labels.kind",
-                    f"for {c.labels.kind} labels there is {', '.join(there[key])}, not {name!r}",
-                )
-            continue
-        try:
-            own = find_named(name, {})
-        except Exception as error:  # whatever a module of one's own raises
-            yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
-            continue
-        form, part = ("NumberMetric", "compute") if c.labels.kind == "scalar" else ("ImageMetric", "make")
-        if key == "target.metrics" and not hasattr(own, part):
-            yield key, f"{name} must be a {form}, as in helpers/training/metrics.py"
-        if key != "target.metrics" and not callable(own):
-            yield key, f"{name} must be a function"
+    for (key, names), there in zip(asked.items(), KINDS[c.labels.kind].values(), strict=True):
+        for name in (name for name in names if name not in (None, *there)):
+            if not OWN.fullmatch(name):
+                yield f"{key}, labels.kind", f"for {c.labels.kind} labels there is {', '.join(there)}, not {name!r}"
+                continue
+            try:
+                own = find_named(name, {})
+            except Exception as error:  # whatever a module of one's own raises
+                yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
+                continue
+            form, part = ("NumberMetric", "compute") if c.labels.kind == "scalar" else ("ImageMetric", "make")
+            if key == "target.metrics" and not hasattr(own, part):
+                yield key, f"{name} must be a {form}, as in helpers/training/metrics.py"
+            if key != "target.metrics" and not callable(own):
+                yield key, f"{name} must be a function"
     if c.target.event_threshold is None and {"tss", "hss"} & set(c.target.metrics):
         yield "target.metrics, target.event_threshold", "tss and hss count events: say from which value on"
-
-
-def _of_splits(c: Any) -> Iterator[tuple[str, str]]:
-    for name, times in vars(c.split).items():
-        if name == "guard_hours":
-            continue
-        try:
-            first, end = (datetime.fromisoformat(time) for time in times)
-        except ValueError as error:
-            yield f"split.{name}", f"a split is a pair of ISO dates such as 2014-02-12: {error}"
-            continue
-        if first.tzinfo or end.tzinfo:
-            yield f"split.{name}", "splits are in UTC, like the frames; write them without a time zone"
-        elif first >= end:
-            yield f"split.{name}", f"it ends at {end} before it begins at {first}"
 
 
 def find_named(name: str, registry: Mapping[str, Any]) -> Any:
@@ -750,7 +661,7 @@ def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:
         if not (equals and re.fullmatch(r"[A-Za-z_][\w.]*", key)):
             raise ConfigError(f"Parameters are written key=value, as in P='training.lr=1e-3 seed=1'; got '{item}'.")
         try:
-            parameters[key] = parse_value(value)
+            parameters[key] = yaml.load(value, _Loader)  # noqa: S506 - derived from SafeLoader
         except yaml.YAMLError as error:
             raise ConfigError(f"The value of '{item}' is not complete YAML: {error}") from None
     return parameters

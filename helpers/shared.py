@@ -10,7 +10,6 @@ import errno
 import os
 import re
 import shutil
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -28,9 +27,7 @@ GB = 1e9
 class DiskFullError(OSError):
     """There is not enough free space; the message says how much is needed and what could be freed."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.errno = errno.ENOSPC
+    errno = errno.ENOSPC
 
 
 @dataclass(frozen=True)
@@ -106,14 +103,8 @@ def _user_cache() -> Path:
 
 
 def is_writable(path: Path) -> bool:
-    """Whether a file can be made in `path` (or in the nearest folder above that exists), found out by making one."""
-    try:
-        with tempfile.TemporaryFile(dir=_existing(path)):
-            return True
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return False
-        raise
+    """Whether you may make files in `path`, or in the nearest folder above that exists. On a read-only disk: no."""
+    return os.access(_existing(path), os.W_OK | os.X_OK)
 
 
 def _existing(path: Path) -> Path:
@@ -156,7 +147,7 @@ def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 
 
     if found := downloaded():
         return found
-    with lease(cache / folder, what=filename):
+    with lease(cache / folder, what=filename), disk_errors(cache):
         if found := downloaded():  # by somebody else, meanwhile
             return found
         try:
@@ -164,7 +155,6 @@ def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 
             ensure_space(cache, size, reserve_gb, what=filename)
             path = Path(hf_hub_download(repository, filename, cache_dir=cache))
         except Exception as error:  # each HTTP library has its own kinds
-            raise_if_full(error, cache)
             raise FileNotFoundError(
                 f"{filename} of {repository} could not be downloaded from the Hugging Face hub: "
                 f"{' '.join(str(error).split())} ({type(error).__name__}). Is model.weights in the config right? "
@@ -189,9 +179,11 @@ def ensure_space(path: str | Path, size: float, reserve_gb: float, what: str = "
     """
     free = free_space(path)
     if size + reserve_gb * GB > free:
+        ours = next((folder for folder in Path(path).absolute().parents if folder.name == SUBFOLDER), Path(path))
+        places = (f"{folder} ({used / GB:.2f} GB)" for folder, used in biggest_folders(_existing(ours.parent)))
         raise DiskFullError(
             f"Writing {what} takes {size / GB:.2f} GB, but the disk of {path} has {free / GB:.2f} GB free, of which "
-            f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). {_what_to_free(Path(path))}",
+            f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). The biggest folders nearby: {'; '.join(places)}."
         )
 
 
@@ -211,37 +203,24 @@ def biggest_folders(root: str | Path, count: int = 5, seconds: float = 3.0) -> l
     return sizes.most_common(count)
 
 
-def _what_to_free(path: Path) -> str:
-    ours = next((folder for folder in path.absolute().parents if folder.name == SUBFOLDER), path)
-    listed = "; ".join(f"{folder} ({size / GB:.2f} GB)" for folder, size in biggest_folders(_existing(ours.parent)))
-    return f"The biggest folders that were found nearby: {listed or 'none'}."
-
-
-def raise_if_full(error: BaseException, path: Path, then: str = "Run this again then: it goes on.") -> None:
-    """Raise DiskFullError when `error` (or what caused it) means that the disk or your quota of it is full.
-
-    `then` says what to do when there is space again.
-    """
-    cause = error
-    while cause is not None and not isinstance(cause, DiskFullError):
-        number = getattr(cause, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
-            raise DiskFullError(
-                f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
-                f"been removed, the rest is still there. {_what_to_free(path)} {then}"
-            ) from error
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        raise cause
-
-
 @contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
-    """While inside, "no space left" is told as a DiskFullError about the disk of `path`."""
+    """While inside, an error that comes from a full disk or quota becomes a DiskFullError about the disk of `path`."""
     try:
         yield
+    except DiskFullError:
+        raise
     except Exception as error:
-        raise_if_full(error, Path(path))
+        cause = error
+        while cause is not None:
+            if isinstance(cause, DiskFullError):
+                raise DiskFullError(str(cause)) from error
+            if getattr(cause, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
+                raise DiskFullError(
+                    f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
+                    "been removed, the rest is still there. Free some space and run this again: it goes on."
+                ) from error
+            cause = cause.__cause__ or cause.__context__
         raise
 
 
@@ -277,16 +256,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     remove_leftovers(make_folder(path.parent))
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the name must not be on the disk before the contents
-        share(temporary)
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        raise_if_full(error, path.parent)
-        raise
+    with disk_errors(path.parent):
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())  # the name must not be on the disk before the contents
+            share(temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, age_hours: float = 24.0) -> None:

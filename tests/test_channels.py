@@ -1,6 +1,7 @@
 """The channels: order, units, colour maps, and the transform between the three spaces."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -61,7 +62,6 @@ def test_codes_lie_within_half_a_step_and_zero_stays_zero(name):
     decoded = coding.decode(codes)
     assert codes.dtype == np.int16 and decoded.dtype == np.float32
     assert np.abs(decoded.astype(float) - signed_log).max() <= 0.51 * coding.step
-    np.testing.assert_array_equal(coding.decode(torch.from_numpy(codes)).numpy(), decoded)
     assert coding.decode(coding.encode(np.zeros(1)))[0] == 0
     if not name.startswith("aia"):  # a sign changes exactly
         np.testing.assert_array_equal(coding.decode(-codes), -decoded)
@@ -77,14 +77,9 @@ def test_colour_maps_are_sunpy_s():
 
 
 def test_unknown_repeated_or_missing_channels_are_named():
-    with pytest.raises(ValueError, match=r'"aia17" \(did you mean "aia171"\?\)'):
-        ch.check_channels(["aia17", "hmi_m"])
-    with pytest.raises(ValueError, match=r'"hmi_m" \(given twice\)'):
-        ch.check_channels(["hmi_m", "hmi_m"])
-    with pytest.raises(ValueError, match="an empty list"):
-        ch.check_channels([])
-    with pytest.raises(ValueError, match="list of names"):
-        ch.check_channels("aia171")
+    for wrong in (["aia17", "hmi_m"], ["hmi_v", "hmi_m", "hmi_m"], [], "aia171"):
+        with pytest.raises(ValueError, match=re.escape(f"{wrong!r}. There are aia94, ")):
+            ch.check_channels(wrong)
     with pytest.raises(ValueError, match="No normalisation constants for hmi_v"):
         ch.stack_scalers({"aia94": SCALERS["aia94"]}, ["aia94", "hmi_v"])
 
@@ -112,7 +107,7 @@ def test_a_wrong_entry_of_a_scalers_file_is_named(tmp_path, entry):
 
 
 def test_a_missing_or_another_file_is_said(tmp_path):
-    with pytest.raises(FileNotFoundError, match="data.scalers"):
+    with pytest.raises(FileNotFoundError, match="none.yaml"):
         ch.load_scalers(tmp_path / "none.yaml")
     (tmp_path / "text.yaml").write_text("just text")
     with pytest.raises(ValueError, match="text.yaml"):

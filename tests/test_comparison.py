@@ -104,7 +104,7 @@ def test_the_table_has_mean_and_spread_over_seeds(config):
 
 
 def test_the_plan_has_every_experiment_seed_and_number_of_samples(config):
-    overrides = {"compare.seeds": [3, 4], "compare.train_samples": [50, None], "compare.epochs.finetune": 7}
+    overrides = {"compare.seeds": [3, 4], "compare.train_samples": [50, None], "compare.finetune_epochs": 7}
     planned = comparison.plan(config(**overrides))
     assert len(planned) == 8
     assert ("finetune", {"seed": 4, "training.max_train_samples": None, "training.epochs": 7}) in planned

@@ -246,8 +246,8 @@ def test_dropout_acts_in_training_alone():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"img_size": 33}, "img_size 33 is not a multiple of patch_size 4"),
-        ({"img_size": 36}, "must be even"),
+        ({"img_size": 33}, "img_size 33 must be an even number of patches of patch_size 4"),
+        ({"img_size": 36}, "must be an even number"),
         ({"num_heads": 3}, "embed_dim 16 is not a multiple of num_heads 3"),
         ({"embed_dim": 18}, "embed_dim 18 is not a multiple of 4"),
         ({"window_size": 4}, "window_size 4 is not in the release; use 2"),

@@ -16,7 +16,7 @@ SMALL = [
     "split.train=[2014-01-01, 2014-01-15] split.val=[2014-01-17, 2014-01-23] split.test=[2014-01-25, 2014-02-02]",
     "target.event_threshold=null",
     "diagnostics.sweep_epochs=2 diagnostics.range_steps=30 diagnostics.precision_seeds=[0,1]",
-    "compare.seeds=[0,1] compare.train_samples=[6,null] compare.epochs.baseline=2 compare.epochs.finetune=1",
+    "compare.seeds=[0,1] compare.train_samples=[6,null] compare.baseline_epochs=2 compare.finetune_epochs=1",
     "compare.draws=20",
 ]
 

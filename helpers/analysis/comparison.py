@@ -28,7 +28,7 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
     runs = []
     for experiment, samples, seed in product(("baseline", "finetune"), cfg.compare.train_samples, cfg.compare.seeds):
         changes = {"seed": seed, "training.max_train_samples": samples}
-        if epochs := getattr(cfg.compare.epochs, experiment):
+        if epochs := getattr(cfg.compare, f"{experiment}_epochs"):
             changes["training.epochs"] = epochs
         runs.append((experiment, changes))
     return runs

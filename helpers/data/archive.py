@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
-from helpers.shared import DiskFullError, raise_if_full
+from helpers.shared import DiskFullError, disk_errors
 
 SCRATCH_PREFIX = "surya-course-frame-"
 ONE_TRY = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
@@ -146,9 +146,11 @@ class Archive:
             filesystem, key = fsspec.core.url_to_fs(url, **options)
             filesystem.retries = 1
             size = filesystem.info(key, refresh=True)["size"]
-            filesystem.get_file(key, str(path))
+            with disk_errors(path.parent):
+                filesystem.get_file(key, str(path))
+        except DiskFullError:
+            raise
         except Exception as error:
-            raise_if_full(error, path)
             if _is_about_all(error):
                 raise ArchiveError(
                     f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). Check the "

@@ -259,7 +259,7 @@ def ensure_synthetic(cfg: Config) -> Path | None:
     """
     if cfg.synthetic.folder is None:
         return None
-    sun = cfg.synthetic.model_dump(exclude={"folder", "workers", "pretraining"})
+    sun = cfg.synthetic.model_dump(exclude={"folder", "workers"})
     sun |= {"side": cfg.data.native_size, "version": VERSION}
     folder = cfg.shared.to_read(cfg.synthetic.folder)
     if _is_drawn(folder, sun):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from helpers.config import QKV, Config, lora_problems
+from helpers.config import QKV, Config
 from helpers.model.encoder import SpectralFilter, SuryaEncoder, encoder_of, to_working_dtype
 from helpers.model.kernels import dropout_linear
 
@@ -85,7 +85,14 @@ def apply_lora(
     if any(isinstance(layer, LoRALinear) for _, layer in layers):
         raise ValueError("This model has adapters already; build it again, or adapt what merge_lora returns.")
     there = Counter(name.rpartition(".")[2] for name, _ in layers)
-    problems = lora_problems(rank, alpha, dropout, targets, qkv)
+    problems = []
+    if rank < 1 or rank % 1 or not alpha > 0 or not 0 <= dropout < 1 or not targets or set(qkv) - set(QKV):
+        problems.append(
+            f"it takes a whole rank >= 1, alpha > 0, 0 <= dropout < 1, some targets, and qkv of {', '.join(QKV)}; "
+            f"got {rank=}, {alpha=}, {dropout=}, {targets=}, {qkv=}"
+        )
+    if "qkv" in targets and not qkv:
+        problems.append("qkv is a target but none of q, k, v is chosen")
     if unknown := [target for target in targets if target not in there]:
         listed = ", ".join(f"{name} ({count} layers)" for name, count in there.items())
         problems.append(f"targets {unknown} match no linear layer; the encoder's blocks have {listed}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,22 +23,36 @@ from helpers.shared import atomic_write
 from helpers.tools.command import run
 
 
-def pretrain(cfg: Config, path: Path) -> dict[str, float]:
+@dataclass(frozen=True)
+class Pretraining:
+    """How the tiny checkpoint was made."""
+
+    seed: int = 0
+    suns: int = 64
+    samples: int = 3072
+    held_out: int = 96
+    noise: float = 16.0
+    epochs: int = 14
+    batch_size: int = 16
+    lr: float = 2e-3
+
+
+def pretrain(cfg: Config, path: Path, settings: Pretraining = Pretraining()) -> dict[str, float]:
     """Pretrain the configured encoder on synthetic Suns with Surya's own pretext, the forecast of the next frame.
 
     Args:
-        cfg: `model` (all 13 channels, two frames) and `synthetic.pretraining` are read.
+        cfg: `model` (all 13 channels, two frames), `data` and `synthetic.workers` are read.
         path: the checkpoint to write: a flat float32 state_dict with the keys of the released one.
 
     Returns:
         Mean squared errors in normalised units on Suns that were not trained on: `before`, `after`, `persistence` (the
         last frame stays) and `mean_frame` (their own average frame: the best constant), and the `seconds` of training.
     """
-    settings = cfg.synthetic.pretraining
     torch.manual_seed(settings.seed)
     # (N, 13, 3, H, W) normalised float16
-    frames = _forecast_samples(cfg, settings.samples, settings.seed, settings.noise)
-    held_out = _forecast_samples(cfg, settings.held_out, settings.seed + settings.suns)
+    suns = settings.suns
+    frames = _forecast_samples(cfg, suns, settings.samples, settings.seed, settings.noise)
+    held_out = _forecast_samples(cfg, suns, settings.held_out, settings.seed + suns)
     model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
     report = {"before": _forecast_error(model, held_out)}
     started = time.perf_counter()
@@ -68,13 +83,12 @@ def pretrain(cfg: Config, path: Path) -> dict[str, float]:
     return report
 
 
-def _forecast_samples(cfg: Config, count: int, seed: int, noise: float = 1.0) -> Tensor:
+def _forecast_samples(cfg: Config, suns: int, count: int, seed: int, noise: float = 1.0) -> Tensor:
     """Frames at -60, 0 and +60 minutes of random hours of `suns` Suns, (count, 13, 3, H, W) normalised float16.
 
     Each sample is drawn with 1 to `noise` times the usual noise: an encoder that has to find the signal under it reads
     a patch as a whole, and serves a fine-tune better.
     """
-    suns = cfg.synthetic.pretraining.suns
     jobs = [(seed + i % suns, i, cfg.data.native_size, cfg.data.reduce, noise) for i in range(count)]
     with worker_pool(cfg.synthetic.workers) as pool:
         samples = list(tqdm(pool.map(_forecast_sample, jobs, chunksize=8), "pretraining frames", count, unit="sample"))
