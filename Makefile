@@ -68,7 +68,7 @@ endif
 plan: env  ## what a task would use, download and store, before it does [TASK=..] [PROFILE=..] [P="..."]
 	@"$(PY)" -m helpers.tools.plan $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 
-cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--start ..."]
+cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--span START END" or --verify]
 	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") $(ARGS)
 
 update: env  ## merge the template's news into your branch [FROM=origin, a git remote]
