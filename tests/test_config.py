@@ -333,7 +333,7 @@ def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
         {"data.offsets_minutes": [0], "model.time_dim": 1},
         IMAGE | {"labels.path": None},
         IMAGE | {"head.decoder_channels": ["hmi_v"], "labels.reduce": 2},
-        MASK | {"target.metrics": ["dice", "torchmetrics:MeanSquaredError"], "target.plot": "image"},
+        MASK | {"target.metrics": ["dice", "iou"], "target.plot": "image"},
         {"lora.qkv": [], "lora.targets": ["fc1"]},
         {"model.weights": None, "model.weights_channels": []},
         {"target.event_threshold": None},
@@ -367,7 +367,7 @@ def test_unknown_choices_list_those_there_are(folder):
     assert "experiment: there is no 'other' under `experiments`; there is baseline, finetune" in message
     assert len(message.splitlines()) == 4  # the values that the profile would have set are not listed as well
     path = local(folder, "profiles: {hub: {seed: 1}}\nprofile: [hub]")
-    assert "there is no ['hub'] under `profiles`; there is hub, surya, tiny" in mistakes(path)
+    assert "there is no ['hub'] under `profiles`; there is hub, surya, surya_4k, tiny" in mistakes(path)
 
 
 # ---------------------------------------------------------------------------------------------------- YAML

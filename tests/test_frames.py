@@ -845,7 +845,8 @@ def test_labels_decide_which_files_are_opened(tmp_path, monkeypatch):
     for lost in first[:3]:
         (tmp_path / f"{lost:%Y/%m/%Y%m%d_%H%M}.nc").unlink()
     _, report = prepare(**{"data.store": "{shared}/other"})
-    assert report.missing == 3 and report.built >= 24 and len(report.lost) == 3
+    # a folder says itself what it lacks, so the lost frames are planned around, not asked for
+    assert report.built == 24 and not report.lost
     store = open_store(report.store)
     whole = [hour in store and hour - pd.Timedelta(hours=1) in store for hour in hours]
     assert np.flatnonzero(whole).size == 12

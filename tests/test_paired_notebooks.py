@@ -54,7 +54,7 @@ def check_record(run, name, task):
     assert len(pd.read_csv(run / "history.csv")) == 3  # before training, and two epochs
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished" and KEYS[task] in summary["metrics"]
-    for mistake in ("not a multiple of the 12-pixel patch", " takes ts ", "The model returns"):
+    for mistake in ("an even number of patches of patch_size 12", " takes ts ", "The model returns"):
         assert mistake in text
     assert f"{name} ({run.name})" in text
 
