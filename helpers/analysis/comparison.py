@@ -66,7 +66,7 @@ def comparable_runs(configs: Mapping[str, Config]) -> pd.DataFrame:
         settings_that_matter(settings, "compare") == wanted.get(experiment)
         for settings, experiment in zip(table["settings"], table["experiment"], strict=True)
     ]
-    table = table[same]
+    table = table[np.array(same, bool)]
     table["seed"] = [settings["seed"] for settings in table["settings"]]
     table["max_train_samples"] = [settings["training"]["max_train_samples"] or 0 for settings in table["settings"]]
     return table.drop_duplicates(["experiment", "seed", "max_train_samples"], keep="last")
@@ -88,7 +88,8 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
         The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
     """
     table = finished_runs(cfg)
-    latest = table[[_data(settings) == _data(cfg) for settings in table["settings"]]].groupby("experiment").tail(1)
+    same = np.array([_data(settings) == _data(cfg) for settings in table["settings"]], bool)
+    latest = table[same].groupby("experiment").tail(1)
     found = {}
     for run in latest.sort_values("finished", ascending=False).to_dict("records"):
         if not (run["folder"] / "predictions_test.csv").exists():
