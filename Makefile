@@ -24,6 +24,8 @@ ACTIVE := $(shell for folder in "$$VIRTUAL_ENV" "$$CONDA_PREFIX"; do \
 		&& ! "$$folder/bin/python" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' && continue; \
 	echo "$$folder"; break; done)
 PY := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
+# Where Python may not keep what it has compiled, each new process compiles torch and the rest again: 10 s of work.
+unexport PYTHONDONTWRITEBYTECODE
 PARALLEL := -n 2 --dist loadgroup
 
 help:  ## what there is (this list)
@@ -80,9 +82,9 @@ new-notebook: env  ## copy a notebook to one of your own: FROM=finetune NAME=my_
 lint: env  ## check style and format
 	@"$(PY)" -m ruff check . && "$(PY)" -m ruff format --check .
 
-lock:  ## pin the newest versions in requirements.lock (torch keeps its pin)
+lock:  ## pin the newest versions in requirements.lock (torch and jsonschema keep their pins)
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && "$(PYTHON)" -m venv "$$folder/venv" \
-	&& "$$folder/venv/bin/python" -m pip install -qq "$$(grep '^torch==' requirements.lock)" -e ".[dev]" \
+	&& "$$folder/venv/bin/python" -m pip install -qq $$(grep -E '^(torch|jsonschema)==' requirements.lock) -e ".[dev]" \
 	&& { sed '/^[^#]/,$$d' requirements.lock; "$$folder/venv/bin/python" -m pip freeze -qq --all --exclude pip \
 		--exclude-editable | sed 's/+[a-z0-9.]*$$//'; } > "$$folder/lock" && cp "$$folder/lock" requirements.lock
 

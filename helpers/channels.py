@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 # The order the checkpoint was trained with. The order of the keys in scalers.yaml is another one: never use that.
@@ -175,7 +174,9 @@ def denormalise(normalised, scaler: Scaler):
 
 def _prepare(values, *constants):
     """The library of `values` (numpy or torch), the values in float32 or better, the constants in their type."""
-    if isinstance(values, torch.Tensor):
+    if hasattr(values, "requires_grad"):
+        import torch  # here, so that commands that read the configuration alone need not wait for it
+
         x = values if values.dtype in (torch.float32, torch.float64) else values.float()
         return torch, x, [torch.as_tensor(c, dtype=x.dtype, device=x.device) for c in constants]
     x = np.asarray(values)

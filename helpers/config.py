@@ -411,23 +411,20 @@ def _read(path: Path) -> dict[str, Any]:
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
     """{"training.lr": 1} -> {"training": {"lr": 1}}; nested dicts may be mixed in."""
     tree: dict[str, Any] = {}
-    for name, item in dotted.items():
-        for key, value in leaves({name: item}, keep_blocks=True):
-            *sections, leaf = key.split(".")
-            node = tree
-            for section in sections:
-                node = node.setdefault(section, {})
-                if not isinstance(node, dict):
-                    raise ConfigError(f"{key}: {section} is given both as a value and as a section.")
-            node[leaf] = value
+    for key, value in leaves(dotted):
+        *sections, leaf = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {section} is given both as a value and as a section.")
+        node[leaf] = value
     return tree
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "", keep_blocks: bool = False) -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every setting, without those in the overlay blocks unless they are to be kept."""
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every entry."""
     for key, value in tree.items():
-        if key in _OVERLAYS and not prefix and not keep_blocks:
-            continue
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{key}.")
         else:
@@ -480,7 +477,7 @@ def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal[
 # ---- Saying every mistake at once
 def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
     """Unknown keys anywhere in a file, in the blocks that are not chosen as well."""
-    for key, _ in leaves(tree):
+    for key, _ in leaves({name: value for name, value in tree.items() if name not in _OVERLAYS}):
         if key not in _SCHEMA:
             yield f"{prefix}{key} ({origin}): {_nearest(key)}"
     for block, chooser in _OVERLAYS.items():

@@ -7,11 +7,13 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import nbformat
+
+from helpers.config import parse_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,12 +45,15 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(1)
 
 
-def add_choices(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """The options that choose a configuration."""
+def read_choices(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line; `choices` of the result holds the arguments profile, task, parameters of `load_config`."""
     parser.add_argument("--task", help="an entry under `tasks` in config.yaml")
-    parser.add_argument("--profile", help="tiny or surya")
+    parser.add_argument("--profile", help="an entry under `profiles`: tiny, surya or surya_4k")
     parser.add_argument("--parameters", nargs="*", default=[], metavar="KEY=VALUE", help="other values of the config")
-    return parser
+    asked = parser.parse_args(argv)
+    parameters = parse_parameters(asked.parameters)
+    asked.choices = {"profile": asked.profile, "task": asked.task, "parameters": parameters}
+    return asked
 
 
 def find_notebook(name: str, folder: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -62,9 +63,12 @@ def install() -> int:
             pins = [f"torch=={version('torch')}"]
             what = f"this course, with the {pins[0]} that is there"
     print(f"Installing into {sys.prefix} {what} ...", flush=True)
-    # without compiling: Python does that for the tenth of the files that is ever imported
     command = [sys.executable, "-m", "pip", "install", "-qq", "--no-compile", *pins, "-e", ".[dev]"]
-    return subprocess.run(command, cwd=ROOT).returncode
+    failed = subprocess.run(command, cwd=ROOT).returncode
+    if not failed:  # what the course imports, a tenth of the files, is compiled here, even where Python may not keep it
+        words = [sys.executable, "-c", "import helpers.experiment, helpers.tools.run_notebook, wandb"]
+        subprocess.run(words, cwd=ROOT, env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""})
+    return failed
 
 
 def configure_git() -> None:

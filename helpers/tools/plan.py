@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import argparse
 
-from helpers.config import load_config, parse_parameters
+from helpers.config import load_config
 from helpers.data.frames import make_archive, needs_of, plan_frames
 from helpers.data.synthetic import ensure_synthetic
-from helpers.tools.command import ROOT, add_choices, run
+from helpers.tools.command import ROOT, read_choices, run
 
 
 def main() -> None:
     """Print the samples of every split, what is dropped and why, and what the frames take."""
-    parser = add_choices(argparse.ArgumentParser(prog="make plan", description=main.__doc__))
-    asked = parser.parse_args()
-    given = {"profile": asked.profile, "task": asked.task, "parameters": parse_parameters(asked.parameters)}
-    cfg = load_config(ROOT / "config.yaml", **given)
+    asked = read_choices(argparse.ArgumentParser(prog="make plan", description=main.__doc__))
+    cfg = load_config(ROOT / "config.yaml", **asked.choices)
     ensure_synthetic(cfg)
     plan = plan_frames(cfg, make_archive(cfg))
     print(plan)

@@ -24,9 +24,9 @@ from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
-from helpers.config import load_config, parse_parameters
+from helpers.config import load_config
 from helpers.shared import atomic_write
-from helpers.tools.command import ROOT, Refusal, add_choices, find_notebook
+from helpers.tools.command import ROOT, Refusal, find_notebook, read_choices
 from helpers.tools.command import run as run_command
 from helpers.training.tracking import STATE, claim_run, how_to_go_on
 
@@ -46,9 +46,8 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", nargs="?", default="", help="name of a notebook in notebooks/")
-    asked = add_choices(parser).parse_args(argv)
-    notebook = find_notebook(asked.notebook, root / "notebooks")
-    given = {"profile": asked.profile, "task": asked.task, "parameters": parse_parameters(asked.parameters)}
+    asked = read_choices(parser, argv)
+    notebook, given = find_notebook(asked.notebook, root / "notebooks"), asked.choices
     experiment = notebook.stem if notebook.stem in ("baseline", "finetune") else None
     cfg = load_config(root / "config.yaml", experiment=experiment, **given)
     cells = nbformat.read(notebook, as_version=4).cells

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from helpers.config import load_config, parse_parameters
+from helpers.config import load_config
 from helpers.data.frames import prepare_store
 from helpers.data.synthetic import ensure_synthetic
 from helpers.experiment import train_run
-from helpers.tools.command import ROOT, add_choices
+from helpers.tools.command import ROOT, read_choices
 from helpers.tools.command import run as run_command
 from helpers.training.devices import make_accelerator
 
@@ -22,10 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; what can go wrong is raised."""
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.train", description=__doc__.split("\n")[0])
     parser.add_argument("experiment", choices=("baseline", "finetune"))
-    asked = add_choices(parser).parse_args(argv)
-    parameters = parse_parameters(asked.parameters)
-    choices = {"profile": asked.profile, "task": asked.task, "experiment": asked.experiment}
-    cfg = load_config(ROOT / "config.yaml", **choices, parameters=parameters)
+    asked = read_choices(parser, argv)
+    cfg = load_config(ROOT / "config.yaml", experiment=asked.experiment, **asked.choices)
     with make_accelerator(cfg).local_main_process_first():
         ensure_synthetic(cfg)
         prepare_store(cfg)
