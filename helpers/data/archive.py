@@ -6,8 +6,8 @@ ArchiveError is about none of them in particular (no network, no such profile): 
 
 from __future__ import annotations
 
+import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +18,14 @@ import h5py
 import hdf5plugin  # noqa: F401  (importing it teaches HDF5 the filters LZ4, Zstd and others)
 import numpy as np
 import pandas as pd
-from tenacity import Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import RetryError, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from helpers.shared import DiskFullError, disk_errors
 
 SCRATCH_PREFIX = "surya-course-frame-"
 ONE_TRY = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
+# names of errors of botocore, aiohttp and Python that are about the way to the server, not about one file
+NO_WAY = re.compile("ConnectionRefused|ClientConnector|EndpointConnection|ConnectTimeout|Prox|Profile|Credential")
 
 # How many of the unit that a channel is kept in make one of the unit in the file. Intensities may be given a second:
 # exposure times are divided out in either case.
@@ -49,9 +51,6 @@ class ArchiveError(ConnectionError):
     """No file can be fetched, for a reason that has nothing to do with any one of them."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The archive
-# --------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Archive:
     """Files by time, in `folder/YYYY/MM/YYYYMMDD_HHMM.nc`, or where an index says.
@@ -59,7 +58,6 @@ class Archive:
     Attributes:
         folder: s3://bucket or a folder of this machine.
         index: the path of every present frame by its time (`read_index`), or None: then paths follow from the time.
-        index_folder: where relative paths of the index start.
         anonymous, endpoint_url: of the S3 server.
         retries, pause_s: how often a download is tried again, and the mean pause before that; it doubles each time.
         scratch: where downloads lie until they are reduced; None for the disk of the temporary files.
@@ -67,7 +65,6 @@ class Archive:
 
     folder: str = "s3://nasa-surya-bench"
     index: pd.Series | None = None
-    index_folder: str = ""
     anonymous: bool = True
     endpoint_url: str | None = None
     retries: int = 4
@@ -86,13 +83,9 @@ class Archive:
         given = self.index.get(time)
         if given is None or given.startswith("s3://"):
             return given
-        if self.index_folder.startswith("s3://") and not given.startswith("/"):
-            return f"{self.index_folder}/{given}"
-        if (path := Path(self.index_folder, given)).exists():
-            return str(path)
-        name = given.rpartition("/")[2]  # the folders are those of another machine
-        flat = f"{self.folder}/{name}"
-        return flat if "://" not in flat and Path(flat).exists() else f"{self.folder}/{time:%Y/%m}/{name}"
+        name = given.rpartition("/")[2]  # all that counts of a path of another machine
+        here = [path for path in (Path(self.folder, given), Path(self.folder, name)) if path.is_file()]
+        return str(here[0]) if here else f"{self.folder}/{time:%Y/%m}/{name}"
 
     def may_have(self, times: np.ndarray) -> np.ndarray:
         """Which frames of these times, (N,) datetime64[s], there may be, (N,) bool; no server is asked."""
@@ -127,16 +120,12 @@ class Archive:
                 stop=stop_after_attempt(self.retries + 1),
                 wait=wait_random_exponential(multiplier=2 * self.pause_s, max=60),
                 retry=retry_if_not_exception_type((FrameError, ArchiveError, DiskFullError)),
-                reraise=True,
             )
             try:
                 tries(self._download, url, path)
-            except (FrameError, ArchiveError, DiskFullError):
-                raise
-            except Exception as error:
-                raise FrameError(
-                    f"could not be fetched in {self.retries + 1} tries, the last one with {_first_line(error)}"
-                ) from None
+            except RetryError as error:
+                last = _first_line(error.last_attempt.exception())
+                raise FrameError(f"could not be fetched in {self.retries + 1} tries, at last {last}") from None
             yield path
 
     def _download(self, url: str, path: Path) -> None:
@@ -151,12 +140,15 @@ class Archive:
         except DiskFullError:
             raise
         except Exception as error:
-            if _is_about_all(error):
-                raise ArchiveError(
-                    f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). Check the "
-                    f"network, and data.archive, data.endpoint_url and data.anonymous in the config; frames that are "
-                    f"built can be read without it."
-                ) from error
+            cause = error
+            while cause is not None:
+                if NO_WAY.search(type(cause).__name__) or "bucket does not exist" in str(cause):
+                    raise ArchiveError(
+                        f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). Check "
+                        f"the network, and data.archive, data.endpoint_url and data.anonymous in the config; frames "
+                        f"that are built can be read without it."
+                    ) from error
+                cause = cause.__cause__ or cause.__context__
             if isinstance(error, FileNotFoundError):
                 raise MissingFrameError(f"there is no such file ({_first_line(error)})") from None
             if isinstance(error, PermissionError):
@@ -166,60 +158,30 @@ class Archive:
             raise OSError(f"{path.stat().st_size} of {size} bytes arrived")
 
 
-def _is_about_all(error: BaseException | None) -> bool:
-    """Whether the cause is the way to the server, not the file that was asked for."""
-    import aiohttp
-    from botocore import exceptions as aws
-
-    general = (
-        ConnectionRefusedError,
-        aiohttp.ClientConnectorError,  # proxies and names that are not found included
-        *(
-            aws.EndpointConnectionError,
-            aws.ConnectTimeoutError,
-            aws.ProxyConnectionError,
-            aws.InvalidProxiesConfigError,
-        ),
-        *(aws.ProfileNotFound, aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError),
-    )
-    while error is not None:
-        if isinstance(error, general) or "bucket does not exist" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error) or 'no reason given').splitlines()[0]}"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# An index
-# --------------------------------------------------------------------------------------------------------------------
-def read_index(path: str, archive: Archive | None = None) -> tuple[pd.Series, int]:
-    """Read an index CSV with the columns path, timestep, present (others are not looked at), local or s3://.
+def read_index(path: str, archive: Archive) -> pd.Series:
+    """The path of every present frame by its time (UTC), sorted.
 
-    Returns:
-        The path of every present frame by its time (UTC), sorted; and the number of rows with present = 0.
+    Args:
+        path: of a CSV with the columns path, timestep, present (others are not looked at), local or s3://.
+        archive: how a server is asked.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no such CSV, a cell cannot be used, or two rows name different files for one time.
         ArchiveError: its server cannot be reached.
     """
-    form = "An index is a CSV with the columns path, timestep, present."
     try:
-        with (archive or Archive()).local_copy(path) as file, warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
-            table = pd.read_csv(file, dtype=str, keep_default_na=False, index_col=False)
+        with archive.local_copy(path) as file:
+            table = pd.read_csv(file, dtype=str, keep_default_na=False, usecols=["path", "timestep", "present"])
     except FrameError as error:
         raise FileNotFoundError(f"The index {path}: {error}. Check data.index in the config.") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(f"The index {path} cannot be read as a table ({_first_line(error)}). {form}") from None
-    if absent := {"path", "timestep", "present"} - set(table):
-        raise ValueError(
-            f"The index {path} has no column {', '.join(sorted(absent))}; it has {', '.join(table)}. {form}"
-        )
+    except ValueError as error:
+        form = "An index is a CSV with the columns path, timestep, present."
+        raise ValueError(f"The index {path} cannot be read ({_first_line(error)}). {form}") from None
     table["time"] = parse_times(table["timestep"], f"the index {path}")
     present = table["present"].str.strip().str.lower().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
     usable = table["path"].str.match(r"s3://|(?!.*://)\s*\S") | (present == 0)
@@ -236,7 +198,7 @@ def read_index(path: str, archive: Archive | None = None) -> tuple[pd.Series, in
             f"The index {path} names different files for {first.time}: {first.path} and {second.path} (rows "
             f"{first.Index + 2} and {second.Index + 2}). Keep one row a time."
         )
-    return rows.set_index("time")["path"].sort_index(), int((present == 0).sum())
+    return rows.set_index("time")["path"].sort_index()
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
@@ -260,9 +222,6 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
     return times.dt.tz_localize(None).dt.round("s").astype("datetime64[s]")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# One file
-# --------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
     """Open a NetCDF4 file of this disk for reading; whatever goes wrong while it is open is a FrameError."""
@@ -273,15 +232,8 @@ def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
         raise
     except FileNotFoundError:
         raise MissingFrameError("the file does not exist") from None
-    except IsADirectoryError:
-        raise FrameError("it is a folder, not a file") from None
     except Exception as error:  # a file may be odd in any way, and it is only this file
-        text = str(error)
-        if "signature not found" in text:
-            raise FrameError("the file is not NetCDF4 (HDF5)") from None
-        damaged = any(sign in text for sign in ("truncated file", "filter returned failure", "synchronously read"))
-        what = "is cut short or damaged" if damaged else "cannot be read"
-        raise FrameError(f"the file {what} ({_first_line(error)})") from None
+        raise FrameError(f"it cannot be read as NetCDF4 (HDF5): {_first_line(error)}") from None
 
 
 def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int | None = None) -> np.ndarray:
@@ -298,25 +250,30 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
     Raises:
         FrameError: there is no such variable in this very file, or it is not an image that can be understood.
     """
-    variable = _dataset(file, name)
+    variable: h5py.Group | h5py.Dataset = file
+    for part in name.split("/"):  # links, external and virtual datasets could make us read files of somebody else
+        if not isinstance(variable, h5py.Group) or part not in list(variable):
+            raise FrameError(f"it has no variable {name} (it has {', '.join(file) or 'none'})")
+        if not isinstance(variable.get(part, getlink=True), h5py.HardLink):
+            raise FrameError(f"{name} is a link, which is not followed")
+        variable = variable[part]
+    if not isinstance(variable, h5py.Dataset):
+        raise FrameError(f"{name} is a group, not an image")
+    if variable.external or variable.is_virtual:
+        raise FrameError(f"the values of {name} lie in other files, which are not read")
     if variable.dtype.kind not in "iuf":
         raise FrameError(f"{name} holds {variable.dtype}, not numbers")
     shape = variable.shape or ()
-    if len(shape) != 2 or shape[0] != shape[1] or shape[0] != (side or shape[0]):
-        wanted = f"{side} x {side}" if side else "a square"
-        raise FrameError(
-            f"{name} has the shape {' x '.join(map(str, shape)) or 'of a single number'}, expected {wanted}"
-        )
+    if shape != (side or max(shape, default=1),) * 2:
+        raise FrameError(f"{name} has the shape {shape}, expected {(side, side) if side else 'a square'}")
     attributes = variable.attrs
     values = variable[()].astype(np.float32, copy=False)  # (H, W)
     for key in ("_FillValue", "missing_value"):
         for fill in np.ravel(attributes.get(key, [])):
             values[values == np.float32(fill)] = np.nan
     if {"scale_factor", "add_offset"} & set(attributes):
-        scale, offset = (
-            np.float32(np.ravel(attributes.get(k, d))[0]) for k, d in (("scale_factor", 1), ("add_offset", 0))
-        )
-        values = values * scale + offset
+        scale, offset = np.ravel(attributes.get("scale_factor", 1)), np.ravel(attributes.get("add_offset", 0))
+        values = values * np.float32(scale[0]) + np.float32(offset[0])
     found = attributes.get("units", b"")
     found = (found.decode() if isinstance(found, bytes) else str(found)).strip()
     if unit and found:
@@ -325,25 +282,3 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
         values = values * np.float32(UNIT_FACTORS[unit][found])
     axes = [dimension[0].name.rpartition("/")[2] if len(dimension) else dimension.label for dimension in variable.dims]
     return values.T if axes == ["x", "y"] else values
-
-
-def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """The dataset `name` if its values lie in this file: anything else could make us read files of somebody else."""
-    node: h5py.Group = file
-    for part in name.split("/"):
-        if not isinstance(node, h5py.Group) or part.encode() not in list(node.id):
-            raise FrameError(f"it has no variable {name} (it has {', '.join(file) or 'none'})")
-        if node.id.links.get_info(part.encode()).type != h5py.h5l.TYPE_HARD:
-            raise FrameError(f"{name} is a link, which is not followed")
-        node = node[part]
-    if not isinstance(node, h5py.Dataset):
-        raise FrameError(f"{name} is a group, not an image")
-    if node.external or node.is_virtual:
-        raise FrameError(f"the values of {name} lie in other files, which are not read")
-    filters = node.id.get_create_plist()
-    for code, _, _, title in (filters.get_filter(i) for i in range(filters.get_nfilters())):
-        if not h5py.h5z.filter_avail(code):
-            raise FrameError(
-                f"{name} is compressed with the HDF5 filter {code} ({title.decode()}), unknown to hdf5plugin"
-            )
-    return node

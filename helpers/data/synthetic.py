@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, GOES_CLASSES, UNITS
 from helpers.config import Config
-from helpers.data.frames import worker_pool
+from helpers.data.workers import worker_pool
 from helpers.shared import atomic_write, disk_errors, ensure_space, lease, share
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images

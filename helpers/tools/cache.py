@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pandas as pd
+from tqdm import tqdm
 
 from helpers.config import load_config
-from helpers.data.frames import open_store, prepare_store, store_path, verify_store
+from helpers.data.frames import open_store, prepare_store, store_path
 from helpers.data.synthetic import ensure_synthetic
 from helpers.tools.command import run
 
@@ -41,6 +43,18 @@ def main() -> None:
     if damaged:
         print(prepare_store(cfg, damaged))
     print(open_store(store_path(cfg)))
+
+
+def verify_store(path: Path) -> list[str]:
+    """Read every frame and remove the damaged ones, so that the next build makes them again; return their times."""
+    store, damaged = open_store(path), []
+    for when in tqdm(store.times, "verifying", unit="frame"):
+        try:
+            store.read([when])
+        except OSError:
+            damaged.append(str(when))
+            store.file(when).unlink(missing_ok=True)
+    return damaged
 
 
 if __name__ == "__main__":

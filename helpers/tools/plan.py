@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from helpers.config import load_config
-from helpers.data.frames import make_archive, needs_of, plan_frames
+from helpers.data.frames import prepare_store
 from helpers.data.synthetic import ensure_synthetic
 from helpers.tools.command import ROOT, read_choices, run
 
@@ -15,9 +15,8 @@ def main() -> None:
     asked = read_choices(argparse.ArgumentParser(prog="make plan", description=main.__doc__))
     cfg = load_config(ROOT / "config.yaml", **asked.choices)
     ensure_synthetic(cfg)
-    plan = plan_frames(cfg, make_archive(cfg))
-    print(plan)
-    print(needs_of(cfg, plan.frames))
+    report = prepare_store(cfg, plan_only=True)
+    print(f"{report.samples}\n{report.needs}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from helpers.channels import CHANNELS, load_scalers, normalise, stack_scalers
 from helpers.config import Config, load_config
-from helpers.data.frames import worker_pool
 from helpers.data.synthetic import SyntheticSun
+from helpers.data.workers import worker_pool
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
 from helpers.shared import atomic_write

@@ -1,0 +1,30 @@
+"""Processes for work that threads cannot share, such as decompressing NetCDF files."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes with one torch thread each, which end when this one does, however it ends.
+
+    Not forked ones: those would inherit the threads of torch, zarr and Jupyter in a state that they cannot use.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.data.frames"])  # imported once for all
+    return ProcessPoolExecutor(workers, context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
