@@ -37,8 +37,8 @@ def texts(notebook):
 def test_it_shows_the_figures(cells):
     titles = (
         "plots.plot_labels(",
-        "plots.plot_three_spaces(",
-        "plots.plot_errors(",
+        "to_signed_log(x",
+        "plots.show_error(",
         "plots.plot_channels(",
         ".plot.bar(",
     )

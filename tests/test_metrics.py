@@ -11,7 +11,7 @@ from helpers.analysis.plots import PLOTS
 from helpers.config import KINDS
 from helpers.training import metrics
 from helpers.training.metrics import IMAGES, NUMBERS
-from helpers.training.tasks import LOSSES, TASKS, ImageCollector
+from helpers.training.tasks import LOSSES, ImageCollector
 
 ALL = list(NUMBERS)
 
@@ -23,7 +23,7 @@ def compute_metrics(prediction, target, names, threshold=None):
 def collect(names, threshold, span, *batches, times=None):
     """What is collected of (prediction, target) batches; with `times` of each image, too."""
     made = {name: IMAGES[name].make(threshold, span) for name in names}
-    collector = ImageCollector(made, torch.linspace(0, 1, 51), times)
+    collector = ImageCollector(made, times)
     for k, (prediction, target) in enumerate(batches):
         collector.add(prediction, target, {"timestamp": [f"{k}-{i}" for i in range(len(target))]})
     return collector
@@ -183,7 +183,6 @@ def test_a_constant_image_has_no_likeness():
 def test_the_names_that_the_config_allows_are_those_there_are():
     assert set(KINDS["scalar"]["metric"]) == set(NUMBERS)
     assert {*KINDS["mask"]["metric"], *KINDS["image"]["metric"]} == set(IMAGES)
-    for kind, allowed in KINDS.items():
-        assert TASKS[kind].figure == allowed["figure"][0]
+    for allowed in KINDS.values():
         assert set(allowed["loss"]) <= set(LOSSES) and set(allowed["figure"]) <= set(PLOTS)
     assert set(LOSSES) == {name for kind in KINDS.values() for name in kind["loss"]}

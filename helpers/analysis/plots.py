@@ -1,4 +1,4 @@
-"""Every figure of the notebooks. Functions return the Figure; nothing is shown or saved here."""
+"""The figures of the notebooks. Functions return the Figure; nothing is shown or saved here."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from helpers.channels import UNITS, Scaler, colormap, denormalise, normalise, stack_scalers, to_signed_log
-from helpers.config import Config, find_named
-from helpers.training.metrics import tss
+from helpers.channels import UNITS, colormap, denormalise, stack_scalers
+from helpers.config import KINDS, Config, find_named
 from helpers.training.resume import History
-from helpers.training.tasks import TASKS, ImageExample, ImagePredictions, Predictions
+from helpers.training.tasks import ImagePredictions, Predictions
 
-EXPERIMENT_COLORS = {"baseline": "0.35", "finetune": "tab:red"}
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 
 
-def _panels(rows: int, columns: int, width: float = 3.0, height: float = 3.1, **how: Any) -> tuple[Figure, np.ndarray]:
+def panels(rows: int, columns: int, width: float = 3.0, height: float = 3.1, **how: Any) -> tuple[Figure, np.ndarray]:
     """A figure of panels, and these as an array (rows, columns); the size is that of one panel, in inches."""
     size = (width * columns, height * rows)
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **how)
@@ -35,7 +34,7 @@ def _finish(axes: Iterable[plt.Axes]) -> None:
             axis.legend(fontsize=8)
 
 
-def _show(axis: plt.Axes, image: Any, title: str, cmap: Any, low: float, high: float, bar: str | None = None) -> None:
+def show(axis: plt.Axes, image: Any, title: str, cmap: Any, low: float, high: float, bar: str | None = None) -> None:
     """Draw an image (H, W) with row 0 at the bottom; `bar` is the label of a colour bar."""
     shown = axis.imshow(image, origin="lower", cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
     axis.set_title(title, fontsize=9)
@@ -54,18 +53,18 @@ def show_channel(axis: plt.Axes, physical: Any, name: str, title: str = "", like
     like = physical if like is None else like
     if name.startswith("aia"):
         top = max(np.nanpercentile(like, 99.7), 1e-6)
-        _show(axis, np.sqrt(np.clip(physical, 0, top)), title, colormap(name), 0.0, np.sqrt(top))
+        show(axis, np.sqrt(np.clip(physical, 0, top)), title, colormap(name), 0.0, np.sqrt(top))
     else:
         # hmimag is grey up to about 2% of the range, which hides the noise
         top = max(np.nanmax(np.abs(like)), 1e-6)
-        _show(axis, physical, title, colormap(name), -top, top)
+        show(axis, physical, title, colormap(name), -top, top)
 
 
-def _show_error(axis: plt.Axes, error: Any, title: str, unit: str) -> None:
-    """Draw an error (H, W): too low blue, too high red."""
+def show_error(axis: plt.Axes, error: Any, title: str, unit: str) -> None:
+    """Draw an error (H, W), symmetric about zero: too low blue, too high red."""
     error = np.asarray(error)
     reach = max(np.percentile(np.abs(error), 99.7), 1e-6)
-    _show(axis, error, title, "RdBu_r", -reach, reach, bar=unit)
+    show(axis, error, title, "RdBu_r", -reach, reach, bar=unit)
 
 
 def _label(cfg: Config) -> str:
@@ -82,7 +81,7 @@ def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title:
     """
     count = len(channels) + more
     columns = min(count, 5)
-    fig, axes = _panels(-(-count // columns), columns, width=2.6, height=2.9)
+    fig, axes = panels(-(-count // columns), columns, width=2.6, height=2.9)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, name in zip(axes.flat, np.asarray(physical), channels, strict=False):
@@ -134,19 +133,14 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     return fig
 
 
-def _plot_losses(axis: plt.Axes, table: pd.DataFrame) -> None:
-    for name, split, label in (("train_loss", "train", "train"), ("val_loss", "val", "validation")):
-        axis.plot(table.index, table[name], ".-", color=SPLIT_COLORS[split], label=label)
-    axis.set(yscale="log", xlabel="epoch")
-
-
 def plot_history(history: History, cfg: Config) -> Figure:
     """Training curves: losses, the validation metric that chooses the epoch, and the learning rate."""
     table, kept = history.table, history.best_epoch
-    fig, axes = _panels(1, 3, width=3.7, height=3)
+    fig, axes = panels(1, 3, width=3.7, height=3)
     loss, metric, rate = axes[0]
-    _plot_losses(loss, table)
-    loss.set(ylabel=f"loss ({cfg.target.loss}, standardised)")
+    loss.plot(table.index, table["train_loss"], ".-", color=SPLIT_COLORS["train"], label="train")
+    loss.plot(table.index, table["val_loss"], ".-", color=SPLIT_COLORS["val"], label="validation")
+    loss.set(yscale="log", xlabel="epoch", ylabel=f"loss ({cfg.target.loss}, standardised)")
     loss.axvline(kept, color="k", lw=0.8, ls="--", label=f"kept: epoch {kept}")
     metric.plot(table.index, table[f"val_{cfg.target.metrics[0]}"], ".-", color=SPLIT_COLORS["val"])
     metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]}")
@@ -158,59 +152,20 @@ def plot_history(history: History, cfg: Config) -> Figure:
     return fig
 
 
-def plot_curves(tables: Mapping[str, pd.DataFrame], notes: Mapping[str, str]) -> Figure:
-    """Training curves side by side on one scale.
-
-    Args:
-        tables: `history.table` of each training, by its label.
-        notes: a word for each label, for the title.
-    """
-    fig, axes = _panels(1, len(tables), height=3, sharey=True)
-    for axis, (label, table) in zip(axes[0], tables.items(), strict=True):
-        _plot_losses(axis, table)
-        axis.set_title(f"{label}\n{notes[label]}", fontsize=9)
-    axes[0, 0].set_ylabel("loss")
-    _finish(axes[0])
-    return fig
-
-
-def plot_run_histories(runs: pd.DataFrame, cfg: Config) -> Figure:
-    """Validation metric against epoch of every run (a thin line) and its mean over seeds, one colour an experiment.
-
-    Args:
-        runs: of `helpers.analysis.comparison.comparable_runs`.
-    """
-    counts = sorted(runs["training samples"].unique())
-    fig, axes = _panels(1, len(counts), width=4.5, sharey=True)
-    for axis, count in zip(axes[0], counts, strict=True):
-        for experiment, group in runs[runs["training samples"] == count].groupby("experiment"):
-            tables = [pd.read_csv(f"{folder}/history.csv", index_col="epoch") for folder in group["folder"]]
-            curves = pd.concat([table[f"val_{cfg.target.metrics[0]}"] for table in tables], axis=1)
-            color = EXPERIMENT_COLORS[experiment]
-            axis.plot(curves.index, curves, color=color, lw=0.6, alpha=0.6)
-            # up to the epoch that all seeds reached
-            mean = curves.dropna().mean(axis=1)
-            axis.plot(mean.index, mean, color=color, label=f"{experiment}, {len(tables)} seeds")
-        axis.set(xlabel="epoch", title=f"{count:.0f} training samples")
-    axes[0, 0].set_ylabel(f"validation {cfg.target.metrics[0]}")
-    _finish(axes[0])
-    return fig
-
-
 def plot_predictions(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target."""
-    return find_named(cfg.target.plot or TASKS[cfg.labels.kind].figure, PLOTS)(found, cfg)
+    return find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)(found, cfg)
 
 
-def plot_scatter(found: Mapping[str, Predictions], cfg: Config, output: int = 0) -> Figure:
-    """Predicted against true: a panel for each entry of `found` (a split or a model), and the perfect line."""
-    fig, axes = _panels(1, len(found), width=4, height=4, sharey=True)
-    values = np.concatenate([np.r_[p.target[:, output], p.prediction[:, output]] for p in found.values()])
+def plot_scatter(found: Mapping[str, Predictions], cfg: Config) -> Figure:
+    """Predicted against true, of the first output: a panel for each split or model, and the perfect line."""
+    fig, axes = panels(1, len(found), width=4, height=4, sharey=True)
+    values = np.concatenate([np.r_[p.target[:, 0], p.prediction[:, 0]] for p in found.values()])
     ends = [values.min(), values.max()]
     for axis, (name, p) in zip(axes[0], found.items(), strict=True):
         axis.plot(ends, ends, color="k", lw=0.8)
         color = SPLIT_COLORS.get(name, "tab:purple")
-        axis.scatter(p.target[:, output], p.prediction[:, output], s=12, alpha=0.7, color=color)
+        axis.scatter(p.target[:, 0], p.prediction[:, 0], s=12, alpha=0.7, color=color)
         if cfg.target.event_threshold is not None:
             axis.axvline(cfg.target.event_threshold, color="k", lw=0.6, ls="--")
             axis.axhline(cfg.target.event_threshold, color="k", lw=0.6, ls="--")
@@ -228,13 +183,17 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
     both outlines, and their error is that of the pixels called inside at `target.mask_threshold`.
     """
     split, p = list(found.items())[-1]
-    names, mask = _target_names(cfg), cfg.labels.kind == "mask"
+    names, channels, mask = _target_names(cfg), cfg.data.channels, cfg.labels.kind == "mask"
     examples = p.examples if len(names) == 1 else p.examples[:1]
     rows = [(example, name) for example in examples for name in _few(names)]
-    fig, axes = _panels(len(rows), 4)
+    fig, axes = panels(len(rows), 4)
     for (given, true, said, wrong), (example, name) in zip(axes, rows, strict=True):
         truth, prediction = (_target_images(image, cfg)[name] for image in (example.target, example.prediction))
-        _show_input(given, example, "hmi_m" if mask else name, cfg)
+        # the last frame, in the channel that is predicted if it is there, else in one that shows much
+        wanted = ("hmi_m" if mask else name, "aia171", "aia193", channels[0])
+        seen = next(channel for channel in wanted if channel in channels)
+        frame = denormalise(example.ts[channels.index(seen), -1], cfg.scalers[seen])
+        show_channel(given, frame.numpy(), seen, f"input: {seen}")
         _show_target(true, truth, name, f"truth: {name}, {example.timestamp[:16]}", cfg)
         _show_target(said, prediction, name, "predicted probability" if mask else "prediction", cfg, like=truth)
         error, unit = prediction - truth, UNITS.get(name, cfg.target.unit)
@@ -247,7 +206,7 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
             for image, edge, color in ((truth, 0.5, "tab:cyan"), (prediction, level, "tab:red")):
                 if image.min() < edge < image.max():
                     given.contour(image, [edge], colors=color, linewidths=1.2, extent=extent, origin="lower")
-        _show_error(wrong, error, f"error, rms {np.sqrt((error**2).mean()):.3g} {unit}", unit)
+        show_error(wrong, error, f"error, rms {np.sqrt((error**2).mean()):.3g} {unit}", unit)
     fig.suptitle(f"{split}: " + ", ".join(f"{name} {value:.2f}" for name, value in p.values.items()), fontsize=10)
     return fig
 
@@ -258,15 +217,15 @@ PLOTS: dict[str, Callable[[Mapping[str, Any], Config], Figure]] = {
 }
 
 
-def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config, output: int = 0) -> Figure:
+def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """One split against time, one line a model: truth and predictions of numbers, the first metric of each image."""
-    fig, ((axis,),) = _panels(1, 1, width=11, height=3)
+    fig, ((axis,),) = panels(1, 1, width=11, height=3)
     key, images = cfg.target.metrics[0], cfg.labels.kind != "scalar"
     if not images:
         first = next(iter(found.values()))
-        axis.plot(pd.to_datetime(first.timestamps), first.target[:, output], "k.-", lw=0.8, label="truth")
+        axis.plot(pd.to_datetime(first.timestamps), first.target[:, 0], "k.-", lw=0.8, label="truth")
     for name, p in found.items():
-        values = p.scores[key] if images else p.prediction[:, output]
+        values = p.scores[key] if images else p.prediction[:, 0]
         axis.plot(pd.to_datetime(p.timestamps), values, ".-", lw=0.8, alpha=0.8, label=name)
     axis.set(ylabel=f"{key} of each image" if images else _label(cfg))
     axis.tick_params(axis="x", rotation=20)
@@ -277,55 +236,24 @@ def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], 
 def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """How far a prediction can be trusted: what was true, on average, where the model said so much.
 
-    For numbers with events (tss) and for masks (iou) also the score against the threshold from which on a prediction
-    counts.
+    Of numbers, the first output of all samples; of masks and images, all pixels of the examples.
     """
-    kind = cfg.labels.kind
-    threshold = {"scalar": cfg.target.event_threshold, "mask": cfg.target.mask_threshold, "image": None}[kind]
-    fig, axes = _panels(1, 1 if threshold is None else 2, width=4.5, height=3.8)
+    fig, ((axis,),) = panels(1, 1, width=4.5, height=3.8)
     for name, p in found.items():
-        color = SPLIT_COLORS.get(name)
-        axes[0, 0].plot(*(_eighths(p) if kind == "scalar" else _by_value(p)), "o-", ms=4, color=color, label=name)
-        if threshold is not None:
-            tried, scores = _tss_by_threshold(p, threshold) if kind == "scalar" else _iou_by_threshold(p)
-            axes[0, 1].plot(tried, scores, color=color, label=name)
-    start = axes[0, 0].lines[0].get_xdata()[0]
-    axes[0, 0].axline((start, start), slope=1, color="k", lw=0.8)
-    axes[0, 0].set(xlabel=f"predicted {_label(cfg)}", ylabel="what was true there, on average")
-    if kind == "image":
-        axes[0, 0].set(xscale="asinh", yscale="asinh")
-    if threshold is not None:
-        axes[0, 1].axvline(threshold, color="k", lw=0.8, ls="--", label="as configured")
-        axes[0, 1].set(xlabel="a prediction counts from", ylabel="tss" if kind == "scalar" else "iou")
-    _finish(axes[0])
+        if isinstance(p, ImagePredictions):
+            said = torch.stack([example.prediction for example in p.examples]).flatten()
+            true = torch.stack([example.target for example in p.examples]).flatten()
+        else:
+            said, true = p.prediction[:, 0], p.target[:, 0]
+        said, true = said.double().numpy(), true.double().numpy()
+        counts, edges = np.histogram(said, bins=10)
+        filled = counts > 0
+        means = [np.histogram(said, edges, weights=values)[0][filled] / counts[filled] for values in (said, true)]
+        axis.plot(*means, "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
+    axis.axline((edges[0], edges[0]), slope=1, color="k", lw=0.8)
+    axis.set(xlabel=f"predicted {_label(cfg)}", ylabel="what was true there, on average")
+    _finish([axis])
     return fig
-
-
-def _eighths(p: Predictions) -> np.ndarray:
-    """Mean prediction and mean truth (2, <= 8) of each eighth of the samples, in the order of the prediction."""
-    prediction, target = p.prediction[:, 0], p.target[:, 0]
-    groups = [rows for rows in prediction.argsort(stable=True).tensor_split(8) if len(rows)]
-    return np.array([[values[rows].mean() for rows in groups] for values in (prediction, target)])
-
-
-def _by_value(p: ImagePredictions) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted values, and the mean truth of the pixels that were predicted so."""
-    centres, counts = ((p.edges[1:] + p.edges[:-1]) / 2).numpy(), p.joint.numpy()
-    filled = counts.sum(1) > 0
-    return centres[filled], counts[filled] @ centres / counts[filled].sum(1)
-
-
-def _tss_by_threshold(p: Predictions, threshold: float) -> tuple[np.ndarray, list[float]]:
-    prediction, target = p.prediction[:, 0], p.target[:, 0]
-    tried = np.linspace(float(prediction.min()), float(prediction.max()), 60)
-    return tried, [float(tss(prediction, target, threshold, called_from=value)) for value in tried]
-
-
-def _iou_by_threshold(p: ImagePredictions) -> tuple[np.ndarray, np.ndarray]:
-    pixels, inside = p.joint.sum(1).numpy(), p.joint[:, len(p.joint) // 2 :].sum(1).numpy()
-    # called inside at or above each edge, and rightly so
-    called, right = pixels[::-1].cumsum()[::-1], inside[::-1].cumsum()[::-1]
-    return p.edges[:-1].numpy(), right / np.maximum(called + inside.sum() - right, 1)
 
 
 def _target_names(cfg: Config) -> list[str]:
@@ -350,45 +278,4 @@ def _show_target(axis: plt.Axes, image: np.ndarray, name: str, title: str, cfg: 
     if name in cfg.labels.target_channels:
         show_channel(axis, image, name, title, like)
     else:
-        _show(axis, image, title, "viridis", like.min(), like.max())
-
-
-def _show_input(axis: plt.Axes, example: ImageExample, wanted: str, cfg: Config) -> None:
-    """Draw the last input frame in the channel `wanted`, else in one that shows much."""
-    names = cfg.data.channels
-    name = next((name for name in (wanted, "aia171", "aia193") if name in names), names[0])
-    physical = denormalise(example.ts[names.index(name), -1], cfg.scalers[name])
-    show_channel(axis, physical.numpy(), name, f"input: {name}")
-
-
-def _three_spaces(physical: np.ndarray, scaler: Scaler) -> dict[str, np.ndarray]:
-    logarithmic = to_signed_log(physical, scaler)
-    return {"physical": physical, "signed-log": logarithmic, "normalised": normalise(physical, scaler)}
-
-
-def plot_three_spaces(physical: Mapping[str, np.ndarray], scalers: Mapping[str, Scaler]) -> Figure:
-    """The same pixels in physical, signed-log and normalised values: a row a channel, a column a space.
-
-    Args:
-        physical: channel name to its image (H, W) in physical units. Colours are linear in the values of each space;
-            for signed channels the middle of the colour map stands for a physical zero.
-        scalers: the normalisation of each channel.
-    """
-    fig, axes = _panels(len(physical), 3, width=3.5)
-    for row, (name, image) in zip(axes, physical.items(), strict=True):
-        low, high = np.percentile(image, [0.1, 99.95])
-        if not name.startswith("aia"):
-            low, high = -max(-low, high), max(-low, high)
-        limits = _three_spaces(np.array([low, high], image.dtype), scalers[name])
-        for axis, (space, values) in zip(row, _three_spaces(image, scalers[name]).items(), strict=True):
-            unit = UNITS[name] if space == "physical" else ""
-            _show(axis, values, f"{name}, {space}", colormap(name), *limits[space], bar=unit)
-    return fig
-
-
-def plot_errors(errors: Mapping[str, Tensor], unit: str) -> Figure:
-    """Errors (H, W) by title, each on its own scale, symmetric about zero: too low blue, too high red."""
-    fig, axes = _panels(1, len(errors))
-    for axis, (title, error) in zip(axes[0], errors.items(), strict=True):
-        _show_error(axis, error, title, unit)
-    return fig
+        show(axis, image, title, "viridis", like.min(), like.max())

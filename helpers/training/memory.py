@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from helpers.config import Config
-from helpers.model.encoder import SuryaEncoder
-from helpers.model.lora import hold_frozen, trainable_summary
+from helpers.model.encoder import encoder_of
+from helpers.model.lora import trainable_summary
 from helpers.training.devices import free_memory, make_accelerator
 
 ADAM_BYTES = 8  # two float32 moments of each trained parameter
@@ -39,13 +37,11 @@ class StepMemory:
         weights: all parameters and buffers, frozen ones too.
         optimizer: Adam's two moments of what trains.
         step: what forward and backward add: activations, gradients, casts.
-        by_block: of the step, what each block of the encoder keeps for the backward pass.
     """
 
     weights: int
     optimizer: int
     step: int
-    by_block: dict[str, int]
 
     @property
     def total(self) -> int:
@@ -57,42 +53,25 @@ class StepMemory:
 
 
 def estimate_memory(
-    model: nn.Module,
-    batch: Mapping[str, Any],
-    cfg: Config,
-    *,
-    batch_size: int | None = None,
-    precision: str | None = None,
-    recompute: bool | None = None,
-    frozen_dtype: str | None = None,
+    model: nn.Module, batch: Mapping[str, Any], cfg: Config, batch_size: int | None = None
 ) -> StepMemory:
     """What one training step of `model` will need, without computing it and without touching the model.
 
     Args:
         model: takes the batch dict, on any device, with what trains chosen.
         batch: one batch, for its shapes (B, C, T, H, W).
-        cfg: `training.batch_size`, `training.precision` and `training.recompute_blocks` are what the others default to.
-        batch_size: B to ask for instead.
-        precision: fp32, bf16 or fp16 to ask for instead.
-        recompute: whether all blocks recompute their activations instead of keeping them.
-        frozen_dtype: bf16 to hold the frozen weights in.
+        cfg: `training.precision` is read, and `training.batch_size` where `batch_size` is None.
+        batch_size: B of the step.
     """
     shape = (batch_size or cfg.training.batch_size, *batch["ts"].shape[1:])
-    fake = FakeTensorMode()
-    with fake:
+    with FakeTensorMode() as fake:
         tensors = (*model.parameters(), *model.buffers())
         shadow = copy.deepcopy(model, {id(tensor): fake.from_tensor(tensor) for tensor in tensors}).train()
         ts = torch.empty(shape, device=next(model.parameters()).device)
-    encoder = _encoder_of(shadow)
-    if encoder is not None and frozen_dtype == "bf16":
-        with fake:
-            hold_frozen(shadow, torch.bfloat16)
-    if encoder is not None and recompute is not None:
-        encoder.backbone.recompute_blocks = frozenset(range(cfg.model.depth)) if recompute else frozenset()
-    with fake, _Live() as live, _watched_blocks(encoder, live) as kept:
-        _step(shadow, {**batch, "ts": ts}, precision or cfg.training.precision)
-    weights = sum(t.numel() * t.element_size() for t in (*shadow.parameters(), *shadow.buffers()))
-    return StepMemory(weights, ADAM_BYTES * trainable_summary(model).trainable, live.peak, kept)
+        with _Live() as live:
+            _step(shadow, {**batch, "ts": ts}, cfg.training.precision)
+    weights = sum(tensor.nbytes for tensor in tensors)
+    return StepMemory(weights, ADAM_BYTES * trainable_summary(model).trainable, live.peak)
 
 
 def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> int:
@@ -101,15 +80,13 @@ def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> i
     On a GPU from CUDA's allocator; on the CPU all tensors that live at once are counted, without what libraries keep
     for themselves. Gradients are cleared afterwards.
     """
-    accelerator = make_accelerator(cfg)
-    model = model.to(accelerator.device).train()
-    batch = {**batch, "ts": batch["ts"].to(accelerator.device)}
-    cuda = accelerator.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(accelerator.device)
-        before = torch.cuda.memory_allocated(accelerator.device)
+    device = make_accelerator(cfg).device
+    model, batch = model.to(device).train(), {**batch, "ts": batch["ts"].to(device)}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         _step(model, batch, cfg.training.precision)
-        peak = torch.cuda.max_memory_allocated(accelerator.device) - before
+        peak = torch.cuda.max_memory_allocated(device) - before
     else:
         with _Live() as live:
             _step(model, batch, cfg.training.precision)
@@ -127,57 +104,24 @@ def recompute_if_needed(model: nn.Module, batch: Mapping[str, Any], cfg: Config,
         batch: one batch, for its shapes (B, C, T, H, W).
         free: bytes to fit into; None asks the device. A tenth is left for what libraries keep for themselves.
     """
-    encoder = _encoder_of(model)
-    if encoder is None or cfg.training.recompute_blocks != "auto":
+    if cfg.training.recompute_blocks != "auto" or not hasattr(model, "encoder"):
         return
-    accelerator = make_accelerator(cfg)
+    accelerator, backbone = make_accelerator(cfg), encoder_of(model).backbone
     model.to(accelerator.device)
     free = free_memory(accelerator.device) if free is None else free
-    share = cfg.training.batch_size // accelerator.num_processes
-
-    def needed(count: int) -> StepMemory:
-        encoder.backbone.recompute_blocks = frozenset(range(count))
-        return estimate_memory(model, batch, cfg, batch_size=share)
-
-    kept = estimate = needed(0)
-    count, blocks = 0, list(kept.by_block.values())[1:]  # the first entry is the embedding
-    while (excess := estimate.optimizer + estimate.step - 0.9 * free) > 0 and count < len(blocks):
-        while excess > 0 and count < len(blocks):  # a block that recomputes keeps little but its input
-            excess -= blocks[count]
-            count += 1
-        estimate = needed(count)
+    needed = []  # bytes that a step adds, by the number of blocks that recompute
+    for count in range(cfg.model.depth + 1):
+        backbone.recompute_blocks = frozenset(range(count))
+        share = cfg.training.batch_size // accelerator.num_processes
+        estimate = estimate_memory(model, batch, cfg, share)
+        needed.append(estimate.optimizer + estimate.step)
+        if fits := needed[-1] <= 0.9 * free:
+            break
     if count:
-        sizes = f"{(kept.optimizer + kept.step) / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {accelerator.device}"
-        print(f"{count} of {len(blocks)} blocks recompute their activations: a step would add {sizes}.")
-    if excess > 0:
+        sizes = f"{needed[0] / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {accelerator.device}"
+        print(f"{count} of {cfg.model.depth} blocks recompute their activations: a step would add {sizes}.")
+    if not fits:
         print(f"Even so it may not fit: lower training.batch_size, which is {cfg.training.batch_size}.")
-
-
-def memory_options(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> pd.DataFrame:
-    """What to turn when a training does not fit: the estimate for this configuration and for one change at a time.
-
-    Returns:
-        One row a choice: `MB` together, `saves` as a share of it, and `costs`, what one pays for it.
-    """
-    changes = {
-        "as configured": ({}, ""),
-        "training.precision: bf16": ({"precision": "bf16"}, "three digits in the products"),
-        "and training.frozen_dtype: bf16": ({"precision": "bf16", "frozen_dtype": "bf16"}, "nothing more"),
-        "training.batch_size: 1": ({"batch_size": 1}, "raise training.accumulation by the same factor; slower"),
-        "training.recompute_blocks: all": ({"recompute": True}, "1.4 times the time"),
-    }
-    rows = {
-        name: (estimate_memory(model, batch, cfg, **change).total, cost) for name, (change, cost) in changes.items()
-    }
-    now = rows["as configured"][0]
-    return pd.DataFrame(
-        [(size / 1e6, 1 - size / now, cost) for size, cost in rows.values()], list(rows), ["MB", "saves", "costs"]
-    )
-
-
-def _encoder_of(model: nn.Module) -> SuryaEncoder | None:
-    encoder = getattr(model, "encoder", None)
-    return encoder if isinstance(encoder, SuryaEncoder) else None
 
 
 def _step(model: nn.Module, batch: Mapping[str, Any], precision: str) -> None:
@@ -185,30 +129,6 @@ def _step(model: nn.Module, batch: Mapping[str, Any], precision: str) -> None:
     with torch.autocast(batch["ts"].device.type, PRECISION.get(precision), enabled=precision in PRECISION):
         output = model(batch)
     output.float().square().mean().backward()
-
-
-@contextmanager
-def _watched_blocks(encoder: SuryaEncoder | None, live: _Live) -> Iterator[dict[str, int]]:
-    """While inside, a forward pass fills the dict with the bytes that each block leaves alive behind it."""
-    kept: dict[str, int] = {}
-    before = 0
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            nonlocal before
-            if name not in kept:  # recomputation comes here again
-                kept[name], before = live.now - before, live.now
-
-        return hook
-
-    hooks = []
-    if encoder is not None:
-        blocks = (*encoder.backbone.blocks_spectral_gating, *encoder.backbone.blocks_attention)
-        watched = {"embedding": encoder.embedding} | {f"block {i}": block for i, block in enumerate(blocks)}
-        hooks = [module.register_forward_hook(note(name)) for name, module in watched.items()]
-    yield kept
-    for hook in hooks:
-        hook.remove()
 
 
 class _Live(TorchDispatchMode):

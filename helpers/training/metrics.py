@@ -60,14 +60,9 @@ def _varies(target: Tensor) -> bool:
     return bool((target != target[0]).any())
 
 
-def tss(prediction: Tensor, target: Tensor, threshold: float, called_from: float | None = None) -> Tensor:
-    """True skill statistic, hit rate minus false-alarm rate (Hanssen & Kuipers 1965); NaN without both kinds.
-
-    Args:
-        threshold: a target is an event from this value on.
-        called_from: a prediction is an alarm from this value on; None takes the threshold.
-    """
-    tp, fp, tn, fn = _contingency(prediction, target, threshold, called_from)
+def tss(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
+    """True skill statistic, hit rate minus false-alarm rate (Hanssen & Kuipers 1965); NaN without both kinds."""
+    tp, fp, tn, fn = _contingency(prediction, target, threshold)
     return tp / (tp + fn) - fp / (fp + tn)
 
 
@@ -77,13 +72,12 @@ def hss(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
     return 2 * (tp * tn - fn * fp) / ((tp + fn) * (fn + tn) + (tp + fp) * (fp + tn))
 
 
-def _contingency(prediction: Tensor, target: Tensor, threshold: float, called_from: float | None = None) -> Tensor:
-    """True and false positives, true and false negatives."""
+def _contingency(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
+    """True and false positives, true and false negatives; an event or alarm is a value from the threshold on."""
     # a prediction that is not a number is neither an alarm nor none
     if prediction.isnan().any():
         return torch.full((4,), torch.nan)
-    alarm = prediction >= (threshold if called_from is None else called_from)
-    return binary_stat_scores(alarm.int(), (target >= threshold).int())[:4].double()
+    return binary_stat_scores((prediction >= threshold).int(), (target >= threshold).int())[:4].double()
 
 
 NUMBERS = {

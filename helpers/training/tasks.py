@@ -25,7 +25,6 @@ from helpers.data.dataset import Loaders
 from helpers.training.metrics import IMAGES, NUMBERS, compute_metrics
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
-BINS = 50  # of the joint histogram of predicted and true pixels
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -87,15 +86,11 @@ class ImagePredictions:
         values: the metrics over the whole split.
         scores: one row an image: timestamp, the same metrics of this image alone, and the mean of its target.
         examples: a few images to be drawn.
-        joint: (BINS, BINS) counts of pixels by predicted (rows) and true value (columns).
-        edges: (BINS + 1,) edges of its bins.
     """
 
     values: dict[str, float]
     scores: pd.DataFrame
     examples: list[ImageExample] = field(default_factory=list)
-    joint: Tensor | None = None
-    edges: Tensor | None = None
 
     @property
     def timestamps(self) -> list[str]:
@@ -155,22 +150,20 @@ class NumberCollector:
 
 
 class ImageCollector:
-    """Takes predictions of masks or images batch by batch: metrics, a few examples, and counts of pixels.
+    """Takes predictions of masks or images batch by batch: metrics and a few examples.
 
     Args:
         metrics: TorchMetrics metrics by name.
-        edges: (BINS + 1,) of the joint histogram.
         times: ISO times of the split, from which the examples are chosen; None keeps the metrics of the split alone,
             which is faster.
     """
 
-    def __init__(self, metrics: dict[str, torchmetrics.Metric], edges: Tensor, times: Sequence[str] | None) -> None:
-        self._metrics, self._edges, self._detailed = metrics, edges, times is not None
+    def __init__(self, metrics: dict[str, torchmetrics.Metric], times: Sequence[str] | None) -> None:
+        self._metrics, self._detailed = metrics, times is not None
         places = np.linspace(0, len(times or ()) - 1, EXAMPLES + 2)[1:-1].round().astype(int)
         self._drawn = {times[place] for place in places} if times else set()
         self._rows: list[dict[str, Any]] = []
         self._examples: list[ImageExample] = []
-        self._joint = torch.zeros(BINS, BINS)
 
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
         """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
@@ -184,8 +177,6 @@ class ImageCollector:
             self._rows.append({"timestamp": time, **scores, "target_mean": t.mean().item()})
             if time in self._drawn and "ts" in batch:
                 self._examples.append(ImageExample(time, ts.cpu(), p, t))
-        pixels = torch.stack([prediction.flatten(), target.flatten()], 1).clamp(self._edges[0], self._edges[-1])
-        self._joint += torch.histogramdd(pixels, [self._edges] * 2).hist
 
     def metrics(self) -> dict[str, float]:
         """The metrics of what was taken so far."""
@@ -195,7 +186,7 @@ class ImageCollector:
         """What was kept, in the order of time."""
         scores = pd.DataFrame(self._rows).sort_values("timestamp", ignore_index=True)
         examples = sorted(self._examples, key=lambda example: example.timestamp)
-        return ImagePredictions(self.metrics(), scores, examples, self._joint, self._edges)
+        return ImagePredictions(self.metrics(), scores, examples)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -230,13 +221,11 @@ class Task:
     """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`.
 
     Attributes:
-        figure: name of the figure of predictions, where target.plot names none.
         registry: the metrics that there are.
         predictions: what is kept of a split; `predictions.from_table` reads it from a run's CSV.
         metrics: those that the configuration asks for, by name.
     """
 
-    figure: str
     registry: dict[str, Any]
     predictions: type[Predictions] | type[ImagePredictions]
 
@@ -272,7 +261,7 @@ class Task:
 class NumberTask(Task):
     """Numbers, (B, K): learned standardised by the training split, judged in target units."""
 
-    figure, registry, predictions = "scatter", NUMBERS, Predictions
+    registry, predictions = NUMBERS, Predictions
 
     def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         mean, std = self.loaders.target_mean.to(target.device), self.loaders.target_std.to(target.device)
@@ -288,16 +277,12 @@ class NumberTask(Task):
 class ImageTask(Task):
     """Images, (B, C, H, W): learned and judged in normalised values."""
 
-    figure, registry, predictions = "image", IMAGES, ImagePredictions
+    registry, predictions = IMAGES, ImagePredictions
 
     def collector(self, times: Sequence[str] | None = None) -> ImageCollector:
         threshold, span = self.cfg.target.mask_threshold, self.loaders.target_span
         metrics = {name: metric.make(threshold, span) for name, metric in self.metrics.items()}
-        return ImageCollector(metrics, self.edges(), times)
-
-    def edges(self) -> Tensor:
-        """Edges of the bins of the joint histogram: narrow near zero, where most pixels are."""
-        return torch.sinh(torch.linspace(-1, 1, BINS + 1) * math.asinh(self.loaders.target_span))
+        return ImageCollector(metrics, times)
 
 
 class MaskTask(ImageTask):
@@ -322,9 +307,6 @@ class MaskTask(ImageTask):
 
     def to_units(self, output: Tensor) -> Tensor:
         return (output + self.log_odds).sigmoid()
-
-    def edges(self) -> Tensor:
-        return torch.linspace(0, 1, BINS + 1)
 
 
 TASKS = {"scalar": NumberTask, "mask": MaskTask, "image": ImageTask}
