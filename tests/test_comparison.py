@@ -1,16 +1,14 @@
 """Which runs are compared, and what a difference between them is worth, on runs whose truth is known."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import yaml
 
 from helpers.analysis import comparison
 from helpers.config import load_config
-from helpers.training.tracking import start_run, sync_command
+from helpers.training.tracking import list_runs, start_run
 
 ROOT = Path(__file__).parents[1]
 DAYS = 30
@@ -42,7 +40,7 @@ def runs_of(config, baseline: float, finetune: float, seeds=(0, 1, 2)):
     for seed in seeds:
         leave_run(config("baseline", seed=seed), baseline)
         leave_run(config(seed=seed), finetune)
-    return comparison.comparable_runs({name: config(name) for name in ("baseline", "finetune")})
+    return list_runs(config().runs_folder)
 
 
 def test_a_clear_gain_is_found_with_its_interval(config):
@@ -70,31 +68,29 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says(config):
     assert sum(difference.low <= 0 <= difference.high for difference in found) >= 25
 
 
-def test_only_runs_that_differ_in_seed_and_samples_are_compared(config):
+def test_a_run_is_found_by_exactly_its_settings(config):
     name = leave_run(config(), 0.5)
     fewer = leave_run(config(**{"training.max_train_samples": 60}), 0.6, samples=60)
     leave_run(config(**{"training.lr": 0.5}), 0.4)
     leave_run(config(**{"data.channels": ["aia94", "hmi_m"]}), 0.4)
-    leave_run(config(), 0.5)
+    assert comparison.find_run(config()) == name
     changes = {"training.resume": name, "training.device": "cpu", "training.recompute_blocks": [0]}  # change no score
     again = leave_run(config(**changes), 0.5)  # the same seed again: the newest counts
     with start_run(config()) as of_a_notebook:  # says nothing of samples and cost
         of_a_notebook.summary({"test_rmse": 0.1})
-    found = comparison.comparable_runs({"finetune": config()})
-    assert set(found["name"]) == {fewer, again} and name not in set(found["name"])
-    assert comparison.contains(found, config()) and not comparison.contains(found, config(seed=5))
-    assert comparison.contains(found, config(**{"training.max_train_samples": 60}))
-    assert not comparison.contains(found, config(**{"training.max_train_samples": 61}))
+    assert comparison.find_run(config()) == again
+    assert comparison.find_run(config(**{"training.max_train_samples": 60})) == fewer
+    for other in (config(seed=5), config("baseline"), config(**{"training.max_train_samples": 61})):
+        assert comparison.find_run(other) is None
 
 
 def test_runs_on_other_test_samples_and_lonely_runs_are_refused(config):
     leave_run(config("baseline"), 0.5)
-    configs = {name: config(name) for name in ("baseline", "finetune")}
     with pytest.raises(ValueError, match="No seed has a finished run of both"):
-        comparison.paired_difference(comparison.comparable_runs(configs), config())
+        comparison.paired_difference(list_runs(config().runs_folder), config())
     leave_run(config(), 0.5, days=DAYS - 1)
     with pytest.raises(ValueError, match="tested on different samples"):
-        comparison.paired_difference(comparison.comparable_runs(configs), config())
+        comparison.paired_difference(list_runs(config().runs_folder), config())
 
 
 def test_the_table_has_mean_and_spread_over_seeds(config):
@@ -111,19 +107,10 @@ def test_the_plan_has_every_experiment_seed_and_number_of_samples(config):
     assert all(config(experiment, **changes) for experiment, changes in planned)
 
 
-def test_the_command_for_weights_and_biases_names_the_runs_that_wait(config, tmp_path):
-    assert "No run in" in sync_command(tmp_path / "runs")
-    with start_run(config(**{"tracking.wandb": "offline"})) as run:
-        run.summary({"test_rmse": 1.0})
-    assert sync_command(tmp_path / "runs").startswith(f"wandb sync {tmp_path / 'runs'}/*/wandb/offline-run-*   # 1 run")
-    written = yaml.safe_load((run.folder / "config.yaml").read_text())
-    assert written["experiment"] == json.loads((run.folder / "summary.json").read_text())["experiment"]
-
-
 def test_a_damaged_run_is_left_out_and_named(config, capsys):
     good, damaged = leave_run(config(), 0.5), leave_run(config(seed=7), 0.5)
     (config().runs_folder / damaged / "config.yaml").write_text("labels: [")
-    assert set(comparison.finished_runs(config())["name"]) == {good}
+    assert comparison.find_run(config()) == good and comparison.find_run(config(seed=7)) is None
     table, predictions = comparison.compare_runs(config())
     assert list(table) == [f"finetune ({good})"] and list(predictions) == ["finetune"]
     assert damaged in capsys.readouterr().out

@@ -1,11 +1,7 @@
-"""Baseline against fine-tune, from the runs on disk: spread over seeds, paired differences, samples, cost.
-
-Only runs that differ in nothing but experiment, seed and number of training samples are compared.
-"""
+"""Baseline against fine-tune, from the runs on disk: spread over seeds, paired differences, samples, cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -13,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from helpers.config import Config, settings_that_matter
 from helpers.training.tasks import TASKS, ImagePredictions, Predictions, metrics_of
@@ -34,48 +29,16 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
     return runs
 
 
-def finished_runs(cfg: Config) -> pd.DataFrame:
-    """The finished runs of this task and profile, oldest first; a run without a readable config.yaml is named.
-
-    Returns:
-        `list_runs` with the column `settings`, the configuration of each run as a dict.
-    """
-    table = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
-    settings = []
-    for folder in table["folder"]:
-        try:
-            settings.append(yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            print(f"Left out: {folder}, whose config.yaml cannot be read ({type(error).__name__}).")
-            settings.append(None)
-    table = table.assign(settings=pd.Series(settings, dtype=object))
-    return table[table["settings"].map(lambda found: isinstance(found, dict)).astype(bool)]
-
-
-def comparable_runs(configs: Mapping[str, Config]) -> pd.DataFrame:
-    """The finished runs with the settings of `configs` (one for each experiment), oldest first; the newest of a seed.
-
-    Returns:
-        `list_runs` with the columns `seed` and `max_train_samples` (0: all).
-    """
-    table = finished_runs(next(iter(configs.values())))
-    # the runs of the notebooks do not note what they cost
-    table = table[table[SAMPLES].notna()] if SAMPLES in table else table[:0]
-    wanted = {experiment: settings_that_matter(cfg, "compare") for experiment, cfg in configs.items()}
-    same = [
-        settings_that_matter(settings, "compare") == wanted.get(experiment)
-        for settings, experiment in zip(table["settings"], table["experiment"], strict=True)
+def find_run(cfg: Config) -> str | None:
+    """The newest finished run of exactly these settings that says what it cost (those of `train_run` do), or None."""
+    runs = list_runs(cfg.runs_folder, cfg.experiment, cfg.task, cfg.profile)
+    wanted = settings_that_matter(cfg, "resume")
+    names = [
+        run["name"]
+        for run in runs.to_dict("records")
+        if settings_that_matter(run["settings"], "resume") == wanted and run.get(SAMPLES, 0) > 0
     ]
-    table = table[np.array(same, bool)]
-    table["seed"] = [settings["seed"] for settings in table["settings"]]
-    table["max_train_samples"] = [settings["training"]["max_train_samples"] or 0 for settings in table["settings"]]
-    return table.drop_duplicates(["experiment", "seed", "max_train_samples"], keep="last")
-
-
-def contains(runs: pd.DataFrame, cfg: Config) -> bool:
-    """Whether a run with the seed and number of training samples of `cfg` is among them."""
-    same_samples = runs["max_train_samples"] == (cfg.training.max_train_samples or 0)
-    return bool((same_samples & (runs["seed"] == cfg.seed)).any())
+    return names[-1] if names else None
 
 
 def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
@@ -87,24 +50,21 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     Returns:
         The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
     """
-    table = finished_runs(cfg)
-    same = np.array([_data(settings) == _data(cfg) for settings in table["settings"]], bool)
-    latest = table[same].groupby("experiment").tail(1)
-    found = {}
-    for run in latest.sort_values("finished", ascending=False).to_dict("records"):
+    runs = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
+    same = np.array([_data(settings) == _data(cfg) for settings in runs["settings"]], bool)
+    columns, found = {}, {}
+    for run in reversed(runs[same].groupby("experiment").tail(1).to_dict("records")):
         if not (run["folder"] / "predictions_test.csv").exists():
             continue
         predictions = test_predictions(run["folder"], cfg)
         if all(predictions.same_samples(newest) for newest in found.values()):
             found[run["experiment"]] = predictions
+            scores = {key: value for key, value in run.items() if key.startswith("test_")}
+            columns[f"{run['experiment']} ({run['name']})"] = scores
         else:
             print(f"Not compared: {run['name']}, tested on other frames or labels than the latest run. Run it again.")
-            latest = latest[latest["name"] != run["name"]]
-    metrics = latest.sort_values("experiment").filter(like="test_").astype(float).round(3)
-    metrics.index = [
-        f"{run['experiment']} ({run['name']})" for run in latest.sort_values("experiment").to_dict("records")
-    ]
-    return metrics.T, dict(sorted(found.items()))
+    metrics = pd.DataFrame(columns).sort_index(axis="columns").astype(float).round(3)
+    return metrics, dict(sorted(found.items()))
 
 
 def _data(settings: Config | dict[str, Any]) -> dict[str, Any]:
@@ -166,7 +126,7 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
     for both models.
 
     Args:
-        runs: of `comparable_runs`, with one number of training samples.
+        runs: of `list_runs`, with one number of training samples, that differ in experiment and seed alone.
         cfg: `target.metrics[0]` is compared; `compare.draws` is the number of draws.
 
     Raises:

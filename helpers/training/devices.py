@@ -52,31 +52,26 @@ def make_accelerator(cfg: Config) -> Accelerator:
     return accelerator
 
 
+@cache
 def choose_device(wanted: str) -> torch.device:
     """The device that `training.device` means: for "auto" the GPU with the most free memory, or the CPU.
+
+    Chosen once a process: the tensors of the first choice would send the next one away.
 
     Raises:
         ValueError: there is no such device; the message lists those there are.
     """
-    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    if wanted == "auto":
-        return torch.device(_emptiest())
-    if (name := {"cuda": "cuda:0"}.get(wanted, wanted)) not in there:
-        raise ValueError(f"training.device is {wanted!r}, and this machine has {', '.join(there)}. Or write auto.")
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    if wanted == "auto" and len(gpus) > 1:
+        free = {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}
+        wanted = max(gpus, key=free.get)
+        listed = ", ".join(f"{gpu} {size / 1e9:.1f}" for gpu, size in free.items())
+        print(f"training on {wanted}, which has the most free memory (GB free: {listed})")
+    name = {"auto": "cuda:0" if gpus else "cpu", "cuda": "cuda:0"}.get(wanted, wanted)
+    if name not in ("cpu", *gpus):
+        there = ", ".join(["cpu", *gpus])
+        raise ValueError(f"training.device is {wanted!r}, and this machine has {there}. Or write auto.")
     return torch.device(name)
-
-
-@cache
-def _emptiest() -> str:
-    """The GPU with the most free memory, or the CPU; chosen once: its own tensors would send the next choice away."""
-    free = [torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count())]
-    if not free:
-        return "cpu"
-    number = free.index(max(free))
-    if len(free) > 1:
-        listed = ", ".join(f"cuda:{i} {size / 1e9:.1f}" for i, size in enumerate(free))
-        print(f"training on cuda:{number}, which has the most free memory (GB free: {listed})")
-    return f"cuda:{number}"
 
 
 def free_memory(device: torch.device) -> int:

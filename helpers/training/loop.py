@@ -27,7 +27,7 @@ from helpers.model.checkpoint import save_adapter, trained_state
 from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator, one_of_several
-from helpers.training.resume import History, Progress, RunState, origin_of
+from helpers.training.resume import History, RunState, origin_of
 from helpers.training.tasks import ImagePredictions, Predictions, check_shapes, make_task
 from helpers.training.tracking import BEST, STATE, how_to_go_on
 
@@ -44,11 +44,7 @@ class Diverged(FloatingPointError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or the stop button. `history` has the epochs before; the model holds the best of them."""
-
-    def __init__(self, message: str, history: History) -> None:
-        super().__init__(message)
-        self.history = history
+    """Ctrl-C, or the stop button. The model holds the weights of the best epoch before."""
 
 
 def seed_everything(cfg: Config) -> None:
@@ -113,9 +109,9 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
                 loss = trainer.train_epoch() if trainer.state.progress.epoch else trainer.loss_before_training()
                 trainer.end_epoch(loss, trainer.judge(loaders.val), time.perf_counter() - started)
         except KeyboardInterrupt:
-            raise Interrupted(f"Interrupted. {_what_remains(trainer.state, cfg, run)}", trainer.state.history) from None
+            raise Interrupted(f"Interrupted. {trainer.what_remains()}") from None
         except DiskFullError as error:
-            raise DiskFullError(f"{error} {_what_remains(trainer.state, cfg, run)}") from None
+            raise DiskFullError(f"{error} {trainer.what_remains()}") from None
         finally:
             trainer.finish()
     return trainer.state.history
@@ -179,10 +175,11 @@ class Trainer:
         parts = {"optimizer": optimizer, "schedule": self.schedule}
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
-        self.state = RunState(model, parts, loaders.train.generator, origin_of(cfg, loaders, model))
+        path, origin = self.run and self.run.folder / STATE, origin_of(cfg, loaders, model)
+        self.state = RunState(path, model, parts, loaders.train.generator, origin)
         if self.run is not None:
-            weights = self.state.origin["checkpoint"] or "none"
-            self.run.describe(data_fingerprint=self.state.origin["data"], checkpoint_fingerprint=weights)
+            weights = origin["checkpoint"] or "none"
+            self.run.describe(data_fingerprint=origin["data"], checkpoint_fingerprint=weights)
         total = cfg.training.epochs * len(self.train)
         self.bar = tqdm(total=total, unit="batch", disable=not self.accelerator.is_main_process)
 
@@ -193,8 +190,9 @@ class Trainer:
     def train_epoch(self) -> float:
         """One pass over the training split, or over what is left of it; the mean loss."""
         at, accelerator = self.state.progress, self.accelerator
+        self.bar.set_description(f"epoch {at.epoch}/{self.cfg.training.epochs}")
         self.model.train()
-        for batch in self._remaining_batches():
+        for batch in skip_first_batches(self.train, at.batches) if at.batches else self.train:
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model(batch), batch["target"])
                 # the mean loss of all processes, and whether one of them was asked to stop
@@ -216,18 +214,10 @@ class Trainer:
             if accelerator.sync_gradients:
                 self.schedule.step()
                 if stop or self.schedule.last_epoch % self.cfg.training.save_every_steps == 0:
-                    self.save()
+                    self.state.save()
                 if stop:
                     raise KeyboardInterrupt
         return at.loss / at.samples
-
-    def _remaining_batches(self) -> DataLoader:
-        """The batches of this epoch that are not done yet, in the order that the seed and the epoch decide."""
-        at, generator = self.state.progress, self.state.generator
-        self.bar.set_description(f"epoch {at.epoch}/{self.cfg.training.epochs}")
-        if generator is not None:
-            self.state.order = generator.get_state()
-        return skip_first_batches(self.train, at.batches) if at.batches else self.train
 
     def loss_before_training(self) -> float:
         """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
@@ -249,11 +239,22 @@ class Trainer:
         """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""
         state, epoch = self.state, self.state.progress.epoch
         rate, judged = self.optimizer.param_groups[0]["lr"], {f"val_{name}": value for name, value in judged.items()}
-        self._log({"epoch": epoch, "lr": rate, "train_loss": loss, **judged, "seconds": seconds})
+        state.history.rows.append({"epoch": epoch, "lr": rate, "train_loss": loss, **judged, "seconds": seconds})
+        if self.run is not None:
+            self.run.log(state.history.rows[-1], step=epoch)
         value = judged[f"val_{self.key}"]
         self.bar.set_postfix({"train loss": f"{loss:.3f}", f"val {self.key}": f"{value:.3f}"})
-        if epoch == 0:
-            _check_judged(judged["val_loss"], value, self.key)
+        if epoch == 0 and not math.isfinite(judged["val_loss"]):
+            raise FloatingPointError(
+                f"The validation loss is {judged['val_loss']} before any training. Look for NaN in the inputs and "
+                "targets with one batch of loaders.val, and in the weights that were loaded."
+            )
+        if epoch == 0 and math.isnan(value):
+            raise ValueError(
+                f"The validation {self.key} is not a number, so it cannot choose the best epoch: tss and hss need "
+                "events and quiet times, r2 and rrse targets that differ. Put another metric first in target.metrics, "
+                "or lengthen split.val."
+            )
         if value * self.sign > state.score:
             state.score, state.history.best_epoch = value * self.sign, epoch
             state.best = {key: tensor.detach().clone() for key, tensor in trained_state(self.inner).items()}
@@ -262,29 +263,19 @@ class Trainer:
                 save_adapter(self.run.folder / BEST, self.inner, self.cfg.to_dict(), extra=extra)
         elif epoch - state.history.best_epoch >= self.cfg.training.patience:
             state.history.stopped = f"no better validation {self.key} for {self.cfg.training.patience} epochs"
-        state.progress = Progress(epoch + 1)
-        self.save()
-
-    def _log(self, row: dict[str, float]) -> None:
-        self.state.history.rows.append(row)
-        if self.run is not None:
-            self.run.log(row, step=row["epoch"])
-
-    def save(self) -> None:
-        """Write the state into the run's folder, in place of the one before."""
-        self.state.save(self.run.folder / STATE if self.run is not None else None)
+        state.begin_epoch(epoch + 1)
+        state.save()
 
     def resume(self) -> None:
         """Take everything from the run `training.resume`; what follows is as if it had never stopped."""
         name, accelerator = self.cfg.training.resume, self.accelerator
         self.state.load(self.cfg.runs_folder / name / STATE, accelerator.process_index, accelerator.num_processes)
-        rows, self.state.history.rows = self.state.history.rows, []
-        for row in rows:
-            self._log(row)
+        for row in self.state.history.rows if self.run is not None else ():
+            self.run.log(row, step=row["epoch"])
         at = self.state.progress
         self.bar.update(min(max(at.epoch - 1, 0) * len(self.train) + at.batches, self.bar.total))
         accelerator.print(f"going on with {name}, {at}")
-        self.save()  # under the new name: this run, too, may be interrupted before its first step
+        self.state.save()  # under the new name: this run, too, may be interrupted before its first step
 
     def finish(self) -> None:
         """Give the model its own forward back, and the weights of its best epoch."""
@@ -292,15 +283,20 @@ class Trainer:
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         self.inner.load_state_dict(self.state.best, strict=False)
 
+    def what_remains(self) -> str:
+        """Which weights the model has when a training ends early, what is on the disk, and how to go on."""
+        best = f"The model has the weights of epoch {self.state.history.best_epoch}, its best so far"
+        weights = best if self.state.best else "Nothing is trained"
+        how = f" {how_to_go_on(self.run.name, self.cfg)}" if self.run is not None else ""
+        return f"{weights}; {self.state.saved}.{how}"
+
     def _diverged(self, what: str) -> Diverged:
-        at, history = self.state.progress, self.state.history
-        saved = f"; {self.state.saved}" if self.run is not None else ""
+        at = self.state.progress
         return Diverged(
-            f"{what} at batch {at.batches + 1} of epoch {at.epoch}. The model has the weights of epoch "
-            f"{history.best_epoch} again, its best{saved}. Lower training.lr (now {self.cfg.training.lr}) or lengthen "
-            "training.warmup; if it happens in the first batches, look for NaN in the inputs with one batch of the "
-            "loader.",
-            history,
+            f"{what} at batch {at.batches + 1} of epoch {at.epoch}. Lower training.lr (now {self.cfg.training.lr}) or "
+            "lengthen training.warmup; if it happens in the first batches, look for NaN in the inputs with one batch "
+            f"of the loader. {self.what_remains()}",
+            self.state.history,
         )
 
 
@@ -341,33 +337,9 @@ def _ctrl_c_waits() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _what_remains(state: RunState, cfg: Config, run: Run | None) -> str:
-    """Which weights the model has after an interruption, what is on the disk, and how to go on."""
-    best = f"The model has the weights of epoch {state.history.best_epoch}, its best so far"
-    weights = best if state.best else "Nothing is trained"
-    if run is None:
-        return f"{weights}. Without a run nothing was saved to go on from."
-    return f"{weights}; {state.saved}. {how_to_go_on(run.name, cfg)}"
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Judging
 # --------------------------------------------------------------------------------------------------------------------
-def _check_judged(loss: float, value: float, key: str) -> None:
-    """Raise where the validation before training says already that no epoch could be chosen."""
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"The validation loss is {loss} before any training. Look for NaN in the inputs and targets with one batch "
-            "of loaders.val, and in the weights that were loaded."
-        )
-    if math.isnan(value):
-        raise ValueError(
-            f"The validation {key} is not a number, so it cannot choose the best epoch: tss and hss need events and "
-            "quiet times, r2 and rrse targets that differ. Put another metric first in target.metrics, or lengthen "
-            "split.val."
-        )
-
-
 def _outputs(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor, dict]]:
     """Output and target of every batch on the CPU, in float32, with the batch itself."""
     model.eval()

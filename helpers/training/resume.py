@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 
 from helpers.config import Config, settings_that_matter
 from helpers.data.dataset import Loaders
 from helpers.model.checkpoint import CheckpointError, loaded_from, read_file, trained_state
-from helpers.shared import atomic_write
+from helpers.shared import atomic_write, remove_leftovers
 from helpers.training.tracking import STATE
 
 
@@ -58,40 +56,49 @@ class RunState:
     """All that a later process needs to go on as if the training had never stopped.
 
     Args:
+        path: the file that keeps it; None in a training without a run, and in all processes but the first.
         parts: objects with a state_dict, by name: optimizer, schedule and loss scaler.
         generator: of the shuffled training loader.
         origin: what must be the same in the run that goes on (see `origin_of`).
     """
 
     def __init__(
-        self, model: nn.Module, parts: Mapping[str, Any], generator: torch.Generator | None, origin: Mapping[str, Any]
+        self,
+        path: Path | None,
+        model: nn.Module,
+        parts: Mapping[str, Any],
+        generator: torch.Generator,
+        origin: Mapping[str, Any],
     ) -> None:
-        self.model, self.parts, self.generator, self.origin = model, parts, generator, origin
-        self.progress, self.history = Progress(), History()
-        self.score, self.best = -math.inf, {}
-        self.order: Tensor | None = None  # state of the generator at the start of the epoch
-        self.saved = "nothing was saved yet"
+        self.path, self.model, self.parts, self.generator, self.origin = path, model, parts, generator, origin
+        self.history, self.score, self.best = History(), -math.inf, {}
+        self.saved = "nothing was saved to go on from"
+        self.begin_epoch(0)
 
-    def save(self, path: Path | None) -> None:
-        """Write everything to `path`, in place of what was there. All processes call this; the first has a path."""
-        randomness = gather_object([_random_state()])
-        if path is None:
+    def begin_epoch(self, epoch: int) -> None:
+        """Nothing of this epoch is done; the order of its samples follows from the generator as it is now."""
+        self.progress, self.order = Progress(epoch), self.generator.get_state()
+
+    def save(self) -> None:
+        """Write everything to `path`, in place of what was there. All processes call this together."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        randomness = gather_object([{"torch": torch.get_rng_state(), "cuda": cuda}])
+        if self.path is None:
             return
-        between = self.generator.get_state() if self.generator is not None else None
         state = {
             **self.origin,
-            "model": {key: tensor.detach().cpu() for key, tensor in trained_state(self.model).items()},
-            "best": {key: tensor.cpu() for key, tensor in self.best.items()},
+            "model": {key: tensor.detach() for key, tensor in trained_state(self.model).items()},
+            "best": self.best,
             "score": self.score,
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": randomness,
-            "order": self.order if self.progress.batches else between,
+            "order": self.order,
             "progress": vars(self.progress),
             "history": vars(self.history),
         }
-        with atomic_write(path) as temporary:
+        with atomic_write(self.path) as temporary:
             torch.save(state, temporary)
-        self.saved = f"the last good state is {path} ({self.progress})"
+        self.saved = f"the last good state is {self.path} ({self.progress})"
 
     def load(self, path: Path, process: int, processes: int) -> None:
         """Take everything from the file of another run.
@@ -107,6 +114,7 @@ class RunState:
             raise CheckpointError(
                 f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
             )
+        remove_leftovers(path.parent)  # of a kill while it saved
         state, own = read_file(path), trained_state(self.model)
         before, now = state["config"], self.origin["config"]
         other = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
@@ -128,11 +136,12 @@ class RunState:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
-        self.score, self.best = state["score"], state["best"]
-        if (order := state["order"]) is not None:
-            self.order = order
-            self.generator.set_state(order)
-        _set_random_state(state["random"][process])
+        self.score, self.best, self.order = state["score"], state["best"], state["order"]
+        self.generator.set_state(self.order)
+        random = state["random"][process]
+        torch.set_rng_state(random["torch"])
+        if random["cuda"] and len(random["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(random["cuda"])
 
 
 def origin_of(cfg: Config, loaders: Loaders, model: nn.Module) -> dict[str, Any]:
@@ -144,21 +153,3 @@ def origin_of(cfg: Config, loaders: Loaders, model: nn.Module) -> dict[str, Any]
     digest.update(loaders.target_mean.double().numpy().tobytes())
     settings = settings_that_matter(cfg, "resume")
     return {"config": settings, "data": digest.hexdigest()[:16], "checkpoint": loaded_from(model)}
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - a dataset of one's own may draw from it
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def _set_random_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])

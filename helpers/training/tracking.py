@@ -5,7 +5,6 @@ The local files are the record; Weights & Biases (https://docs.wandb.ai) gets a 
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,7 +13,9 @@ import subprocess
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,14 +23,13 @@ import pandas as pd
 import yaml
 
 from helpers.config import Config
-from helpers.shared import atomic_write, disk_errors, make_folder, remove_leftovers, share
+from helpers.shared import atomic_write, disk_errors, make_folder, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
 BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapter` reads them
-_OWN = ("name", "experiment", "task", "profile", "status", "started", "finished")  # what runs are chosen by
 UPLOAD_SECONDS = 15  # how long the start and the end of a run wait for Weights & Biases
 
 
@@ -41,17 +41,17 @@ class Run:
         name: the folder's name, and the run's name on Weights & Biases.
     """
 
-    def __init__(self, folder: Path, cfg: Config, experiment: str) -> None:
+    def __init__(self, folder: Path, cfg: Config) -> None:
         self.folder, self.name = folder, folder.name
         self._columns: list[str] | None = None
         self._step = 0
         self._metrics: dict[str, Any] = {}
-        self._about = {"name": self.name, "experiment": experiment, "task": cfg.task, "profile": cfg.profile}
+        self._about = {"name": self.name, "experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
         self._about |= {"started": _now(), "commit": commit_of(cfg.root)}
         with atomic_write(folder / "config.yaml") as path:
             path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
         self._write_summary("running")
-        self._wandb = _start_wandb(cfg, folder, experiment, self._about["commit"])
+        self._wandb = _start_wandb(cfg, folder, self._about["commit"])
 
     def describe(self, **origin: str) -> None:
         """Note where the numbers come from, such as the fingerprints of data and checkpoint."""
@@ -69,19 +69,17 @@ class Run:
         Raises:
             ValueError: if the names are not those of the first row.
         """
-        row = {"step": step, **{key: _scalar(value) for key, value in metrics.items()}}
-        first, self._columns = self._columns is None, self._columns or list(row)
+        row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
+        self._columns = self._columns or list(row)
         if set(row) != set(self._columns):
             raise ValueError(
                 f"{self.folder / 'history.csv'} has the columns {', '.join(self._columns)}, but this row has "
                 f"{', '.join(row)}. Log the same names at every step; single numbers belong into run.summary(...)."
             )
         path = self.folder / "history.csv"
-        with disk_errors(self.folder), open(path, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            if first:
-                writer.writeheader()
-            writer.writerow(row)
+        with disk_errors(self.folder):
+            table = pd.DataFrame([row], columns=self._columns)
+            table.to_csv(path, mode="a", header=not path.exists(), index=False)
         self._step = step
         self._online(lambda run: run.log(row, step=step))
 
@@ -101,7 +99,7 @@ class Run:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Add final numbers (test metrics, parameter counts, ...) to summary.json; later calls add to earlier ones."""
-        self._metrics.update({key: _finite(_scalar(value)) for key, value in values.items()})
+        self._metrics |= {key: _plain(value) for key, value in values.items()}
         self._write_summary("running")
         self._online(lambda run: run.summary.update(self._metrics))
 
@@ -124,9 +122,9 @@ class Run:
             if kind is None:
                 raise
             # the disk is full: what ended the run is to be read, not this; and a word of the same length needs no space
-            summary = self.folder / "summary.json"
-            text = summary.read_text(encoding="utf-8").replace('"running"', '"failed" ')
-            with open(summary, "r+", encoding="utf-8") as file:
+            with open(self.folder / "summary.json", "r+", encoding="utf-8") as file:
+                text = file.read().replace('"running"', '"failed" ')
+                file.seek(0)
                 file.write(text)
 
     def _write_summary(self, status: str) -> None:
@@ -146,83 +144,66 @@ class Run:
 # --------------------------------------------------------------------------------------------------------------------
 # Starting and finding runs
 # --------------------------------------------------------------------------------------------------------------------
-def start_run(cfg: Config, name: str | None = None, experiment: str | None = None) -> Run:
+def start_run(cfg: Config, name: str | None = None) -> Run:
     """Begin a run in a folder of its own; nothing that another run wrote is ever overwritten.
 
     Args:
         cfg: the configuration; a copy is written beside the results.
         name: of the folder, a plain name; None takes the next free `<experiment>-<task>-<profile>-<NNN>`.
             `make run-notebook` has made the folder already and passes its name.
-        experiment: what the run is compared as; None takes the configuration's.
 
     Raises:
         ValueError: the name is not a plain name.
         FileExistsError: if a run of that name has begun before.
     """
-    experiment, runs = experiment or cfg.experiment, cfg.runs_folder
     if name is None:
-        return Run(claim_run(runs, f"{experiment}-{cfg.task}-{cfg.profile}"), cfg, experiment)
+        return Run(claim_run(cfg.runs_folder, f"{cfg.experiment}-{cfg.task}-{cfg.profile}"), cfg)
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+-]*", name):
         raise ValueError(f"A run cannot be called {name!r}: a name is letters, digits, _ . + and -, without a folder.")
-    folder = runs / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(cfg.runs_folder / name)
     if (folder / "summary.json").exists():
         raise FileExistsError(
             f"{folder} holds the results of an earlier run, and runs are not overwritten. "
             "Pass name=None to get the next free number, or another name."
         )
-    return Run(folder, cfg, experiment)
+    return Run(folder, cfg)
 
 
 def claim_run(runs: Path, prefix: str) -> Path:
     """Make and return the folder `runs/<prefix>-<NNN>` with the next free number, also while others do the same."""
-    for earlier in make_folder(runs).iterdir():
-        remove_leftovers(earlier)
-    taken = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in runs.iterdir()]
-    number = max((int(match[1]) for match in taken if match), default=0) + 1
-    while True:
+    names = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in make_folder(runs).iterdir()]
+    for number in count(1 + max((int(match[1]) for match in names if match), default=0)):
         folder = runs / f"{prefix}-{number:03}"
-        try:
+        with suppress(FileExistsError):
             folder.mkdir()
             share(folder)
             return folder
-        except FileExistsError:
-            number += 1
 
 
-def list_runs(runs: str | Path, **wanted: str | None) -> pd.DataFrame:
-    """The finished runs in the folder `runs`, oldest first, one row each with its metrics.
+def list_runs(
+    runs: Path, experiment: str | None = None, task: str | None = None, profile: str | None = None
+) -> pd.DataFrame:
+    """The finished runs in the folder `runs` of this experiment, task and profile (None: any), oldest first.
 
     A run whose record cannot be read is left out and named.
 
-    Args:
-        runs: the folder of all runs (`cfg.runs_folder`).
-        **wanted: experiment=, task= or profile= to choose by; None means any.
-
     Returns:
-        The columns name, experiment, task, profile, status, started, finished, folder, and the metrics.
+        The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), and the metrics.
     """
-    if unknown := set(wanted) - set(_OWN):
-        raise TypeError(f"Runs are chosen by {', '.join(_OWN)}, not by {', '.join(sorted(unknown))}.")
-    rows = []
+    columns, rows = ["name", "experiment", "task", "profile", "finished"], []
+    wanted = {"experiment": experiment, "task": task, "profile": profile}
     for path in Path(runs).glob("*/summary.json"):
         try:
             summary = json.loads(path.read_text(encoding="utf-8"))
-            fits = all(summary[key] == value for key, value in wanted.items() if value is not None)
+            fits = all(value in (None, summary[key]) for key, value in wanted.items())
             if fits and summary["status"] == "finished":
-                rows.append({**{key: summary[key] for key in _OWN}, "folder": path.parent, **summary["metrics"]})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            print(f"Left out: {path.parent}, whose summary.json is damaged ({type(error).__name__}: {error}).")
-    table = pd.DataFrame(rows, columns=None if rows else [*_OWN, "folder"])
+                settings = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+                own = {"seed": settings["seed"], "folder": path.parent, "settings": settings}
+                rows.append({**{key: summary[key] for key in columns}, **own, **summary["metrics"]})
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            print(f"Left out: {path.parent}, whose record is damaged ({type(error).__name__}: {error}).")
+    table = pd.DataFrame(rows, columns=None if rows else [*columns, "seed", "folder", "settings"])
     return table.sort_values("finished", ignore_index=True)
-
-
-def sync_command(runs: str | Path) -> str:
-    """The command that uploads the offline runs in the folder `runs` to Weights & Biases, or that there is none."""
-    found = sorted(Path(runs).glob("*/wandb/offline-run-*"))
-    if not found:
-        return f"No run in {runs} waits for an upload."
-    return f"wandb sync {Path(runs)}/*/wandb/offline-run-*   # {len(found)} runs"
 
 
 def how_to_go_on(name: str, cfg: Config) -> str:
@@ -238,26 +219,19 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def _scalar(value: Any) -> Any:
-    """The plain Python value of a NumPy or torch scalar."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def _finite(value: Any) -> Any:
-    """What JSON can hold: None for nan and infinities."""
+def _plain(value: Any) -> Any:
+    """The value of a NumPy or torch scalar as JSON can hold it: None for nan and infinities."""
+    value = value.item() if hasattr(value, "item") else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def commit_of(folder: Path) -> str:
     """The git commit of the code in `folder`, with "+changes" where tracked files differ from it."""
+    words = ["git", "-C", str(folder), "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
-        commit, changes = (
-            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "not in git"
-    return commit.strip() + ("+changes" if changes else "")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -278,7 +252,7 @@ def wandb_mode(cfg: Config) -> str:
         return "offline"
 
 
-def _start_wandb(cfg: Config, folder: Path, experiment: str, commit: str) -> Any:
+def _start_wandb(cfg: Config, folder: Path, commit: str) -> Any:
     """A Weights & Biases run, or None where it is disabled or fails; the slow import waits until it is wanted.
 
     A server that does not answer costs seconds, never the training: the run is offline then.
@@ -299,7 +273,7 @@ def _start_wandb(cfg: Config, folder: Path, experiment: str, commit: str) -> Any
             # the id is given, because WANDB_RUN_ID in the environment would be that of every run
             return wandb.init(
                 project=cfg.tracking.project, entity=cfg.tracking.entity, name=folder.name, dir=str(folder),
-                mode=attempt, id=uuid.uuid4().hex[:8], group=f"{cfg.task}-{cfg.profile}", job_type=experiment,
+                mode=attempt, id=uuid.uuid4().hex[:8], group=f"{cfg.task}-{cfg.profile}", job_type=cfg.experiment,
                 config={**cfg.to_dict(), "commit": commit}, reinit="create_new", settings=settings,
             )  # fmt: skip
         except Exception as error:  # no network, a wrong key, a full disk: the local history goes on
