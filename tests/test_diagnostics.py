@@ -15,7 +15,7 @@ from helpers.config import load_config
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import specformer
 from helpers.model.lora import adapt
-from helpers.training.memory import estimate_memory, measure_memory, recompute_if_needed
+from helpers.training.memory import LiveTensors, estimate_memory, forward_and_backward, recompute_if_needed
 
 EPOCHS = np.arange(1, 13)
 TRAIN = {  # training and validation loss by epoch, each in units of its value before training
@@ -113,22 +113,24 @@ def test_the_estimate_is_what_a_real_step_allocates(regime, recompute, precision
     model, batch, cfg = model_and_batch(1, **changes)
     before = {name: p.clone() for name, p in model.named_parameters()}
     estimate = estimate_memory(model, batch, cfg)
-    assert measure_memory(model, batch, cfg) == pytest.approx(estimate.step, rel=0.2)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert estimate.optimizer == 8 * trained and estimate.weights >= 4 * sum(p.numel() for p in model.parameters())
+    with LiveTensors() as live:
+        forward_and_backward(model.train(), batch, precision)
+    assert live.peak == pytest.approx(estimate.step, rel=0.2)
 
 
 RESIDENT = """
 import resource, sys
 sys.path.insert(0, {tests!r})
 from test_diagnostics import model_and_batch, estimate_memory
-from helpers.training.memory import _step
+from helpers.training.memory import forward_and_backward
 small, batch, cfg = model_and_batch(1, **{{"data.native_size": 128}})
-_step(small, batch, "fp32")  # what libraries allocate once
+forward_and_backward(small, batch, "fp32")  # what libraries allocate once
 model, batch, cfg = model_and_batch(3)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-_step(model.train(), batch, "fp32")
+forward_and_backward(model.train(), batch, "fp32")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 """
 

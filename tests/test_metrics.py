@@ -20,10 +20,10 @@ def compute_metrics(prediction, target, names, threshold=None):
     return metrics.compute_metrics(prediction, target, {name: NUMBERS[name] for name in names}, threshold)
 
 
-def collect(names, threshold, span, *batches, times=None):
-    """What is collected of (prediction, target) batches; with `times` of each image, too."""
+def collect(names, threshold, span, *batches, samples=None):
+    """What is collected of (prediction, target) batches; with `samples` of each image, too."""
     made = {name: IMAGES[name].make(threshold, span) for name in names}
-    collector = ImageCollector(made, times)
+    collector = ImageCollector(made, samples)
     for k, (prediction, target) in enumerate(batches):
         collector.add(prediction, target, {"timestamp": [f"{k}-{i}" for i in range(len(target))]})
     return collector
@@ -92,13 +92,6 @@ def test_one_dimensional_targets_are_refused_instead_of_broadcast():
         compute_metrics(torch.zeros(4, 2), torch.zeros(4, 1), ["rmse"])
 
 
-def test_no_samples_and_events_without_a_threshold_are_refused():
-    with pytest.raises(ValueError, match="no samples to judge; look at the report"):
-        compute_metrics(torch.zeros(0, 1), torch.zeros(0, 1), ["rmse"])
-    with pytest.raises(ValueError, match="set target.event_threshold"):
-        compute_metrics(torch.zeros(3, 1), torch.zeros(3, 1), ["tss"])
-
-
 @pytest.mark.parametrize("target", [[0.0, 0.1, 0.2], [1.0, 1.1, 1.2]])
 def test_skill_without_events_or_without_quiet_is_not_a_number(target):
     found = compute_metrics(torch.tensor([[0.0], [1.0], [0.0]]), torch.tensor(target)[:, None], ["tss", "rmse"], 0.5)
@@ -147,7 +140,7 @@ def test_the_averaged_edge_of_a_finer_mask_is_inside_from_one_half():
 def test_empty_masks_agree_with_empty_predictions_alone():
     nothing, something = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
     batches = ((nothing, nothing), (something, nothing))
-    scores = collect(["iou", "dice"], 0.5, 1.0, *batches, times=[]).predictions().scores
+    scores = collect(["iou", "dice"], 0.5, 1.0, *batches, samples=0).predictions().scores
     assert scores["iou"].tolist() == scores["dice"].tolist() == [1, 0]
 
 
@@ -158,7 +151,7 @@ def test_images_are_judged_by_error_and_likeness():
         ["rmse", "mae", "correlation", "ssim"],
         ((prediction[:2], target[:2]), (prediction[2:], target[2:])),
     )
-    collector = collect(names, 0.5, 300.0, *batches, times=[])
+    collector = collect(names, 0.5, 300.0, *batches, samples=0)
     found, both = collector.metrics(), torch.stack([prediction.flatten(), target.flatten()])
     assert found["rmse"] == pytest.approx((prediction - target).square().mean().sqrt().item(), rel=1e-5)
     assert found["mae"] == pytest.approx((prediction - target).abs().mean().item(), rel=1e-5)

@@ -170,7 +170,7 @@ def image_predictions(cfg, size: int = 32) -> ImagePredictions:
     truth, said = (torch.zeros(cfg.num_outputs, size, size) for _ in range(2))
     truth[:, 8:16, 8:20], said[:, 10:18, 8:20] = 1, 0.9
     times = [str(k) for k in range(3)]
-    collector = make_task(cfg, SimpleNamespace(target_span=1.0)).collector(times)
+    collector = make_task(cfg, SimpleNamespace(target_span=1.0)).collector(3)
     ts = torch.randn(1, len(cfg.data.channels), 2, size, size, generator=torch.Generator().manual_seed(0))
     for time in times:
         collector.add(said[None], truth[None], {"timestamp": [time], "ts": ts})

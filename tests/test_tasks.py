@@ -212,7 +212,7 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     truth = torch.stack([loaders.test.dataset.target(k) for k in range(3)])
     said = truth.clone()
     said[0] = 0  # misses all of the first
-    collector = make_task(cfg, loaders).collector(["a", "b", "c"])
+    collector = make_task(cfg, loaders).collector(3)
     collector.add(said[:2], truth[:2], {"timestamp": ["c", "a"], "ts": torch.zeros(2, 13, 2, 32, 32)})
     collector.add(said[2:], truth[2:], {"timestamp": ["b"], "ts": torch.zeros(1, 13, 2, 32, 32)})
     found = collector.predictions()

@@ -76,34 +76,16 @@ def test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePred
     return TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))
 
 
-def summary_table(runs: pd.DataFrame) -> pd.DataFrame:
-    """Mean ± standard deviation over seeds of test metrics and cost; a row an experiment and number of samples."""
-    columns = [c for c in runs if c.startswith("test_")] + ["seconds", "trained parameters", "step MB"]
-    groups = runs.groupby(["experiment", SAMPLES])
-    mean, std = groups[columns].mean(), groups[columns].std()
-    shown = {c: [f"{m:,.3g} ± {s:.2g}" for m, s in zip(mean[c], std[c], strict=True)] for c in columns}
-    shown["trained parameters"] = [f"{m:,.0f}" for m in mean["trained parameters"]]
-    return pd.DataFrame({"seeds": groups.size(), **shown}, index=mean.index)
-
-
 @dataclass(frozen=True)
 class Difference:
-    """By how much the fine-tune is better (positive) or worse than the baseline, on the same test samples.
+    """By how much the fine-tune is better (positive) or worse than the baseline, on the same test samples."""
 
-    Attributes:
-        metric: the first of `target.metrics`.
-        value: mean over seeds.
-        low, high: 95% bootstrap interval over blocks of test days.
-        blocks: number of days.
-        spread: standard deviation of the difference over seeds.
-    """
-
-    metric: str
-    value: float
-    low: float
+    metric: str  # the first of `target.metrics`
+    value: float  # mean over seeds
+    low: float  # 95% bootstrap interval over blocks of test days
     high: float
-    blocks: int
-    spread: float
+    blocks: int  # number of days
+    spread: float  # standard deviation of the difference over seeds
 
     @property
     def within_noise(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
 from typing import Any
@@ -32,22 +33,14 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
     """
     found: dict[str, tuple[Tensor, str]] = {"pixels": (batch["ts"], "(b c t h w)")}
 
-    def note(name: str, how: str, features: bool) -> Any:
-        return lambda _, inputs, output: found.update({name: (inputs[0] if features else output, how)})
+    def note(name: str, how: str) -> Any:
+        # the features are the input of a baseline's only layer
+        return lambda _, inputs, output: found.update({name: (inputs[0] if name == "features" else output, how)})
 
-    hooks = [
-        module.register_forward_hook(note(name, how, features=name == "features"))
-        for name, module, how in _stages(model)
-    ]
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(batch)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, module, how in _stages(model):
+            hooks.enter_context(module.register_forward_hook(note(name, how)))
+        output = model(batch)
     found["output"] = output, "(b k)" if output.ndim == 2 else "(b c h w)"
     table = {name: (tuple(x.shape), how, x[0].numel()) for name, (x, how) in found.items()}
     return pd.DataFrame.from_dict(table, orient="index", columns=["shape", "how", "numbers a sample"])
@@ -55,7 +48,6 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
 
 def _stages(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """Modules of a model whose outputs are worth a row: name, module, and how its output comes about."""
-    # the features are the input of a baseline's only layer
     if isinstance(model, LinearBaseline1D):
         return [("features", model.head, "b c t h w -> b (c t), the mean over h and w")]
     if isinstance(model, LinearBaseline2D):
@@ -122,21 +114,14 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a training curve says.
+    """What a training curve says: a word for it, what was measured with the limits, and what to do next."""
 
-    Attributes:
-        word: healthy, too small (flat), too large (erratic), diverged or overfitting.
-        numbers: what was measured, with the limit that it was held against: {name: (value, limit)}.
-        advice: what to do next.
-    """
-
-    word: str
-    numbers: dict[str, tuple[float, float]]
+    word: str  # healthy, too small (flat), too large (erratic), diverged or overfitting
+    measured: str
     advice: str
 
     def __str__(self) -> str:
-        numbers = ", ".join(f"{name} {value:.2f} (limit {limit:g})" for name, (value, limit) in self.numbers.items())
-        return f"{self.word}: {numbers}. {self.advice}"
+        return f"{self.word}: {self.measured}. {self.advice}"
 
 
 def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Verdict:
@@ -164,12 +149,12 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     elif fall < limits.flat:
         word, advice = "too small (flat)", "Triple training.lr, or train longer."
     elif turn > limits.overfitting:
-        word, advice = (
-            "overfitting",
-            "Keep the best epoch; raise lora.dropout or weight_decay, lower lora.rank, or get more samples.",
-        )
+        word = "overfitting"
+        advice = "Keep the best epoch; raise lora.dropout or weight_decay, lower lora.rank, or get more samples."
     else:
         word, advice = "healthy", "Nothing to mend."
-    limited = {"rise": limits.diverged, "jumps": limits.erratic, "fall": limits.flat, "turn": limits.overfitting}
-    values = {"rise": rise, "jumps": jumps, "fall": fall, "turn": turn}
-    return Verdict(word, {name: (values[name], limit) for name, limit in limited.items()}, advice)
+    measured = (
+        f"rise {rise:.2f} (limit {limits.diverged:g}), jumps {jumps:.2f} (limit {limits.erratic:g}), "
+        f"fall {fall:.2f} (limit {limits.flat:g}), turn {turn:.2f} (limit {limits.overfitting:g})"
+    )
+    return Verdict(word, measured, advice)

@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator, skip_first_batches
@@ -29,10 +25,7 @@ from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator, one_of_several
 from helpers.training.resume import History, RunState, origin_of
 from helpers.training.tasks import ImagePredictions, Predictions, check_shapes, make_task
-from helpers.training.tracking import BEST, STATE, how_to_go_on
-
-if TYPE_CHECKING:
-    from helpers.training.tracking import Run
+from helpers.training.tracking import BEST, STATE, Run, how_to_go_on
 
 
 class Diverged(FloatingPointError):
@@ -96,24 +89,23 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
         ValueError: nothing to train, an output that does not have the target's shape, or a metric that cannot choose.
         CheckpointError: no state to resume, or one of another model, configuration or data.
         Diverged: the loss is no longer finite; says at which step, what to change, and which weights the model has now.
-        Interrupted: Ctrl-C; the training stopped after a whole step, and the message says how to go on.
+        Interrupted: Ctrl-C; the message says what was saved, and how to go on from there.
         DiskFullError: the disk of the run is full; its last good state is still there.
     """
-    with _ctrl_c_waits() as asked_to_stop:
-        trainer = Trainer(model, loaders, cfg, run, asked_to_stop)
-        try:
-            if cfg.training.resume:
-                trainer.resume()
-            while not trainer.finished:
-                started = time.perf_counter()
-                loss = trainer.train_epoch() if trainer.state.progress.epoch else trainer.loss_before_training()
-                trainer.end_epoch(loss, trainer.judge(loaders.val), time.perf_counter() - started)
-        except KeyboardInterrupt:
-            raise Interrupted(f"Interrupted. {trainer.what_remains()}") from None
-        except DiskFullError as error:
-            raise DiskFullError(f"{error} {trainer.what_remains()}") from None
-        finally:
-            trainer.finish()
+    trainer = Trainer(model, loaders, cfg, run)
+    try:
+        if cfg.training.resume:
+            trainer.resume()
+        while not trainer.finished:
+            started = time.perf_counter()
+            loss = trainer.train_epoch() if trainer.state.progress.epoch else trainer.loss_before_training()
+            trainer.end_epoch(loss, trainer.judge(loaders.val), time.perf_counter() - started)
+    except KeyboardInterrupt:
+        raise Interrupted(f"Interrupted. {trainer.what_remains()}") from None
+    except DiskFullError as error:
+        raise DiskFullError(f"{error} {trainer.what_remains()}") from None
+    finally:
+        trainer.finish()
     return trainer.state.history
 
 
@@ -125,7 +117,7 @@ def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Pred
     """
     accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
     loader = getattr(loaders, split)
-    collector = task.collector([time.isoformat() for time in loader.dataset.samples["time"]])
+    collector = task.collector(len(loader.dataset))
     for output, target, batch in _outputs(model.to(accelerator.device), _in_order(loader), accelerator):
         collector.add(task.to_units(output), target, batch)
     return collector.predictions()
@@ -139,16 +131,14 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     settings, groups = cfg.training, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            inside, matrix = name.startswith("encoder."), parameter.ndim > 1
-            groups.setdefault((inside, matrix), []).append(parameter)
+            inside = name.startswith("encoder.")
+            lr = settings.lr if inside else settings.head_lr or settings.lr
+            decay = settings.weight_decay if inside else settings.head_weight_decay
+            groups.setdefault((inside, lr, decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     if not groups:
         raise ValueError("No parameter of the model requires a gradient, so there is nothing to train.")
-    head = (settings.head_lr or settings.lr, settings.head_weight_decay)
-    rates = {True: (settings.lr, settings.weight_decay), False: head}
-    return [
-        {"params": found, "lr": rates[inside][0], "weight_decay": rates[inside][1] if matrix else 0.0}
-        for (inside, matrix), found in sorted(groups.items(), reverse=True)
-    ]
+    in_order = sorted(groups.items(), reverse=True)  # the encoder first: its rate is the one that is written
+    return [{"params": found, "lr": lr, "weight_decay": decay} for (_, lr, decay), found in in_order]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -157,10 +147,8 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 class Trainer:
     """One call of `fit`."""
 
-    def __init__(
-        self, model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None, asked_to_stop: threading.Event
-    ) -> None:
-        self.loaders, self.cfg, self.asked_to_stop = loaders, cfg, asked_to_stop
+    def __init__(self, model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None) -> None:
+        self.loaders, self.cfg = loaders, cfg
         self.task, self.accelerator = make_task(cfg, loaders), make_accelerator(cfg)
         self.run = run if self.accelerator.is_main_process else None
         if one_of_several():
@@ -175,7 +163,8 @@ class Trainer:
         parts = {"optimizer": optimizer, "schedule": self.schedule}
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
-        path, origin = self.run and self.run.folder / STATE, origin_of(cfg, loaders, model)
+        path = self.run.folder / STATE if self.run is not None else None
+        origin = origin_of(cfg, loaders, model)
         self.state = RunState(path, model, parts, loaders.train.generator, origin)
         if self.run is not None:
             weights = origin["checkpoint"] or "none"
@@ -195,9 +184,7 @@ class Trainer:
         for batch in skip_first_batches(self.train, at.batches) if at.batches else self.train:
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model(batch), batch["target"])
-                # the mean loss of all processes, and whether one of them was asked to stop
-                asked = loss.new_tensor(float(self.asked_to_stop.is_set()))
-                value, stop = accelerator.reduce(torch.stack([loss.detach(), asked]), "mean").tolist()
+                value = accelerator.reduce(loss.detach(), "mean").item()  # of all processes
                 if not math.isfinite(value):
                     raise self._diverged(f"The training loss became {value}")
                 accelerator.backward(loss)
@@ -213,10 +200,8 @@ class Trainer:
             self.bar.update()
             if accelerator.sync_gradients:
                 self.schedule.step()
-                if stop or self.schedule.last_epoch % self.cfg.training.save_every_steps == 0:
+                if self.schedule.last_epoch % self.cfg.training.save_every_steps == 0:
                     self.state.save()
-                if stop:
-                    raise KeyboardInterrupt
         return at.loss / at.samples
 
     def loss_before_training(self) -> float:
@@ -312,29 +297,6 @@ def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
     return share
-
-
-@contextmanager
-def _ctrl_c_waits() -> Iterator[threading.Event]:
-    """While inside, Ctrl-C sets the event, so that a training ends after a whole step; a second one raises at once.
-
-    Not in one of several processes, which stop together. Signals reach the main thread alone.
-    """
-    asked = threading.Event()
-
-    def ask(*_: object) -> None:
-        if asked.is_set() and not one_of_several():
-            raise KeyboardInterrupt
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # --------------------------------------------------------------------------------------------------------------------

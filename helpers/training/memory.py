@@ -1,4 +1,4 @@
-"""Memory of a training step: estimated without computing anything, and measured.
+"""Memory of a training step, estimated without computing anything.
 
 The estimate runs the very step, forward and backward, on fake tensors: they have shapes, types and lifetimes, but no
 numbers (https://docs.pytorch.org/docs/main/torch.compiler_fake_tensor.html). So it takes a second for any size, and
@@ -31,17 +31,11 @@ PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that one training step needs at its peak.
+    """Bytes that one training step needs at its peak."""
 
-    Attributes:
-        weights: all parameters and buffers, frozen ones too.
-        optimizer: Adam's two moments of what trains.
-        step: what forward and backward add: activations, gradients, casts.
-    """
-
-    weights: int
-    optimizer: int
-    step: int
+    weights: int  # all parameters and buffers, frozen ones too
+    optimizer: int  # Adam's two moments of what trains
+    step: int  # what forward and backward add: activations, gradients, casts
 
     @property
     def total(self) -> int:
@@ -68,31 +62,10 @@ def estimate_memory(
         tensors = (*model.parameters(), *model.buffers())
         shadow = copy.deepcopy(model, {id(tensor): fake.from_tensor(tensor) for tensor in tensors}).train()
         ts = torch.empty(shape, device=next(model.parameters()).device)
-        with _Live() as live:
-            _step(shadow, {**batch, "ts": ts}, cfg.training.precision)
+        with LiveTensors() as live:
+            forward_and_backward(shadow, {**batch, "ts": ts}, cfg.training.precision)
     weights = sum(tensor.nbytes for tensor in tensors)
     return StepMemory(weights, ADAM_BYTES * trainable_summary(model).trainable, live.peak)
-
-
-def measure_memory(model: nn.Module, batch: Mapping[str, Any], cfg: Config) -> int:
-    """Bytes that forward and backward of one real batch add at their peak: `StepMemory.step`, measured.
-
-    On a GPU from CUDA's allocator; on the CPU all tensors that live at once are counted, without what libraries keep
-    for themselves. Gradients are cleared afterwards.
-    """
-    device = make_accelerator(cfg).device
-    model, batch = model.to(device).train(), {**batch, "ts": batch["ts"].to(device)}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        _step(model, batch, cfg.training.precision)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with _Live() as live:
-            _step(model, batch, cfg.training.precision)
-        peak = live.peak
-    model.zero_grad()
-    return peak
 
 
 def recompute_if_needed(model: nn.Module, batch: Mapping[str, Any], cfg: Config, free: int | None = None) -> None:
@@ -124,15 +97,15 @@ def recompute_if_needed(model: nn.Module, batch: Mapping[str, Any], cfg: Config,
         print(f"Even so it may not fit: lower training.batch_size, which is {cfg.training.batch_size}.")
 
 
-def _step(model: nn.Module, batch: Mapping[str, Any], precision: str) -> None:
-    """Forward and backward."""
+def forward_and_backward(model: nn.Module, batch: Mapping[str, Any], precision: str) -> None:
+    """A training step but for its loss and the optimiser."""
     with torch.autocast(batch["ts"].device.type, PRECISION.get(precision), enabled=precision in PRECISION):
         output = model(batch)
     output.float().square().mean().backward()
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that were made inside and still live, and their peak."""
+class LiveTensors(TorchDispatchMode):
+    """While inside, counts the bytes of tensors that were made inside and still live (`now`), and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
         references["persistence"] = data.at_offset(0).target
     predictions = {}
     for name, predicted in references.items():
-        collector = make_task(cfg, loaders).collector(times=[])
+        collector = make_task(cfg, loaders).collector(samples=0)
         for row, time in enumerate(data.samples["time"]):
             target = data.target(row)
             collector.add(predicted(row)[None], target[None], {"timestamp": [time.isoformat()]})

@@ -8,7 +8,7 @@ numbers and masks. Predictions of numbers are kept whole; images are judged as t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -80,17 +80,11 @@ class ImageExample:
 
 @dataclass
 class ImagePredictions:
-    """What is kept of one split of masks or images.
+    """What is kept of one split of masks or images."""
 
-    Attributes:
-        values: the metrics over the whole split.
-        scores: one row an image: timestamp, the same metrics of this image alone, and the mean of its target.
-        examples: a few images to be drawn.
-    """
-
-    values: dict[str, float]
-    scores: pd.DataFrame
-    examples: list[ImageExample] = field(default_factory=list)
+    values: dict[str, float]  # the metrics over the whole split
+    scores: pd.DataFrame  # one row an image: timestamp, the metrics of this image alone, and the mean of its target
+    examples: list[ImageExample] = field(default_factory=list)  # a few images to be drawn
 
     @property
     def timestamps(self) -> list[str]:
@@ -154,14 +148,13 @@ class ImageCollector:
 
     Args:
         metrics: TorchMetrics metrics by name.
-        times: ISO times of the split, from which the examples are chosen; None keeps the metrics of the split alone,
-            which is faster.
+        samples: how many will come, of which the examples are chosen; None keeps the metrics of the split alone, which
+            is faster.
     """
 
-    def __init__(self, metrics: dict[str, torchmetrics.Metric], times: Sequence[str] | None) -> None:
-        self._metrics, self._detailed = metrics, times is not None
-        places = np.linspace(0, len(times or ()) - 1, EXAMPLES + 2)[1:-1].round().astype(int)
-        self._drawn = {times[place] for place in places} if times else set()
+    def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None) -> None:
+        self._metrics, self._detailed = metrics, samples is not None
+        self._drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
         self._rows: list[dict[str, Any]] = []
         self._examples: list[ImageExample] = []
 
@@ -172,11 +165,11 @@ class ImageCollector:
                 metric.update(prediction, target)
             return
         for time, ts, p, t in zip(batch["timestamp"], batch.get("ts", target), prediction, target, strict=True):
+            if len(self._rows) in self._drawn and "ts" in batch:
+                self._examples.append(ImageExample(time, ts.cpu(), p, t))
             # calling a metric takes the image in and returns the value of this image by itself
             scores = {name: float(metric(p[None], t[None])) for name, metric in self._metrics.items()}
             self._rows.append({"timestamp": time, **scores, "target_mean": t.mean().item()})
-            if time in self._drawn and "ts" in batch:
-                self._examples.append(ImageExample(time, ts.cpu(), p, t))
 
     def metrics(self) -> dict[str, float]:
         """The metrics of what was taken so far."""
@@ -218,16 +211,10 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce_d
 # Tasks
 # --------------------------------------------------------------------------------------------------------------------
 class Task:
-    """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`.
+    """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`."""
 
-    Attributes:
-        registry: the metrics that there are.
-        predictions: what is kept of a split; `predictions.from_table` reads it from a run's CSV.
-        metrics: those that the configuration asks for, by name.
-    """
-
-    registry: dict[str, Any]
-    predictions: type[Predictions] | type[ImagePredictions]
+    registry: dict[str, Any]  # the metrics that there are
+    predictions: type[Predictions] | type[ImagePredictions]  # of a split; `from_table` reads it from a run's CSV
 
     def __init__(self, cfg: Config, loaders: Loaders) -> None:
         self.cfg, self.loaders, self.metrics = cfg, loaders, metrics_of(cfg)
@@ -253,8 +240,8 @@ class Task:
         """What an output means, in target units."""
         return output
 
-    def collector(self, times: Sequence[str] | None = None) -> NumberCollector | ImageCollector:
-        """What takes the predictions of a split; `times` (ISO) of the split, or None where its metrics are enough."""
+    def collector(self, samples: int | None = None) -> NumberCollector | ImageCollector:
+        """What takes the predictions of a split of so many samples, or of which the metrics are enough (None)."""
         raise NotImplementedError
 
 
@@ -270,7 +257,7 @@ class NumberTask(Task):
     def to_units(self, output: Tensor) -> Tensor:
         return output * self.loaders.target_std.to(output.device) + self.loaders.target_mean.to(output.device)
 
-    def collector(self, times: Sequence[str] | None = None) -> NumberCollector:
+    def collector(self, samples: int | None = None) -> NumberCollector:
         return NumberCollector(self.cfg)
 
 
@@ -279,10 +266,10 @@ class ImageTask(Task):
 
     registry, predictions = IMAGES, ImagePredictions
 
-    def collector(self, times: Sequence[str] | None = None) -> ImageCollector:
+    def collector(self, samples: int | None = None) -> ImageCollector:
         threshold, span = self.cfg.target.mask_threshold, self.loaders.target_span
         metrics = {name: metric.make(threshold, span) for name, metric in self.metrics.items()}
-        return ImageCollector(metrics, times)
+        return ImageCollector(metrics, samples)
 
 
 class MaskTask(ImageTask):

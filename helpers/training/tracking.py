@@ -44,7 +44,6 @@ class Run:
     def __init__(self, folder: Path, cfg: Config) -> None:
         self.folder, self.name = folder, folder.name
         self._columns: list[str] | None = None
-        self._step = 0
         self._metrics: dict[str, Any] = {}
         self._about = {"name": self.name, "experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
         self._about |= {"started": _now(), "commit": commit_of(cfg.root)}
@@ -80,7 +79,6 @@ class Run:
         with disk_errors(self.folder):
             table = pd.DataFrame([row], columns=self._columns)
             table.to_csv(path, mode="a", header=not path.exists(), index=False)
-        self._step = step
         self._online(lambda run: run.log(row, step=step))
 
     def figure(self, name: str, figure: Figure) -> Path:
@@ -92,7 +90,7 @@ class Run:
         def upload(run: Any) -> None:
             import wandb
 
-            run.log({name: wandb.Image(str(path))}, step=self._step)
+            run.log({name: wandb.Image(str(path))})
 
         self._online(upload)
         return path
