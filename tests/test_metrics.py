@@ -23,7 +23,7 @@ def compute_metrics(prediction, target, names, threshold=None):
 def collect(names, threshold, span, *batches, samples=None):
     """What is collected of (prediction, target) batches; with `samples` of each image, too."""
     made = {name: IMAGES[name].make(threshold, span) for name in names}
-    collector = ImageCollector(made, samples)
+    collector = ImageCollector(made, samples, masks=set(names) <= set(KINDS["mask"]["metric"]))
     for k, (prediction, target) in enumerate(batches):
         collector.add(prediction, target, {"timestamp": [f"{k}-{i}" for i in range(len(target))]})
     return collector
@@ -79,7 +79,9 @@ def test_the_direction_of_better_is_right():
         assert (close[name] > far[name]) is NUMBERS[name].higher_is_better, name
     prediction, target = images()
     for name, metric in IMAGES.items():
-        close, far = (collect([name], 0.4, 1.0, (p, target)).metrics()[name] for p in (prediction, 1 - prediction))
+        close, far = (
+            collect([name], 0.4, 1.0, (p, target)).predictions().values[name] for p in (prediction, 1 - prediction)
+        )
         assert (close > far) is metric.higher_is_better, name
 
 
@@ -123,7 +125,7 @@ def test_masks_are_judged_by_their_overlap_over_all_pixels():
     called, inside = prediction >= 0.4, target == 1
     both, either = (called & inside).sum(), (called | inside).sum()
     names, batches = ["iou", "dice", "average_precision"], ((prediction[:2], target[:2]), (prediction[2:], target[2:]))
-    found = collect(names, 0.4, 1.0, *batches).metrics()
+    found = collect(names, 0.4, 1.0, *batches).predictions().values
     assert found["iou"] == pytest.approx((both / either).item())
     assert found["dice"] == pytest.approx((2 * both / (called.sum() + inside.sum())).item())
     order = prediction.flatten().argsort(descending=True)
@@ -134,7 +136,7 @@ def test_masks_are_judged_by_their_overlap_over_all_pixels():
 
 def test_the_averaged_edge_of_a_finer_mask_is_inside_from_one_half():
     prediction, target = torch.tensor([[[[0.9, 0.9], [0.1, 0.1]]]]), torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]])
-    assert collect(["iou"], 0.5, 1.0, (prediction, target)).metrics()["iou"] == 1
+    assert collect(["iou"], 0.5, 1.0, (prediction, target)).predictions().values["iou"] == 1
 
 
 def test_empty_masks_agree_with_empty_predictions_alone():
@@ -152,7 +154,7 @@ def test_images_are_judged_by_error_and_likeness():
         ((prediction[:2], target[:2]), (prediction[2:], target[2:])),
     )
     collector = collect(names, 0.5, 300.0, *batches, samples=0)
-    found, both = collector.metrics(), torch.stack([prediction.flatten(), target.flatten()])
+    found, both = collector.predictions().values, torch.stack([prediction.flatten(), target.flatten()])
     assert found["rmse"] == pytest.approx((prediction - target).square().mean().sqrt().item(), rel=1e-5)
     assert found["mae"] == pytest.approx((prediction - target).abs().mean().item(), rel=1e-5)
     assert found["correlation"] == pytest.approx(torch.corrcoef(both.double())[0, 1].item(), rel=1e-6)
@@ -161,7 +163,7 @@ def test_images_are_judged_by_error_and_likeness():
         torch.corrcoef(first.double())[0, 1].item(), rel=1e-6
     )
     perfect = collect(["ssim", "correlation"], 0.5, 300.0, (target, target))
-    assert perfect.metrics() == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
+    assert perfect.predictions().values == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
     assert found["ssim"] < 0.9
 
 
@@ -169,8 +171,8 @@ def test_a_constant_image_has_no_likeness():
     flat, varied = torch.full((2, 1, 16, 16), 3.3), torch.rand(2, 1, 16, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert collect(["correlation"], 0.5, 1.0, (flat, varied)).metrics()["correlation"] == 0
-        assert math.isnan(collect(["correlation"], 0.5, 1.0, (varied, flat)).metrics()["correlation"])
+        assert collect(["correlation"], 0.5, 1.0, (flat, varied)).predictions().values["correlation"] == 0
+        assert math.isnan(collect(["correlation"], 0.5, 1.0, (varied, flat)).predictions().values["correlation"])
 
 
 def test_the_names_that_the_config_allows_are_those_there_are():

@@ -225,7 +225,7 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     assert again.same_samples(found) and not again.same_samples(ImagePredictions({}, found.scores.iloc[1:]))
     quick = make_task(cfg, loaders).collector()
     quick.add(said, truth, {"timestamp": ["c", "a", "b"]})
-    assert quick.metrics() == pytest.approx(found.values)
+    assert quick.predictions().values == pytest.approx(found.values)
 
 
 def test_what_is_to_beat_without_a_model(config):

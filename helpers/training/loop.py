@@ -218,7 +218,7 @@ class Trainer:
         for output, target, batch in _outputs(self.model, loader, self.accelerator):
             total, count = total + self.task.loss(output, target).item() * len(target), count + len(target)
             collector.add(self.task.to_units(output), target, batch)
-        return {"loss": total / count, **collector.metrics()}
+        return {"loss": total / count, **collector.predictions().metrics(self.cfg)}
 
     def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
         """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""

@@ -36,7 +36,7 @@ class ImageMetric:
     Attributes:
         make: a function of the mask threshold and of the span of the training targets (largest minus smallest value)
             that makes a TorchMetrics metric. That one is given prediction and target (B, C, H, W) batch by batch,
-            because a split of images does not fit into memory, and pools all their pixels.
+            because a split of images does not fit into memory, and pools all their pixels; of masks the target is int.
     """
 
     higher_is_better: bool
@@ -137,33 +137,14 @@ class PixelCorrelation(torchmetrics.PearsonCorrCoef):
         return super().compute() if self.var_x > 1e-12 * self.var_y else torch.tensor(0.0)
 
 
-class _OfMasks:
-    """Of a target that is the averaged edge of a finer mask, a pixel is inside from one half up."""
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Take probabilities and masks (B, C, H, W)."""
-        super().update(preds, (target >= 0.5).int())
-
-
-class MaskIoU(_OfMasks, BinaryJaccardIndex):
-    """Intersection over union, the pixels of all images pooled; 1 when nothing is inside either."""
-
-
-class MaskDice(_OfMasks, BinaryF1Score):
-    """The Dice coefficient, which is the F1 score of the pixels of all images; 1 when nothing is inside either."""
-
-
-class MaskAveragePrecision(_OfMasks, BinaryAveragePrecision):
-    """Area under precision against recall of the pixels of all images."""
-
-
+# an IoU, or a Dice coefficient (which is the F1 score of the pixels), is 1 where nothing is inside either
 IMAGES = {
     "rmse": ImageMetric(higher_is_better=False, make=lambda mask, span: torchmetrics.MeanSquaredError(squared=False)),
     "mae": ImageMetric(higher_is_better=False, make=lambda mask, span: torchmetrics.MeanAbsoluteError()),
-    "iou": ImageMetric(higher_is_better=True, make=lambda mask, span: MaskIoU(mask, zero_division=1)),
-    "dice": ImageMetric(higher_is_better=True, make=lambda mask, span: MaskDice(mask, zero_division=1)),
+    "iou": ImageMetric(higher_is_better=True, make=lambda mask, span: BinaryJaccardIndex(mask, zero_division=1)),
+    "dice": ImageMetric(higher_is_better=True, make=lambda mask, span: BinaryF1Score(mask, zero_division=1)),
     "average_precision": ImageMetric(
-        higher_is_better=True, make=lambda mask, span: MaskAveragePrecision(thresholds=50)
+        higher_is_better=True, make=lambda mask, span: BinaryAveragePrecision(thresholds=50)
     ),
     "correlation": ImageMetric(higher_is_better=True, make=lambda mask, span: PixelCorrelation()),
     # structural similarity, Wang et al. 2004

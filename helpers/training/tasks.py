@@ -122,8 +122,7 @@ def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Conf
 class NumberCollector:
     """Takes predictions of numbers batch by batch, and keeps them all."""
 
-    def __init__(self, cfg: Config) -> None:
-        self.cfg = cfg
+    def __init__(self) -> None:
         self.batches: list[tuple[Tensor, Tensor]] = []
         self.times: list[str] = []
 
@@ -131,10 +130,6 @@ class NumberCollector:
         """One batch: prediction and target (B, K) in target units on the CPU, and the batch with its timestamps."""
         self.batches.append((prediction, target))
         self.times += batch["timestamp"]
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of what was taken so far."""
-        return self.predictions().metrics(self.cfg)
 
     def predictions(self) -> Predictions:
         """Everything that was taken, in the order of time."""
@@ -150,36 +145,35 @@ class ImageCollector:
         metrics: TorchMetrics metrics by name.
         samples: how many will come, of which the examples are chosen; None keeps the metrics of the split alone, which
             is faster.
+        masks: the metrics are given 0 and 1; a pixel on the averaged edge of a finer mask is inside from one half up.
     """
 
-    def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None) -> None:
-        self._metrics, self._detailed = metrics, samples is not None
+    def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None, masks: bool) -> None:
+        self._metrics, self._detailed, self._masks = metrics, samples is not None, masks
         self._drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
         self._rows: list[dict[str, Any]] = []
         self._examples: list[ImageExample] = []
 
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
         """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
+        judged = (target >= 0.5).int() if self._masks else target
         if not self._detailed:
             for metric in self._metrics.values():
-                metric.update(prediction, target)
+                metric.update(prediction, judged)
             return
-        for time, ts, p, t in zip(batch["timestamp"], batch.get("ts", target), prediction, target, strict=True):
+        for k, time in enumerate(batch["timestamp"]):
             if len(self._rows) in self._drawn and "ts" in batch:
-                self._examples.append(ImageExample(time, ts.cpu(), p, t))
+                self._examples.append(ImageExample(time, batch["ts"][k].cpu(), prediction[k], target[k]))
             # calling a metric takes the image in and returns the value of this image by itself
-            scores = {name: float(metric(p[None], t[None])) for name, metric in self._metrics.items()}
-            self._rows.append({"timestamp": time, **scores, "target_mean": t.mean().item()})
-
-    def metrics(self) -> dict[str, float]:
-        """The metrics of what was taken so far."""
-        return {name: float(metric.compute()) for name, metric in self._metrics.items()}
+            scores = {name: float(metric(prediction[[k]], judged[[k]])) for name, metric in self._metrics.items()}
+            self._rows.append({"timestamp": time, **scores, "target_mean": target[k].mean().item()})
 
     def predictions(self) -> ImagePredictions:
         """What was kept, in the order of time."""
-        scores = pd.DataFrame(self._rows).sort_values("timestamp", ignore_index=True)
+        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        scores = pd.DataFrame(self._rows, columns=["timestamp", *values, "target_mean"])
         examples = sorted(self._examples, key=lambda example: example.timestamp)
-        return ImagePredictions(self.metrics(), scores, examples)
+        return ImagePredictions(values, scores.sort_values("timestamp", ignore_index=True), examples)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -258,7 +252,7 @@ class NumberTask(Task):
         return output * self.loaders.target_std.to(output.device) + self.loaders.target_mean.to(output.device)
 
     def collector(self, samples: int | None = None) -> NumberCollector:
-        return NumberCollector(self.cfg)
+        return NumberCollector()
 
 
 class ImageTask(Task):
@@ -269,7 +263,7 @@ class ImageTask(Task):
     def collector(self, samples: int | None = None) -> ImageCollector:
         threshold, span = self.cfg.target.mask_threshold, self.loaders.target_span
         metrics = {name: metric.make(threshold, span) for name, metric in self.metrics.items()}
-        return ImageCollector(metrics, samples)
+        return ImageCollector(metrics, samples, masks=self.cfg.labels.kind == "mask")
 
 
 class MaskTask(ImageTask):
