@@ -543,19 +543,16 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
 
 def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]) -> tuple[dict, dict]:
     """All settings that are paths: as written, but with {seed}, {synthetic} and {labels} filled in; and absolute."""
-    names, written, located = {"seed": str(values.get("synthetic.seed"))}, {}, {}
-    first = {"synthetic.folder": "synthetic", "paths.labels": "labels"}
-    for key in (*first, *(key for key, marks in _SCHEMA.items() if PATH in marks and key not in first)):
-        if not isinstance(text := values.get(key), str):
-            continue
-        for name, meaning in names.items():
-            text = text.replace(f"{{{name}}}", meaning)
+    names = {"{labels}": "paths.labels", "{synthetic}": "synthetic.folder", "{seed}": "synthetic.seed"}
+    written, located = {}, {}
+    for key in (key for key, marks in _SCHEMA.items() if PATH in marks and isinstance(values.get(key), str)):
+        text = values[key]
+        for name, source in names.items():
+            text = text if values.get(source) is None else text.replace(name, str(values[source]))
         unknown = set(re.findall(r"\{\w+\}", text)) - {"{shared}"}
         if unknown and key != "paths.labels":  # those who use {labels} say it
             why = " as synthetic.folder is null (all data is real)" if "{synthetic}" in unknown else ""
             problems.append(f"{key}: {', '.join(unknown)} in {text!r} stands for nothing{why}")
-        if key in first:
-            names = {first[key]: text, **names}
         written[key] = text
         located[key] = text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
     return written, located

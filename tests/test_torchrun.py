@@ -51,6 +51,7 @@ if __name__ == "__main__":  # not in the workers that draw the Sun
 """
 
 
+@pytest.mark.notebook
 def test_torchrun_trains_one_run_in_two_processes_with_the_curve_of_one(tmp_path):
     (tmp_path / "counted.py").write_text(COUNTED)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "counted.py")]
@@ -77,6 +78,7 @@ def test_torchrun_trains_one_run_in_two_processes_with_the_curve_of_one(tmp_path
         assert_whole(run)
 
 
+@pytest.mark.notebook
 def test_two_people_training_at_once_in_one_folder_get_a_run_each(tmp_path):
     """Nothing is there yet: both also want to draw the same Sun and to build the same store."""
     both = [headless(tmp_path) for _ in range(2)]
