@@ -60,3 +60,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Five frames an hour apart (the one at 02:00 is missing), their index.csv and store.zarr; only to be read."""
+    from frame_files import HOURS, build, write_index
+
+    folder = tmp_path_factory.mktemp("made")
+    write_index(folder, HOURS, present=[1, 1, 0, 1, 1, 1])
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def built(made, tmp_path):
+    """A copy of `made`."""
+    return Path(shutil.copytree(made, tmp_path / "copy"))
+
+
+@pytest.fixture
+def folder(built):
+    """A copy of `made` without its store."""
+    shutil.rmtree(built / "store.zarr")
+    return built

@@ -1,12 +1,18 @@
-"""Frame files for the tests: NetCDF in the layout of the public bucket, with values that look like the real ones."""
+"""For the tests: NetCDF files in the layout of the public bucket, odd ones, a server like it, and stores of them."""
 
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import h5netcdf
+import h5py
 import numpy as np
 import pandas as pd
 
 from helpers.channels import CHANNELS
+from helpers.data.archive import Archive
+from helpers.data.frames import build_store
+
+HOURS = pd.date_range("2014-01-07", periods=6, freq="1h")
 
 # typical bright and quiet values (physical units) of each channel
 SCALE = dict(zip(CHANNELS, (1, 5, 150, 200, 60, 40, 4, 60, 60, 120, 120, 60, 900), strict=True))
@@ -45,3 +51,107 @@ def write_index(folder: Path, times, side: int = 32, present=None, channels=CHAN
     index = folder / "index.csv"
     pd.DataFrame({"path": paths, "timestep": times, "present": present}).to_csv(index, index=False)
     return index
+
+
+def _with(change, name="aia94"):
+    """A function that writes a frame after `change` to one of its images."""
+    images = physical_frame(32, 0)
+    change(images[name])
+    return lambda path: write_netcdf(path, images)
+
+
+def spoiled(change, name=None):
+    """A function that writes a frame and then does `change` to the open file, from which `name` is removed before."""
+
+    def write(path):
+        write_netcdf(path, physical_frame(32, 0))
+        with h5py.File(path, "a") as file:
+            if name:
+                del file[name]
+            change(file)
+
+    return write
+
+
+def _put(**arguments):
+    return spoiled(lambda file: file.create_dataset("aia94", **arguments), "aia94")
+
+
+def _virtual(file):
+    layout = h5py.VirtualLayout((32, 32), "f4")
+    layout[:] = h5py.VirtualSource("/etc/hostname.h5", "x", (32, 32))
+    file.create_virtual_dataset("aia94", layout)
+
+
+# what the reason must say -> a function that writes such a file
+ODD = {
+    r"no variable aia94": lambda path: write_netcdf(path, physical_frame(32, 0, CHANNELS[1:])),
+    r"aia304 has pixels .* not numbers \(NaN\)": _with(lambda image: image[:8, :8].fill(np.nan), "aia304"),
+    r"hmi_m is 0 G in every pixel": _with(lambda image: image.fill(0), "hmi_m"),
+    r"aia94 goes from .* to 200000 DN.* -64.* to 1.049e\+05": _with(lambda image: image[4:6, 6:8].fill(2e5)),
+    r"aia94 goes from -100 to": _with(lambda image: image[4:6, 6:8].fill(-100)),
+    r"aia94 has the shape \(48, 48\), expected \(32, 32\)": lambda path: write_netcdf(path, physical_frame(48, 0)),
+    r"NetCDF4.*truncated": lambda path: path.write_bytes(spoiled(bool)(path) or path.read_bytes()[:9000]),
+    r"NetCDF4.*signature": lambda path: path.write_text("<html>sorry</html>" * 100),
+    r"aia94 is a group": spoiled(lambda file: file.create_group("aia94"), "aia94"),
+    r"aia94 has the shape \(\)": _put(data=1.0),
+    r"aia94 holds object, not numbers": _put(data="quiet"),
+    r"aia94 is a link.*": spoiled(lambda file: file.update(aia94=h5py.SoftLink("/nowhere")), "aia94"),
+    r"aia94 is a link": spoiled(lambda file: file.update(aia94=h5py.ExternalLink("own.nc", "aia94")), "aia94"),
+    r"values of aia94 lie in other files": _put(shape=(32, 32), dtype="f4", external=[("own.raw", 0, 4096)]),
+    r"values of aia94 lie in other files.*": spoiled(_virtual, "aia94"),
+    r"hmi_v is given in furlong/h": spoiled(lambda file: file["hmi_v"].attrs.update(units="furlong/h")),
+    r"NetCDF4.*none": spoiled(lambda file: file["hmi_v"].attrs.update(_FillValue="none")),
+}
+
+
+class Bucket(BaseHTTPRequestHandler):
+    """As much of S3 as reading asks for: the bucket `sun` with the files of a folder, and faults that a test orders."""
+
+    protocol_version = "HTTP/1.1"
+    folder: Path
+    faults: dict  # path -> list of SlowDown, AccessDenied or cut, used up one by one
+    seen: list
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        path, _, query = self.path.partition("?")
+        self.seen.append((path, "Authorization" in self.headers))
+        file, orders = self.folder / path.removeprefix("/sun/"), self.faults[path]
+        order = orders.pop(0) if orders and (self.command == "GET" or orders[0] != "cut") else None
+        if order in ("SlowDown", "AccessDenied"):
+            self._answer(503 if order == "SlowDown" else 403, f"<Error><Code>{order}</Code></Error>".encode())
+        elif not path.startswith("/sun"):
+            message = "The specified bucket does not exist"
+            self._answer(404, f"<Error><Code>NoSuchBucket</Code><Message>{message}</Message></Error>".encode())
+        elif "list-type" in query:
+            self._answer(200, b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>")
+        elif not file.is_file():
+            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        else:
+            self._answer(200, file.read_bytes(), cut=order == "cut")
+
+    do_HEAD = do_GET
+
+    def _answer(self, status, body, cut=False):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Last-Modified", "Tue, 07 Jan 2014 00:00:00 GMT")
+        self.send_header("ETag", '"1"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if cut else body)
+        self.close_connection = cut
+
+
+def build(folder: Path, name: str = "store.zarr", times=HOURS, **arguments):
+    usual = {"archive": Archive(str(folder)), "native_size": 32, "reduce": 2, "reserve_gb": 0.0, "progress": False}
+    return build_store(times, folder / name, **usual | arguments)
+
+
+def files(store: Path) -> dict[str, bytes]:
+    """Every file of a store that counts."""
+    inside = (path for path in store.rglob("*") if path.is_file() and path.suffix != ".partial")
+    return {str(path.relative_to(store)): path.read_bytes() for path in inside}

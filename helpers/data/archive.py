@@ -163,42 +163,29 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_index(path: str, archive: Archive) -> pd.Series:
-    """The path of every present frame by its time (UTC), sorted.
-
-    Args:
-        path: of a CSV with the columns path, timestep, present (others are not looked at), local or s3://.
-        archive: how a server is asked.
+    """The path of every present frame by its time (UTC), sorted, from a CSV that a folder or an S3 server has.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such CSV, a cell cannot be used, or two rows name different files for one time.
+        ValueError: it has no columns path, timestep, present, a cell cannot be used, or one time has two paths.
         ArchiveError: its server cannot be reached.
     """
     try:
         with archive.local_copy(path) as file:
             table = pd.read_csv(file, dtype=str, keep_default_na=False, usecols=["path", "timestep", "present"])
+        present = table["present"].replace({"True": "1", "False": "0"}).astype(float)
     except FrameError as error:
         raise FileNotFoundError(f"The index {path}: {error}. Check data.index in the config.") from None
     except ValueError as error:
-        form = "An index is a CSV with the columns path, timestep, present."
+        form = "An index is a CSV with the columns path, timestep, present, the last of which is 0 or 1."
         raise ValueError(f"The index {path} cannot be read ({_first_line(error)}). {form}") from None
     table["time"] = parse_times(table["timestep"], f"the index {path}")
-    present = table["present"].str.strip().str.lower().map({"0": 0, "1": 1, "0.0": 0, "1.0": 1, "false": 0, "true": 1})
-    usable = table["path"].str.match(r"s3://|(?!.*://)\s*\S") | (present == 0)
-    if (wrong := np.flatnonzero(present.isna() | ~usable)).size:
-        cells = table[["path", "present"]].iloc[wrong[0]].tolist()
-        raise ValueError(
-            f"Row {wrong[0] + 2} of the index {path} has {cells} as path and present. A path is s3://... or a plain "
-            f"one, and present is 0 or 1."
-        )
-    rows = table[present == 1].drop_duplicates(["time", "path"])
-    if (twice := rows["time"].duplicated(keep=False)).any():
-        first, second = rows[twice].sort_values("time", kind="stable").iloc[:2].itertuples()
-        raise ValueError(
-            f"The index {path} names different files for {first.time}: {first.path} and {second.path} (rows "
-            f"{first.Index + 2} and {second.Index + 2}). Keep one row a time."
-        )
-    return rows.set_index("time")["path"].sort_index()
+    rows = table[present != 0].drop_duplicates(["time", "path"]).sort_values("time", kind="stable")
+    wrong = rows["time"].duplicated(keep=False) | ~rows["path"].str.match(r"s3://|(?!.*://)\s*\S")
+    if wrong.any():
+        found = ", ".join(f"{row.path!r} for {row.time} (row {row.Index + 2})" for row in rows[wrong][:2].itertuples())
+        raise ValueError(f"The index {path} has {found}. A time has one path, which is s3://... or a plain one.")
+    return rows.set_index("time")["path"]
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:

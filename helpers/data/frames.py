@@ -54,18 +54,14 @@ FILE_BYTES = 2.6  # of a NetCDF file of the archive, a pixel and channel
 def reduce_frame(
     path: str | Path, codings: dict[str, Coding], reduce: int, scalers: dict[str, Scaler], native_size: int
 ) -> np.ndarray:
-    """Read the channels of `codings` from one NetCDF file and reduce them, one image in memory at a time.
-
-    Args:
-        reduce: side of the squares of pixels whose physical values are averaged.
-        native_size: the side that the images must have, in pixels.
+    """Read the channels of `codings` from one NetCDF file, averaged over squares of `reduce` pixels in physical values.
 
     Returns:
         (C, H / reduce, W / reduce) int16 codes of the signed-log values.
 
     Raises:
-        FrameError: the file or one of its images cannot be used, or pixels are not numbers, have no code, or are all
-            the same.
+        FrameError: the file or an image cannot be used, is not `native_size` pixels wide and high, or has pixels that
+            are not numbers, have no code, or are all the same.
     """
     frame = np.empty((len(codings), native_size // reduce, native_size // reduce), np.int16)
     with archives.open_netcdf(path) as file:
@@ -104,12 +100,29 @@ class FrameStore:
         side, frame_bytes: of the reduced images in pixels; of one frame in memory, all channels in int16.
     """
 
-    def __init__(self, path: Path, array: zarr.Array, attributes: dict, scalers: dict[str, Scaler]) -> None:
-        self.path, self.attributes, self.scalers, self._array = path, attributes, scalers, array
-        self.stored_channels = self.channels = tuple(attributes["channels"])
-        numbers = zip(self.channels, attributes["steps"], attributes["offsets"], strict=True)
+    def __init__(self, path: Path, scalers: dict[str, Scaler]) -> None:
+        """ValueError or KeyError where it is not what its attributes say (frames are not looked at)."""
+        if links := [entry.name for entry in os.scandir(path) if entry.is_symlink()]:
+            raise ValueError(f"{', '.join(links)} is a link to elsewhere")
+        group = zarr.open_group(path, mode="r", zarr_format=3)
+        self.path, self.scalers, self.attributes = path, scalers, dict(group.attrs)
+        if (found := self.attributes.get("format", "none, so an old version or not ours")) != FORMAT:
+            raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
+        self.stored_channels = self.channels = tuple(self.attributes["channels"])
+        self.side = self.attributes["native_size"] // self.attributes["reduce"]
+        self.frame_bytes = 2 * len(self.channels) * self.side**2
+        numbers = zip(self.channels, self.attributes["steps"], self.attributes["offsets"], strict=True)
         self.codings = {name: Coding(np.float32(step), np.float32(offset)) for name, step, offset in numbers}
-        self.side, self.frame_bytes = array.shape[-1], 2 * len(self.channels) * array.shape[-1] ** 2
+        shape, axes = (len(self.channels), self.side, self.side), _axes(self.attributes)
+        if (group["frames"].shape, group["frames"].shards) != ((SLOTS, *shape), (1, *shape)):
+            raise ValueError("the shape of its frames does not agree with its attributes")
+        for name in ("frames", *axes):
+            array = group[name]
+            if foreign := {type(codec) for codec in (*array.filters, array.serializer, *array.compressors)} - CODECS:
+                raise ValueError(f"its array {name} uses the codec {foreign.pop().__name__}, which is not ours")
+            if name in axes and not np.array_equal(array[:], axes[name]):
+                raise ValueError(f"its array {name} does not agree with its attributes")
+        self._frames = group["frames"]  # (times, C, H, W) int16
         self._memory: dict[int, list[np.ndarray]] = {}
 
     def file(self, when: Any) -> Path:
@@ -165,7 +178,7 @@ class FrameStore:
         if row in self._memory:
             return [self._memory[row][i] for i in chosen]
         try:
-            planes = [self._array[row, i] for i in chosen] if when in self else []
+            planes = [self._frames[row, i] for i in chosen] if when in self else []
         except (OSError, RuntimeError, ValueError, OverflowError) as error:
             raise OSError(
                 f"The frame at {pd.Timestamp(when)} is damaged: {self.file(when)} ({error}). "
@@ -202,39 +215,18 @@ def open_store(
     """
     path, scalers = Path(path), scalers or physics.load_scalers()
     if not (path / "zarr.json").is_file():
-        raise FileNotFoundError(
-            f"There is no frame store at {path}. Build it with `make cache`, or correct data.store."
-        )
+        raise FileNotFoundError(f"There is no frame store at {path}. Run `make cache`, or correct data.store.")
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=3)
-        attributes = dict(group.attrs)
-        if (found := attributes.get("format", "none, so an old version or not ours")) != FORMAT:
-            raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
-        if links := [entry.name for entry in os.scandir(path) if entry.is_symlink()]:
-            raise ValueError(f"{', '.join(links)} is a link to elsewhere")
-        side = attributes["native_size"] // attributes["reduce"]
-        shapes = [(SLOTS, len(attributes["channels"]), side, side), (1, len(attributes["channels"]), side, side)]
-        if [group["frames"].shape, group["frames"].shards] != shapes:
-            raise ValueError("the shape of its frames does not agree with its attributes")
-        axes = _axes(attributes)
-        for name in ("frames", *axes):
-            array = group[name]
-            if foreign := {type(codec) for codec in (*array.filters, array.serializer, *array.compressors)} - CODECS:
-                raise ValueError(f"its array {name} uses the codec {foreign.pop().__name__}, which is not ours")
-            if name in axes and not np.array_equal(array[:], axes[name]):
-                raise ValueError(f"its array {name} does not agree with its attributes")
-        store = FrameStore(path, group["frames"], attributes, scalers)
+        store = FrameStore(path, scalers)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(
-            f"The store {path} cannot be used: {error}. Move it away and build a new one: mv {path} {path}.old && make "
-            f"cache"
-        ) from error
+        command = f"mv {path} {path}.old && make cache"
+        raise ValueError(f"The store {path} cannot be used: {error}. Build a new one: {command}") from error
     factors = [scalers[name].scale if name in scalers else None for name in store.channels]
     for key, wanted in {"reduce": reduce, "native_size": native_size, "scale_factors": factors}.items():
-        if wanted is not None and attributes[key] != wanted:
+        if wanted is not None and store.attributes[key] != wanted:
             raise ValueError(
-                f"The store {path} was built with {key} {attributes[key]}, but the config asks for {wanted}. Choose "
-                f"another data.store (a new one will be built), or set the config to what the store holds."
+                f"The store {path} was built with {key} {store.attributes[key]}, but the config asks for {wanted}. "
+                f"Choose another data.store (a new one will be built), or set the config to what the store holds."
             )
     return store.select(physics.check_channels(channels)) if channels else store
 
@@ -254,9 +246,7 @@ def create_store(
 ) -> None:
     """Make an empty store under another name and move it into place; when someone else was faster, theirs stays."""
     if reduce < 1 or native_size % reduce:
-        raise ValueError(
-            f"Images of {native_size} pixels cannot be reduced by {reduce} (data.reduce): choose a divisor."
-        )
+        raise ValueError(f"Images of {native_size} pixels cannot be reduced by {reduce} (data.reduce): not a divisor.")
     codings = [physics.coding_of(name, scalers[name]) for name in physics.check_channels(channels)]
     attributes = {
         "format": FORMAT,
@@ -298,11 +288,9 @@ def create_store(
         try:
             Path(folder, "store").rename(path)
             share(path)
-        except OSError as error:
+        except OSError:
             if not (path / "zarr.json").is_file():
-                raise FileExistsError(
-                    f"{path} is there, but is no frame store. Move it away, or choose another data.store."
-                ) from error
+                raise
 
 
 @dataclass
@@ -331,8 +319,8 @@ class BuildReport:
         speed = f" in {self.seconds:.0f} s, {self.bytes_read / 1e6 / self.seconds:.0f} MB/s" if self.built else ""
         counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
-        lines += [f"  unreadable: {url}: {reason}" for url, reason in list(self.unreadable.items())[:10]]
-        return "\n".join(lines + [f"  ... and {len(self.unreadable) - 10} more"] * (len(self.unreadable) > 10))
+        lines += [f"  unreadable: {url}: {reason}" for url, reason in self.unreadable.items()]
+        return "\n".join(lines[:11] + [f"  ... and {len(lines) - 11} more"] * (len(lines) > 11))
 
 
 def build_store(
@@ -357,10 +345,9 @@ def build_store(
 
     Args:
         channels: what to keep, by name. A store that is there already keeps the channels it has.
-        reduce: side of the squares of physical pixels that are averaged.
+        reduce: side of the squares of physical pixels that are averaged; `native_size` is the side of the images.
         archive: where the frames come from; None for NASA's bucket.
-        native_size: side of the images in the files.
-        workers: how many frames are made at once, in processes of this machine if there are several.
+        workers: how many processes of this machine make frames.
         executor: makes the frames instead, for example `Client(...).get_executor()` of a Dask cluster whose workers see
             the same disks.
         reserve_gb: free space that must remain on the disk.
@@ -394,13 +381,12 @@ def build_store(
             report.seconds = time.perf_counter() - started
             bar.set_postfix_str(f"{report.bytes_read / 1e6 / report.seconds:.0f} MB/s", refresh=False)
             report.built += size > 0
-            report.already += error is None and size == 0
-            if error:
-                report.lost.add(when)
+            report.already += not (size or error)
             if isinstance(error, MissingFrameError):
                 report.missing += 1
             elif error:
                 report.unreadable[url] = str(error)
+            report.lost |= {when} if error else set()
     return report
 
 
@@ -441,10 +427,9 @@ def channels_needed(cfg: Config) -> tuple[str, ...]:
 
 
 def store_path(cfg: Config) -> Path:
-    """Where the frames of this configuration are: `data.store` itself if it ends in .zarr, else a folder in it.
+    """Where the frames of this configuration are: `data.store` itself if it ends in .zarr, else a store in it.
 
-    That is the store of exactly the channels that are needed, or one of all 13 that is there already. Where the shared
-    folder is read-only for you, `data.private_cache` takes the same place in your own.
+    That is one of exactly the channels that are needed, or of all 13 if such a one is there and the other is not.
     """
     data, needed = cfg.data, channels_needed(cfg)
     folder = cfg.shared.to_write(data.store) if data.private_cache else Path(data.store)
@@ -467,11 +452,7 @@ def make_archive(cfg: Config) -> Archive:
 
 
 def prepare_store(
-    cfg: Config,
-    times: Iterable | None = None,
-    executor: Executor | None = None,
-    progress: bool = True,
-    plan_only: bool = False,
+    cfg: Config, times: Iterable | None = None, executor: Executor | None = None, progress=True, plan_only=False
 ) -> BuildReport:
     """Build the frames that samples need and the store lacks; quick when everything is there.
 
