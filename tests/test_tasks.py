@@ -219,8 +219,8 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     inside = truth.sum((1, 2, 3))
     assert found.values["iou"] == pytest.approx((inside[1:].sum() / inside.sum()).item())
     assert found.timestamps == ["a", "b", "c"] and found.scores["iou"].tolist() == [1, 1, 0]
-    assert [example.timestamp for example in found.examples] == ["a", "b", "c"]
-    assert torch.equal(found.examples[2].target, truth[0])
+    assert [example["timestamp"] for example in found.examples] == ["a", "b", "c"]
+    assert torch.equal(found.examples[2]["target"], truth[0])
     again = ImagePredictions.from_table(found.table())
     assert again.same_samples(found) and not again.same_samples(ImagePredictions({}, found.scores.iloc[1:]))
     quick = make_task(cfg, loaders).collector()

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -87,29 +88,24 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     """
     accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    (first, last), steps = cfg.diagnostics.range_lrs, cfg.diagnostics.range_steps
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
-    rows, mean, lowest = [], 0.0, math.inf
+    rates, losses = np.geomspace(*cfg.diagnostics.range_lrs, cfg.diagnostics.range_steps), []
     model.to(accelerator.device).train()
     batches = chain.from_iterable(repeat(accelerator.prepare(loaders.train)))
-    for step, batch in enumerate(islice(batches, steps)):
-        lr = first * (last / first) ** (step / max(1, steps - 1))
+    for lr, batch in zip(rates, batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr
         with accelerator.autocast():
             loss = task.loss(model(batch), batch["target"])
-        mean = 0.9 * mean + 0.1 * loss.item()
-        smoothed = mean / (1 - 0.9 ** (step + 1))
-        lowest = min(lowest, smoothed)
-        rows.append({"lr": lr, "loss": loss.item(), "smoothed": smoothed})
-        # not larger: a loss that is not a number ends the test, too
-        if not smoothed <= 4 * lowest:
+        losses.append(loss.item())
+        smoothed = pd.Series(losses).ewm(alpha=0.1).mean()
+        if not math.isfinite(losses[-1]) or smoothed.iloc[-1] > 4 * smoothed.min():
             break
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     model.load_state_dict(before, strict=False)
-    return pd.DataFrame(rows)
+    return pd.DataFrame({"lr": rates[: len(losses)], "loss": losses, "smoothed": smoothed})
 
 
 @dataclass(frozen=True)

@@ -188,13 +188,13 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
     rows = [(example, name) for example in examples for name in _few(names)]
     fig, axes = panels(len(rows), 4)
     for (given, true, said, wrong), (example, name) in zip(axes, rows, strict=True):
-        truth, prediction = (_target_images(image, cfg)[name] for image in (example.target, example.prediction))
+        truth, prediction = (_target_images(image, cfg)[name] for image in (example["target"], example["prediction"]))
         # the last frame, in the channel that is predicted if it is there, else in one that shows much
         wanted = ("hmi_m" if mask else name, "aia171", "aia193", channels[0])
         seen = next(channel for channel in wanted if channel in channels)
-        frame = denormalise(example.ts[channels.index(seen), -1], cfg.scalers[seen])
+        frame = denormalise(example["ts"][channels.index(seen), -1], cfg.scalers[seen])
         show_channel(given, frame.numpy(), seen, f"input: {seen}")
-        _show_target(true, truth, name, f"truth: {name}, {example.timestamp[:16]}", cfg)
+        _show_target(true, truth, name, f"truth: {name}, {example['timestamp'][:16]}", cfg)
         _show_target(said, prediction, name, "predicted probability" if mask else "prediction", cfg, like=truth)
         error, unit = prediction - truth, UNITS.get(name, cfg.target.unit)
         if mask:
@@ -241,8 +241,8 @@ def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config)
     fig, ((axis,),) = panels(1, 1, width=4.5, height=3.8)
     for name, p in found.items():
         if isinstance(p, ImagePredictions):
-            said = torch.stack([example.prediction for example in p.examples]).flatten()
-            true = torch.stack([example.target for example in p.examples]).flatten()
+            said = torch.stack([example["prediction"] for example in p.examples]).flatten()
+            true = torch.stack([example["target"] for example in p.examples]).flatten()
         else:
             said, true = p.prediction[:, 0], p.target[:, 0]
         said, true = said.double().numpy(), true.double().numpy()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from accelerate import Accelerator, skip_first_batches
@@ -157,7 +158,8 @@ class Trainer:
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
         self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)
         steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate_shape(cfg, steps))
+        share = partial(_learning_rate_share, steps=steps, cfg=cfg)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
         self.key = cfg.target.metrics[0]
         self.sign = 1 if self.task.metrics[self.key].higher_is_better else -1
         parts = {"optimizer": optimizer, "schedule": self.schedule}
@@ -285,18 +287,14 @@ class Trainer:
         )
 
 
-def _learning_rate_shape(cfg: Config, steps: int) -> Callable[[int], float]:
-    """Share of the learning rate at each optimiser step: a linear rise, then half a cosine or nothing."""
+def _learning_rate_share(step: int, steps: int, cfg: Config) -> float:
+    """Share of the learning rate at an optimiser step: a linear rise, then half a cosine or nothing."""
     warmup = round(cfg.training.warmup * steps)
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if cfg.training.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return share
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if cfg.training.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 # --------------------------------------------------------------------------------------------------------------------

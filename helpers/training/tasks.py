@@ -69,22 +69,12 @@ class Predictions:
 
 
 @dataclass
-class ImageExample:
-    """One prediction to draw: its time, input frames (C, T, H, W) normalised, and prediction and truth (C, H, W)."""
-
-    timestamp: str
-    ts: Tensor
-    prediction: Tensor
-    target: Tensor
-
-
-@dataclass
 class ImagePredictions:
     """What is kept of one split of masks or images."""
 
     values: dict[str, float]  # the metrics over the whole split
     scores: pd.DataFrame  # one row an image: timestamp, the metrics of this image alone, and the mean of its target
-    examples: list[ImageExample] = field(default_factory=list)  # a few images to be drawn
+    examples: list[dict[str, Any]] = field(default_factory=list)  # items of the dataset, with the `prediction`
 
     @property
     def timestamps(self) -> list[str]:
@@ -152,7 +142,7 @@ class ImageCollector:
         self._metrics, self._detailed, self._masks = metrics, samples is not None, masks
         self._drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
         self._rows: list[dict[str, Any]] = []
-        self._examples: list[ImageExample] = []
+        self._examples: list[dict[str, Any]] = []
 
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
         """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
@@ -163,7 +153,8 @@ class ImageCollector:
             return
         for k, time in enumerate(batch["timestamp"]):
             if len(self._rows) in self._drawn and "ts" in batch:
-                self._examples.append(ImageExample(time, batch["ts"][k].cpu(), prediction[k], target[k]))
+                seen = {"timestamp": time, "ts": batch["ts"][k].cpu()}
+                self._examples.append({**seen, "prediction": prediction[k], "target": target[k]})
             # calling a metric takes the image in and returns the value of this image by itself
             scores = {name: float(metric(prediction[[k]], judged[[k]])) for name, metric in self._metrics.items()}
             self._rows.append({"timestamp": time, **scores, "target_mean": target[k].mean().item()})
@@ -172,7 +163,7 @@ class ImageCollector:
         """What was kept, in the order of time."""
         values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
         scores = pd.DataFrame(self._rows, columns=["timestamp", *values, "target_mean"])
-        examples = sorted(self._examples, key=lambda example: example.timestamp)
+        examples = sorted(self._examples, key=lambda example: example["timestamp"])
         return ImagePredictions(values, scores.sort_values("timestamp", ignore_index=True), examples)
 
 
@@ -205,7 +196,11 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce_d
 # Tasks
 # --------------------------------------------------------------------------------------------------------------------
 class Task:
-    """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`."""
+    """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`.
+
+    Each has a `collector(samples)`, which takes the predictions of a split of so many samples, or of one of which the
+    metrics are enough (None).
+    """
 
     registry: dict[str, Any]  # the metrics that there are
     predictions: type[Predictions] | type[ImagePredictions]  # of a split; `from_table` reads it from a run's CSV
@@ -233,10 +228,6 @@ class Task:
     def to_units(self, output: Tensor) -> Tensor:
         """What an output means, in target units."""
         return output
-
-    def collector(self, samples: int | None = None) -> NumberCollector | ImageCollector:
-        """What takes the predictions of a split of so many samples, or of which the metrics are enough (None)."""
-        raise NotImplementedError
 
 
 class NumberTask(Task):

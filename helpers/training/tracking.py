@@ -34,11 +34,9 @@ UPLOAD_SECONDS = 15  # how long the start and the end of a run wait for Weights 
 
 
 class Run:
-    """One run and its folder; use it with `with`, or call `finish()` at the end.
+    """One run and its folder `runs/<name>/`, with config.yaml, history.csv, summary.json and figures.
 
-    Attributes:
-        folder: `runs/<name>/` with config.yaml, history.csv, summary.json and figures.
-        name: the folder's name, and the run's name on Weights & Biases.
+    Use it with `with`, or call `finish()` at the end. Weights & Biases knows it by the same name.
     """
 
     def __init__(self, folder: Path, cfg: Config) -> None:
