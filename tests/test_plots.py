@@ -95,7 +95,7 @@ def test_labels_are_shown_by_split_with_the_threshold(cfg, found):
     assert list(line.lines[3].get_ydata()) == [500, 500]
 
 
-def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
+def test_history_shows_losses_and_the_choosing_metric(cfg):
     rows = [
         {"epoch": i, "lr": 0.1 / (i + 1), "train_loss": 1 / (i + 0.5), "val_loss": 1 / (i + 1)}
         | {"val_mae": 50.0 - i, "val_rmse": 60.0 - i, "seconds": 1.0}
@@ -103,14 +103,13 @@ def test_history_shows_losses_the_choosing_metric_and_the_rate(cfg):
     ]
     figure = plots.plot_history(History(rows, best_epoch=4), cfg)
     drawn(figure)
-    loss, metric, rate = figure.axes
+    loss, metric = figure.axes
     assert loss.get_yscale() == "log" and "mse, standardised" in loss.get_ylabel()
-    assert metric.get_ylabel() == "validation mae" and rate.get_ylabel() == "learning rate"
-    assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 3
+    assert metric.get_ylabel() == "validation mae"
+    assert [axis.get_xlabel() for axis in figure.axes] == ["epoch"] * 2
     np.testing.assert_allclose(metric.lines[0].get_ydata(), [50, 49, 48, 47, 46, 45])
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["train", "validation", "kept: epoch 4"]
     assert list(metric.lines[1].get_xdata()) == [4, 4]
-    np.testing.assert_allclose(rate.lines[0].get_xdata(), [1, 2, 3, 4, 5])  # epoch 0 took no step
 
 
 def test_predicted_against_true_has_one_panel_each_and_the_perfect_line(cfg, found):

@@ -87,16 +87,12 @@ class Difference:
     blocks: int  # number of days
     spread: float  # standard deviation of the difference over seeds
 
-    @property
-    def within_noise(self) -> bool:
-        return self.low <= 0 <= self.high or abs(self.value) <= self.spread
-
     def __str__(self) -> str:
         measured = (
             f"{self.metric}: {abs(self.value):.3f} (95% interval of the gain {self.low:+.3f} to {self.high:+.3f} over "
             f"{self.blocks} test days; {self.spread:.3f} between seeds)"
         )
-        if self.within_noise:
+        if self.low <= 0 <= self.high or abs(self.value) <= self.spread:
             return f"The difference is WITHIN NOISE. {measured}."
         return f"The fine-tune is {'better' if self.value > 0 else 'WORSE'} than the baseline. {measured}."
 

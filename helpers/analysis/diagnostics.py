@@ -73,9 +73,7 @@ def _stages(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     return stages
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Learning rates, read off curves
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Learning rates, read off curves
 def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     """Learning-rate range test (Smith 2015, arXiv:1506.01186): raise the rate at every step and watch the loss.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -134,10 +134,10 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
 
 
 def plot_history(history: History, cfg: Config) -> Figure:
-    """Training curves: losses, the validation metric that chooses the epoch, and the learning rate."""
+    """Training curves: the losses, and the validation metric that chooses the epoch."""
     table, kept = history.table, history.best_epoch
-    fig, axes = panels(1, 3, width=3.7, height=3)
-    loss, metric, rate = axes[0]
+    fig, axes = panels(1, 2, width=4.5, height=3)
+    loss, metric = axes[0]
     loss.plot(table.index, table["train_loss"], ".-", color=SPLIT_COLORS["train"], label="train")
     loss.plot(table.index, table["val_loss"], ".-", color=SPLIT_COLORS["val"], label="validation")
     loss.set(yscale="log", xlabel="epoch", ylabel=f"loss ({cfg.target.loss}, standardised)")
@@ -145,9 +145,6 @@ def plot_history(history: History, cfg: Config) -> Figure:
     metric.plot(table.index, table[f"val_{cfg.target.metrics[0]}"], ".-", color=SPLIT_COLORS["val"])
     metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]}")
     metric.axvline(kept, color="k", lw=0.8, ls="--")
-    # epoch 0 took no step
-    rate.plot(table.index[1:], table["lr"][1:], ".-", color="0.3")
-    rate.set(xlabel="epoch", ylabel="learning rate")
     _finish(axes[0])
     return fig
 
@@ -211,10 +208,7 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
     return fig
 
 
-PLOTS: dict[str, Callable[[Mapping[str, Any], Config], Figure]] = {
-    "scatter": plot_scatter,
-    "image": plot_images,
-}
+PLOTS = {"scatter": plot_scatter, "image": plot_images}
 
 
 def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:

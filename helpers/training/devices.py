@@ -13,11 +13,6 @@ from accelerate.state import AcceleratorState
 from helpers.config import Config
 
 
-def one_of_several() -> bool:
-    """Whether this is one of several processes that train together (`accelerate launch`, `torchrun`)."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def make_accelerator(cfg: Config) -> Accelerator:
     """An Accelerator on `training.device` in `training.precision`.
 
@@ -28,7 +23,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
     # Accelerate keeps the first device and precision of a process, and another cell may ask for another one
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
-    if one_of_several():  # Accelerate knows which process has which GPU
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one of several processes: Accelerate knows which has which GPU
         cpu = cfg.training.device == "cpu" or not torch.cuda.is_available()
     else:
         device = choose_device(cfg.training.device)
@@ -68,9 +63,8 @@ def choose_device(wanted: str) -> torch.device:
         listed = ", ".join(f"{gpu} {size / 1e9:.1f}" for gpu, size in free.items())
         print(f"training on {wanted}, which has the most free memory (GB free: {listed})")
     name = {"auto": "cuda:0" if gpus else "cpu", "cuda": "cuda:0"}.get(wanted, wanted)
-    if name not in ("cpu", *gpus):
-        there = ", ".join(["cpu", *gpus])
-        raise ValueError(f"training.device is {wanted!r}, and this machine has {there}. Or write auto.")
+    if name not in (there := ["cpu", *gpus]):
+        raise ValueError(f"training.device is {wanted!r}, and this machine has {', '.join(there)}. Or write auto.")
     return torch.device(name)
 
 

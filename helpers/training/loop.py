@@ -23,7 +23,7 @@ from helpers.data.dataset import Loaders
 from helpers.model.checkpoint import save_adapter, trained_state
 from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError
-from helpers.training.devices import make_accelerator, one_of_several
+from helpers.training.devices import make_accelerator
 from helpers.training.resume import History, RunState, origin_of
 from helpers.training.tasks import ImagePredictions, Predictions, check_shapes, make_task
 from helpers.training.tracking import BEST, STATE, Run, how_to_go_on
@@ -142,9 +142,7 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     return [{"params": found, "lr": lr, "weight_decay": decay} for (_, lr, decay), found in in_order]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The loop
 class Trainer:
     """One call of `fit`."""
 
@@ -152,7 +150,7 @@ class Trainer:
         self.loaders, self.cfg = loaders, cfg
         self.task, self.accelerator = make_task(cfg, loaders), make_accelerator(cfg)
         self.run = run if self.accelerator.is_main_process else None
-        if one_of_several():
+        if self.accelerator.num_processes > 1:
             set_seed(cfg.seed, device_specific=True)  # another dropout in each process
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
@@ -297,9 +295,7 @@ def _learning_rate_share(step: int, steps: int, cfg: Config) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Judging
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Judging
 def _outputs(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor, dict]]:
     """Output and target of every batch on the CPU, in float32, with the batch itself."""
     model.eval()

@@ -17,16 +17,11 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 @dataclass(frozen=True, kw_only=True)
 class NumberMetric:
-    """A metric of numbers.
-
-    Attributes:
-        compute: a function of prediction and target of a whole split, both (N,) float64 in target units.
-        of_events: it counts events, so `compute` takes the event threshold as a third argument.
-    """
+    """A metric of numbers."""
 
     higher_is_better: bool
-    compute: Callable[..., Tensor]
-    of_events: bool = False
+    compute: Callable[..., Tensor]  # of prediction and target of a whole split, both (N,) float64 in target units
+    of_events: bool = False  # it counts events, so `compute` takes the event threshold as a third argument
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +38,7 @@ class ImageMetric:
     make: Callable[[float, float], torchmetrics.Metric]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Numbers
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Numbers
 def r2(prediction: Tensor, target: Tensor) -> Tensor:
     """Share of the target's variance explained; 0 is as good as the mean of these targets; NaN if they are equal."""
     return r2_score(prediction, target) if _varies(target) else torch.tensor(torch.nan)
@@ -116,9 +109,7 @@ def compute_metrics(
     return values
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Masks and images
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Masks and images
 class PixelCorrelation(torchmetrics.PearsonCorrCoef):
     """Pearson's correlation over all pixels of all images; 0 for a constant prediction, NaN for a constant target."""
 

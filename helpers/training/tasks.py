@@ -27,9 +27,7 @@ from helpers.training.metrics import IMAGES, NUMBERS, compute_metrics
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Predictions
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Predictions
 @dataclass
 class Predictions:
     """What a model says of one split: prediction and target (N, K) in target units, and the N image times (ISO)."""
@@ -167,9 +165,7 @@ class ImageCollector:
         return ImagePredictions(values, scores.sort_values("timestamp", ignore_index=True), examples)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Losses
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Losses
 def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
     """Cross-entropy plus soft Dice loss of masks; both count the few pixels inside for more than their number.
 
@@ -192,9 +188,7 @@ def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
 LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce_dice": bce_dice}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tasks
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Tasks
 class Task:
     """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`.
 

@@ -137,9 +137,7 @@ class Run:
                 warnings.warn(f"Weights & Biases failed ({error}); {self.folder} goes on without it.", stacklevel=3)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Starting and finding runs
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Starting and finding runs
 def start_run(cfg: Config, name: str | None = None) -> Run:
     """Begin a run in a folder of its own; nothing that another run wrote is ever overwritten.
 
@@ -230,9 +228,7 @@ def commit_of(folder: Path) -> str:
         return "not in git"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Weights & Biases
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Weights & Biases
 def wandb_mode(cfg: Config) -> str:
     """`online`, `offline` or `disabled`; for `auto`, what WANDB_MODE says, else online if the person is logged in."""
     if cfg.tracking.wandb != "auto":
