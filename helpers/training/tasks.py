@@ -203,14 +203,9 @@ class Task:
         self.cfg, self.loaders, self.metrics = cfg, loaders, metrics_of(cfg)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The configured loss of a batch.
+        """The configured loss of a model's output and the target of a batch, which is in target units.
 
-        Args:
-            output: of the model.
-            target: of the batch, in target units; the same shape, because broadcasting would hide a mistake.
-
-        Raises:
-            ValueError: the shapes differ.
+        Raises ValueError where their shapes differ, because broadcasting would hide a mistake.
         """
         check_shapes(output, target)
         return find_named(self.cfg.target.loss, LOSSES)(*self.learned(output.float(), target))
