@@ -110,7 +110,7 @@ def model_and_batch(batch_size: int, **changes):
 def test_the_estimate_is_what_a_real_step_allocates(regime, recompute, precision):
     layers = list(range(LARGE["model.depth"])) if recompute else []
     changes = {"training.regime": regime, "training.precision": precision, "training.recompute_blocks": layers}
-    model, batch, cfg = model_and_batch(1, **changes)
+    model, batch, cfg = model_and_batch(1, **changes, **{"data.native_size": 512})
     before = {name: p.clone() for name, p in model.named_parameters()}
     estimate = estimate_memory(model, batch, cfg)
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
