@@ -189,14 +189,10 @@ def read_index(path: str, archive: Archive) -> pd.Series:
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
-    """Times in ISO format as datetime64[s] in UTC without a zone, to the nearest second.
-
-    Args:
-        column: whole dates, with or without a time of day; any zone is converted.
-        where: what the column belongs to, for the message.
+    """Whole dates in ISO format, with or without a time of day and a zone, as datetime64[s] in UTC (nearest second).
 
     Raises:
-        ValueError: a cell is empty or no such time, for example "now", "2014.5" or "2014-01"; the row is named.
+        ValueError: a cell is empty or no such time ("now", "2014.5", "2014-01"); names the row, and `where` that is.
     """
     text = column.astype("string").str.strip()
     times = pd.to_datetime(text.where(text.str.fullmatch(_TIME)), utc=True, format="ISO8601", errors="coerce")
@@ -227,7 +223,6 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
     """One image of a NetCDF4 file, as its attributes say it is to be understood.
 
     Args:
-        name: the variable.
         unit: G, m/s or DN: what the values are converted to; None takes them in the unit that they have.
         side: the number of pixels that height and width must have; None for any square.
 

@@ -177,7 +177,7 @@ class FrameStore:
         row, chosen = _row(when), [self.stored_channels.index(name) for name in self.channels]
         if row in self._memory:
             return [self._memory[row][i] for i in chosen]
-        try:
+        try:  # one by one: of a whole shard, which is a quarter faster, Zarr takes an empty file for one without values
             planes = [self._frames[row, i] for i in chosen] if when in self else []
         except (OSError, RuntimeError, ValueError, OverflowError) as error:
             raise OSError(
