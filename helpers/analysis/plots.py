@@ -240,7 +240,8 @@ def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config)
         else:
             said, true = p.prediction[:, 0], p.target[:, 0]
         said, true = said.double().numpy(), true.double().numpy()
-        counts, edges = np.histogram(said, bins=10)
+        # few bins, because one with a single sample says nothing
+        counts, edges = np.histogram(said, bins=6)
         filled = counts > 0
         means = [np.histogram(said, edges, weights=values)[0][filled] / counts[filled] for values in (said, true)]
         axis.plot(*means, "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
