@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import resource
@@ -95,6 +96,7 @@ def main() -> None:
         folder, clone = Path(temporary), Path(temporary, "clone")
         os.environ.update(AWS_ACCESS_KEY_ID="any", AWS_SECRET_ACCESS_KEY="any", AWS_DEFAULT_REGION="us-east-1")
         os.environ.update(SURYA_SHARED=str(folder / "shared"))
+        logging.getLogger("werkzeug").setLevel("ERROR")
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
