@@ -31,13 +31,12 @@ ROOT = Path(__file__).parents[1]
 CHANNEL = {name: c for c, name in enumerate(CHANNELS)}
 
 
-@pytest.fixture
-def config(tmp_path):
-    """A small Sun in a temporary folder: 60 visits, 32 pixels."""
-    (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
-    (tmp_path / "helpers").symlink_to(ROOT / "helpers")
+def small_sun(folder: Path):
+    """Makes configurations of a small Sun in this folder: 60 visits, 32 pixels."""
+    (folder / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    (folder / "helpers").symlink_to(ROOT / "helpers")
     small = {
-        "synthetic.folder": str(tmp_path / "sun"),
+        "synthetic.folder": str(folder / "sun"),
         "synthetic.visits": 60,
         "synthetic.workers": 1,
         "data.native_size": 32,
@@ -46,7 +45,20 @@ def config(tmp_path):
         "paths.reserve_gb": 0.0,
         "training.batch_size": 4,
     }
-    return lambda **overrides: load_config(tmp_path / "config.yaml", small | overrides)
+    return lambda **overrides: load_config(folder / "config.yaml", small | overrides)
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small_sun(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """The same, drawn once."""
+    config = small_sun(tmp_path_factory.mktemp("drawn"))
+    ensure_synthetic(config())
+    return config
 
 
 def radius(side: int) -> np.ndarray:
@@ -199,9 +211,10 @@ def frames_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("20??/??/*.nc"))
 
 
-def test_files_have_the_layout_of_the_bucket(config, tmp_path):
-    folder = ensure_synthetic(config())
-    assert folder == tmp_path / "sun"
+@pytest.mark.xdist_group("drawn_sun")
+def test_files_have_the_layout_of_the_bucket(drawn):
+    folder = ensure_synthetic(drawn())
+    assert str(folder) == drawn().synthetic.folder
     frames = frames_of(folder)
     assert 168 < len(frames) < 180  # of 60 visits with three frames; some lack
     assert frames[0] == folder / "2014/01/20140101_0000.nc"
@@ -311,15 +324,15 @@ def test_real_data_is_left_alone(config, tmp_path):
     assert not list(tmp_path.rglob("*.nc"))
 
 
-def test_the_whole_way_to_batches(config):
-    cfg = config(
+@pytest.mark.xdist_group("drawn_sun")
+def test_the_whole_way_to_batches(drawn):
+    cfg = drawn(
         **{
             "split.train": ["2014-01-01", "2014-02-20"],
             "split.val": ["2014-02-22", "2014-03-20"],
             "split.test": ["2014-03-22", "2014-05-01"],
         }
     )
-    ensure_synthetic(cfg)
     report = prepare_store(cfg, progress=False)
     assert report.built > 150 and not report.unreadable
     loaders = make_loaders(cfg)
