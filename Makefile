@@ -68,10 +68,12 @@ else
 endif
 
 plan: env  ## what a task would use, download and store, before it does [TASK=..] [PROFILE=..] [P="..."]
-	@"$(PY)" -m helpers.tools.plan $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
+	@"$(PY)" -m helpers.tools.cache --plan $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") \
+		--parameters "$$P"
 
-cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [ARGS="--span START END" or --verify]
-	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") $(ARGS)
+cache: env  ## reduce the frames of the config into its store [TASK=..] [PROFILE=..] [P=..] [ARGS="--span START END", --verify]
+	@"$(PY)" -m helpers.tools.cache $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") \
+		--parameters "$$P" $(ARGS)
 
 update: env  ## merge the template's news into your branch [FROM=origin, a git remote]
 	@"$(PY)" -m helpers.tools.update "$${FROM:-origin}"

@@ -63,7 +63,7 @@ class Coding:
         """Signed-log values -> the nearest codes, int16 of the same shape.
 
         Raises:
-            ValueError: a value lies outside `limits`, or is not a number.
+            ValueError: a value has no code, or is not a number.
         """
         codes = np.rint((np.asarray(signed_log, np.float32) - self.offset) / self.step)
         if not (codes.min() >= -LARGEST_CODE and codes.max() <= LARGEST_CODE):
@@ -73,11 +73,6 @@ class Coding:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes -> signed-log values, float32 of the same shape."""
         return codes * self.step + self.offset
-
-    @property
-    def limits(self) -> tuple[float, float]:
-        """The lowest and the highest signed-log value that has a code."""
-        return self.offset - LARGEST_CODE * self.step, self.offset + LARGEST_CODE * self.step
 
 
 def coding_of(name: str, scaler: Scaler) -> Coding:

@@ -88,7 +88,7 @@ ODD = {
     r"no variable aia94": lambda path: write_netcdf(path, physical_frame(32, 0, CHANNELS[1:])),
     r"aia304 has pixels .* not numbers \(NaN\)": _with(lambda image: image[:8, :8].fill(np.nan), "aia304"),
     r"hmi_m is 0 G in every pixel": _with(lambda image: image.fill(0), "hmi_m"),
-    r"aia94 goes from .* to 200000 DN.* -64.* to 1.049e\+05": _with(lambda image: image[4:6, 6:8].fill(2e5)),
+    r"aia94 goes from .* to 200000 DN, which is beyond": _with(lambda image: image[4:6, 6:8].fill(2e5)),
     r"aia94 goes from -100 to": _with(lambda image: image[4:6, 6:8].fill(-100)),
     r"aia94 has the shape \(48, 48\), expected \(32, 32\)": lambda path: write_netcdf(path, physical_frame(48, 0)),
     r"NetCDF4.*truncated": lambda path: path.write_bytes(spoiled(bool)(path) or path.read_bytes()[:9000]),

@@ -450,6 +450,7 @@ def test_what_a_read_only_shared_folder_lacks_is_said_before_anything_is_built(f
     with pytest.raises(PermissionError, match=lacking):
         prepare_store(config(), HOURS, progress=False)
     private = config(**{"data.private_cache": True})
+    assert prepare_store(private, HOURS[:2], progress=False).already == 2 and not (tmp_path / "home").exists()
     report = prepare_store(private, HOURS, progress=False)
     assert (report.built, report.already, report.missing) == (5, 0, 1)
     assert report.store.is_relative_to(tmp_path / "home") and frames.store_path(private) == report.store

@@ -49,7 +49,7 @@ def test_the_copy_is_clean(course, capsys, name):
         ("lesson", "", "got ''"),
         ("lesson", "my_ribbons; rm", "got 'my_ribbons; rm'"),
         ("lesson", "my_other", "notebooks/my_other.ipynb exists already"),
-        ("nope", "my_ribbons", "There is no notebook 'nope'.\nThere is:\n  lesson"),
+        ("nope", "my_ribbons", "There is no notebook 'nope'. There is: lesson"),
     ],
 )
 def test_what_cannot_be_copied_is_said_and_nothing_is_written(course, origin, name, sentence):

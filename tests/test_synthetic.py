@@ -25,7 +25,7 @@ from helpers.model.checkpoint import load_filtered
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
 from helpers.shared import DiskFullError
-from helpers.tools.pretrain_tiny import Pretraining, pretrain
+from helpers.tools.pretrain_tiny import pretrain
 
 ROOT = Path(__file__).parents[1]
 CHANNEL = {name: c for c, name in enumerate(CHANNELS)}
@@ -398,10 +398,10 @@ def test_the_tiny_checkpoint_forecasts_suns_it_has_never_seen(tiny):
 
 def test_pretraining_lowers_the_error_and_writes_a_checkpoint(config, tmp_path):
     small = {"patch_size": 8, "embed_dim": 32, "depth": 3, "n_spectral_blocks": 1, "num_heads": 2}
-    settings = Pretraining(suns=8, samples=64, held_out=16, noise=1.5, epochs=6, batch_size=8, lr=5e-3)
+    settings = dict(suns=8, samples=64, held_out=16, noise=1.5, epochs=6, batch_size=8, lr=5e-3)
     overrides = {f"model.{key}": value for key, value in small.items()}
     cfg = config(**overrides)
-    report = pretrain(cfg, tmp_path / "small.pt", settings)
+    report = pretrain(cfg, tmp_path / "small.pt", **settings)
     assert report["after"] < 0.7 * report["before"] and report["seconds"] > 0
     assert report["persistence"] > 0 and report["mean_frame"] > 0
     model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))

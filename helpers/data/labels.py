@@ -37,7 +37,6 @@ class Labels:
         variable: the variable to read from the mask files.
         reduce: whole factor by which the masks are smaller than the input.
         dropped: why and how many rows of the file were left out.
-        notes: what was converted on the way.
     """
 
     times: np.ndarray
@@ -46,7 +45,6 @@ class Labels:
     variable: str | None = None
     reduce: int = 1
     dropped: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.times)
@@ -91,7 +89,7 @@ def load_labels(
         reduce: whole factor by which the masks are smaller than the input.
 
     Returns:
-        The labels; rows without a usable value are counted in `dropped`, conversions are told in `notes`.
+        The labels; rows without a usable value are counted in `dropped`; times are converted to UTC.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -124,10 +122,8 @@ def load_labels(
         )
     dropped = {f"label {reason}": int((~usable).sum()), "label row repeated": len(rows) - len(once)}
     dropped = {why: count for why, count in dropped.items() if count}
-    has_zone = table[time_column].str.contains(r"\d[T ]\d.*(?:Z|[+-]\d{2}:?\d{2})$").any()
-    notes = ["label times carry a time zone and were converted to UTC"] if has_zone else []
     rows = once.index.to_numpy()
-    return Labels(times[rows], values[rows], paths[rows] if variable else None, variable, reduce, dropped, notes)
+    return Labels(times[rows], values[rows], paths[rows] if variable else None, variable, reduce, dropped)
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -221,7 +217,7 @@ class Plan:
             used = sum(len(table) for table in self.samples.values())
             lines.append(f"labels: {used} of {len(self.labels)} belong to a sample")
             left_out = self.labels.dropped | self.unmatched
-            lines += [f"labels: {count} x {reason}" for reason, count in left_out.items()] + self.labels.notes
+            lines += [f"labels: {count} x {reason}" for reason, count in left_out.items()]
         return "\n".join(lines)
 
 

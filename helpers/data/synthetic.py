@@ -129,7 +129,7 @@ class SyntheticSun:
     def frame(self, hour: float, side: int, noise_scale: float = 1.0) -> np.ndarray:
         """All channels at `hour` as (13, side, side) float32 in physical units (DN, gauss, m/s); row 0 is the south."""
         rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
-        disk = _disk(side)
+        disk = _Disk(side)
         field, bright = self._active(hour, disk)
         # as a solid body: sheared for months, the texture would become stripes
         shift = self.rotation(np.float64(0)) * hour
@@ -175,7 +175,7 @@ class SyntheticSun:
         Inside are the closed loops over the polarity inversion line of every region whose field exceeds MASK_FIELD. How
         bright or strong a pixel is does not decide: a weak region is left out whole, a strong one has no wider outline.
         """
-        disk, now = _disk(side), self.regions(hour)
+        disk, now = _Disk(side), self.regions(hour)
         inside = np.zeros((side, side), bool)
         for i, longitude, latitude, gauss, _ in zip(*now.values(), strict=True):
             if gauss > MASK_FIELD and np.cos(latitude) * np.cos(longitude) > 0:
@@ -192,6 +192,7 @@ class SyntheticSun:
         return box, loops, lead, follow
 
 
+@lru_cache(maxsize=4)
 class _Disk:
     """Coordinates of every pixel on the unit sphere, seen from far away; x west, y north, z towards the observer."""
 
@@ -220,11 +221,6 @@ class _Disk:
         north = -x * sin_lat * sin_lon + y * cos_lat - z * sin_lat * cos_lon
         u, v = west * np.cos(tilt) + north * np.sin(tilt), north * np.cos(tilt) - west * np.sin(tilt)
         return box, u, v
-
-
-@lru_cache(maxsize=4)
-def _disk(side: int) -> _Disk:
-    return _Disk(side)
 
 
 def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, bright: dict) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Fill the store with the frames that a configuration needs: `make cache`."""
+"""Fill the store with the frames that a configuration needs, or say what that takes: `make cache`, `make plan`."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ from tqdm import tqdm
 from helpers.config import load_config
 from helpers.data.frames import open_store, prepare_store, store_path
 from helpers.data.synthetic import ensure_synthetic
-from helpers.tools.command import run
+from helpers.shared import find_weights
+from helpers.tools.command import ROOT, read_choices, run
 
 
 def main() -> None:
-    """Reduce the frames of the configuration into its store; run it again to go on."""
+    """Bring the frames and weights that the configuration needs to the shared folder; run it again to go on."""
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.cache", description=main.__doc__)
-    parser.add_argument("--config", default="config.yaml")
-    parser.add_argument("--profile")
-    parser.add_argument("--task")
-    parser.add_argument(
-        "--span",
-        nargs=2,
-        metavar=("START", "END"),
-        help="every frame from START to before END instead, such as 2014-01-07",
-    )
+    every = "every frame from START to before END instead, such as 2014-01-07"
+    parser.add_argument("--span", nargs=2, metavar=("START", "END"), help=every)
     parser.add_argument("--verify", action="store_true", help="read every frame first and make damaged ones again")
-    asked = parser.parse_args()
-    cfg = load_config(asked.config, profile=asked.profile, task=asked.task)
+    parser.add_argument("--plan", action="store_true", help="build nothing; say what a build would take")
+    asked = read_choices(parser)
+    cfg = load_config(ROOT / "config.yaml", **asked.choices)
     ensure_synthetic(cfg)
     times, damaged = None, []
     if asked.span:
@@ -36,6 +31,9 @@ def main() -> None:
             times = pd.date_range(*asked.span, freq="12min", inclusive="left")
         except ValueError as error:
             parser.error(f"--span takes two times such as 2014-01-07 and '2014-01-07 18:00' (UTC): {error}")
+    if asked.plan:
+        report = prepare_store(cfg, times, plan_only=True)
+        return print(*filter(None, (report.samples, report.needs)), sep="\n")
     if asked.verify and store_path(cfg).exists():
         damaged = verify_store(store_path(cfg))
         print("damaged:", ", ".join(damaged) or "none")
@@ -43,6 +41,7 @@ def main() -> None:
     if damaged:
         print(prepare_store(cfg, damaged))
     print(open_store(store_path(cfg)))
+    print(f"weights: {find_weights(cfg.model.weights, cfg.shared, cfg.paths.reserve_gb) or 'random'}")
 
 
 def verify_store(path: Path) -> list[str]:

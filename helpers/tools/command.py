@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
-
-import nbformat
 
 from helpers.config import parse_parameters
 
@@ -60,17 +57,7 @@ def find_notebook(name: str, folder: Path) -> Path:
     """The notebook called `name`, with or without folder and ending; Refusal lists what there is."""
     notebooks = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
     stem = Path(name).name.removesuffix(".ipynb")
-    if stem in notebooks:
-        return notebooks[stem]
-    problem = f"There is no notebook '{name}'." if name else "Which notebook? For example: NB=finetune"
-    raise Refusal("\n".join([problem, "There is:", *(f"  {key:15} {title(path)}" for key, path in notebooks.items())]))
-
-
-def title(path: Path) -> str:
-    """The first heading of a notebook."""
-    try:
-        cells = nbformat.read(path, as_version=4).cells
-    except Exception:  # whatever is wrong with this one, the others are listed
-        return "(cannot be read)"
-    headings = (re.match(r"# +(.+)", cell.source) for cell in cells if cell.cell_type == "markdown")
-    return next((heading[1] for heading in headings if heading), "")
+    if stem not in notebooks:
+        problem = f"There is no notebook '{name}'." if name else "Which notebook? For example: NB=finetune."
+        raise Refusal(f"{problem} There is: {', '.join(notebooks)}")
+    return notebooks[stem]

@@ -48,9 +48,10 @@ def keep_added_cells(decisions: Sequence[MergeDecision]) -> list[MergeDecision]:
     for decision in decisions:
         sides = decision.local_diff or [], decision.remote_diff or []
         adds = [bool(side) and all(part.op == "addrange" for part in side) for side in sides]
+        ids = [{cell.get("id") for cell in side[0].valuelist} for side in sides] if all(adds) else []
         if not (decision.conflict and decision.common_path == ("cells",) and any(adds)):
             kept.append(decision)
-        elif not (all(adds) and _different(*sides)):  # beside a change of the other side: the result holds both already
+        elif not (all(adds) and ids[0].isdisjoint(ids[1])):  # the same new cell; or a change, and the result has both
             decision.conflict = decision.action == "custom"
             kept.append(decision)
         elif (place := sides[0][0].key) not in joined:
@@ -61,11 +62,6 @@ def keep_added_cells(decisions: Sequence[MergeDecision]) -> list[MergeDecision]:
             for side, more in zip(joined[place], sides, strict=True):
                 side[0].valuelist.extend(more[0].valuelist)
     return kept
-
-
-def _different(ours: Sequence, theirs: Sequence) -> bool:
-    """False if both sides add the same cell (by its id) with another text: that is a conflict."""
-    return {cell.get("id") for cell in ours[0].valuelist}.isdisjoint(cell.get("id") for cell in theirs[0].valuelist)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +22,19 @@ from helpers.shared import atomic_write
 from helpers.tools.command import run
 
 
-@dataclass(frozen=True)
-class Pretraining:
-    """How the tiny checkpoint was made."""
-
-    seed: int = 0
-    suns: int = 64
-    samples: int = 3072
-    held_out: int = 96
-    noise: float = 16.0
-    epochs: int = 14
-    batch_size: int = 16
-    lr: float = 2e-3
-
-
-def pretrain(cfg: Config, path: Path, settings: Pretraining = Pretraining()) -> dict[str, float]:
+def pretrain(
+    cfg: Config,
+    path: Path,
+    *,
+    seed=0,
+    suns=64,
+    samples=3072,
+    held_out=96,
+    noise=16.0,
+    epochs=14,
+    batch_size=16,
+    lr=2e-3,
+) -> dict[str, float]:
     """Pretrain the configured encoder on synthetic Suns with Surya's own pretext, the forecast of the next frame.
 
     Args:
@@ -48,21 +45,19 @@ def pretrain(cfg: Config, path: Path, settings: Pretraining = Pretraining()) -> 
         Mean squared errors in normalised units on Suns that were not trained on: `before`, `after`, `persistence` (the
         last frame stays) and `mean_frame` (their own average frame: the best constant), and the `seconds` of training.
     """
-    torch.manual_seed(settings.seed)
-    # (N, 13, 3, H, W) normalised float16
-    suns = settings.suns
-    frames = _forecast_samples(cfg, suns, settings.samples, settings.seed, settings.noise)
-    held_out = _forecast_samples(cfg, suns, settings.held_out, settings.seed + suns)
+    torch.manual_seed(seed)
+    frames = _forecast_samples(cfg, suns, samples, seed, noise)  # (N, 13, 3, H, W) normalised float16
+    held_out = _forecast_samples(cfg, suns, held_out, seed + suns)
     model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
     report = {"before": _forecast_error(model, held_out)}
     started = time.perf_counter()
-    optimizer = torch.optim.AdamW(model.parameters(), settings.lr, weight_decay=0.01)
-    steps = settings.epochs * (len(frames) // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, steps, pct_start=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
+    steps = epochs * (len(frames) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     model.train()
-    for _ in (bar := tqdm(range(settings.epochs), "pretraining", unit="epoch")):
-        order = torch.randperm(len(frames))[: steps // settings.epochs * settings.batch_size]
-        for index in order.split(settings.batch_size):
+    for _ in (bar := tqdm(range(epochs), "pretraining", unit="epoch")):
+        order = torch.randperm(len(frames))[: steps // epochs * batch_size]
+        for index in order.split(batch_size):
             ts, future = frames[index, :, :2].float(), frames[index, :, 2].float()
             loss = F.mse_loss(model({"ts": ts}), future)
             optimizer.zero_grad()

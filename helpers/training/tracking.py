@@ -44,7 +44,7 @@ class Run:
         self._columns: list[str] | None = None
         self._metrics: dict[str, Any] = {}
         self._about = {"name": self.name, "experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
-        self._about |= {"started": _now(), "commit": commit_of(cfg.root)}
+        self._about |= {"started": datetime.now(UTC).isoformat(), "commit": commit_of(cfg.root)}
         with atomic_write(folder / "config.yaml") as path:
             path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
         self._write_summary("running")
@@ -103,7 +103,7 @@ class Run:
         """Close the run; `list_runs` shows it from now on. A second call does nothing."""
         if "finished" in self._about:
             return
-        self._about["finished"] = _now()
+        self._about["finished"] = datetime.now(UTC).isoformat()
         self._write_summary(status)
         self._online(lambda run: run.finish(exit_code=int(status != "finished")))
         self._wandb = None
@@ -207,10 +207,6 @@ def how_to_go_on(name: str, cfg: Config) -> str:
         f'To go on: make run-notebook {words} P="training.resume={name}" with the other parameters of the run, or in '
         f'the notebook parameters = {{"training.resume": "{name}"}}, and run all cells.'
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _plain(value: Any) -> Any:
