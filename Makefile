@@ -49,7 +49,7 @@ run-notebook: env  ## run NB=finetune from top to bottom [TASK=..] [PROFILE=..] 
 lab: env  ## open JupyterLab on the same environment
 	@JUPYTER_PREFER_ENV_PATH=1 "$(PY)" -m jupyterlab --ServerApp.root_dir=. $(ARGS)
 
-test: env  ## run the tests but those of whole notebooks, 10 minutes [ARGS="tests/test_lora.py -k merge"]
+test: env  ## run the tests and one whole notebook, 5 minutes [ARGS="tests/test_lora.py -k merge"]
 	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook" $(ARGS)
 
 test-fast: env  ## run the tests that take no time

@@ -54,6 +54,11 @@ def test_a_run_that_stopped_at_nan_has_diverged_whatever_came_before():
     assert diagnostics.judge_curve(table.iloc[:1], load_config(), diverged=True).word == "diverged"
 
 
+def test_a_loss_that_rises_is_never_called_too_small():
+    table = curve("healthy", 0, 1.0).iloc[:2].assign(train_loss=[1.0, 1.8])
+    assert diagnostics.judge_curve(table, load_config()).word == "too large (erratic)"
+
+
 # ---------------------------------------------------------------------------------------------------- range test
 def quadratic(cfg):
     """A model whose loss falls fastest at a known rate: one weight, Adam's steps are as long as the rate."""

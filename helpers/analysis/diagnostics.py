@@ -138,7 +138,7 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     turn = float(val.iloc[-2:].mean() - val.min())
     if rise > limits.diverged:
         word, advice = "diverged", "Divide training.lr by ten."
-    elif jumps > limits.erratic:
+    elif jumps > limits.erratic or fall < -limits.flat:
         word, advice = "too large (erratic)", "Divide training.lr by three."
     elif fall < limits.flat:
         word, advice = "too small (flat)", "Triple training.lr, or train longer."
