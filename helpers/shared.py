@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shutil
 import time
 import uuid
@@ -211,8 +210,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     except DiskFullError:
         raise
     except Exception as error:
-        cause = error
-        while cause is not None:
+        for cause in causes(error):
             if isinstance(cause, DiskFullError):
                 raise DiskFullError(str(cause)) from error
             if getattr(cause, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
@@ -220,7 +218,6 @@ def disk_errors(path: str | Path) -> Iterator[None]:
                     f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
                     "been removed, the rest is still there. Free some space and run this again: it goes on."
                 ) from error
-            cause = cause.__cause__ or cause.__context__
         raise
 
 
@@ -255,7 +252,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     remove_leftovers(make_folder(path.parent))
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.partial{path.suffix}")
     with disk_errors(path.parent):
         try:
             yield temporary
@@ -267,12 +264,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, age_hours: float = 24.0) -> None:
-    """Remove what an `atomic_write` that was killed has left in a folder, once it is old."""
-    for path in folder.glob(".*") if folder.is_dir() else ():
-        with suppress(OSError):
-            if re.search(r"\.[0-9a-f]{12}(\.|$)", path.name) and path.stat().st_mtime < time.time() - 3600 * age_hours:
-                path.unlink()
+def remove_leftovers(folder: Path, pattern: str = "*.partial*") -> None:
+    """Remove what a process that was killed more than a day ago has left in a folder, half-written files at first."""
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # gone by now, or somebody else's
+            if path.lstat().st_mtime < time.time() - 86400:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @contextmanager

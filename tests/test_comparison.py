@@ -55,6 +55,11 @@ def test_a_loss_is_said_as_plainly(config):
     assert difference.high < 0 and "is WORSE than the baseline" in str(difference)
 
 
+def test_a_score_that_cannot_be_measured_is_no_loss():
+    nan = float("nan")
+    assert str(comparison.Difference("tss", nan, nan, nan, 9, nan)).startswith("tss cannot be measured")
+
+
 def test_equal_models_are_within_noise(config):
     difference = comparison.paired_difference(runs_of(config, 0.7, 0.7), config())
     assert str(difference).startswith("The difference is WITHIN NOISE")

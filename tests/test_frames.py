@@ -483,8 +483,10 @@ def test_whoever_may_only_read_knows_which_frames_the_owner_did_not_find(folder,
     pd.read_csv(folder / "index.csv").assign(present=1).to_csv(folder / "index.csv", index=False)
     report = prepare_store(cfg, progress=False)
     assert report.built == 3 and report.lost == set(HOURS[1:4]) and len(report.samples.samples["train"]) == 1
+    assert prepare_store(cfg, again=True, progress=False).lost == set(HOURS[1:4])
+    assert prepare_store(cfg, progress=False).lost == set()  # no file that cannot be used is downloaded every time
     monkeypatch.setattr(frames, "is_writable", lambda path: False)
-    again = prepare_store(cfg, progress=False)
+    again = prepare_store(cfg, again=True, progress=False)
     assert (again.built, again.already, again.lost) == (0, 3, set())
     assert again.samples.samples["train"].equals(report.samples.samples["train"])
 

@@ -207,7 +207,8 @@ def test_a_forecast_shows_a_few_channels_of_one_example(tmp_path):
     figure = plots.plot_predictions({"test": image_predictions(cfg)}, cfg)
     drawn(figure)
     titles = [axis.get_title() for axis in figure.axes if axis.get_title().startswith("input")]
-    assert titles == ["input: aia171", "input: aia94", "input: hmi_m", "input: hmi_v"]
+    assert titles == ["input: aia94", "input: aia171", "input: hmi_m", "input: hmi_v"]
+    assert plots._few(["aia131", "aia193", "aia211", "aia304", "hmi_bx"]) == ["aia131", "aia193", "aia211", "aia304"]
 
 
 def test_trust_in_numbers_and_masks_is_what_was_true_where_so_much_was_said(cfg, found, tmp_path):

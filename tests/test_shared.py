@@ -218,13 +218,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def test_a_leftover_of_a_killed_process_goes_once_it_is_old(tmp_path):
     (tmp_path / ".git").mkdir()
-    for name in (".last.0123456789ab.pt", ".last.ba9876543210.pt", ".keep.pt", "last.pt"):
+    for name in (".last.0123456789ab.partial.pt", ".last.ba9876543210.partial.pt", ".keep.pt", "last.pt"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
-    (tmp_path / ".last.ba9876543210.pt").touch()  # of a process that is writing now
+    (tmp_path / ".last.ba9876543210.partial.pt").touch()  # of a process that is writing now
     with atomic_write(tmp_path / "table.csv") as temporary:
         temporary.touch()
-    assert sorted(os.listdir(tmp_path)) == [".git", ".keep.pt", ".last.ba9876543210.pt", "last.pt", "table.csv"]
+    assert sorted(os.listdir(tmp_path)) == [".git", ".keep.pt", ".last.ba9876543210.partial.pt", "last.pt", "table.csv"]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])

@@ -196,6 +196,20 @@ class Precise(Linear):
         return output
 
 
+def test_what_was_drawn_before_does_not_change_a_training(config):
+    """Cells of a notebook look at batches and call the model; the headless run does not."""
+    cfg = config(**{"training.epochs": 2})
+    tables = []
+    for looks in (False, True):
+        seed_everything(cfg)
+        loaders, model = numbers(), nn.Sequential(Linear(8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+        nn.init.normal_(model[0].head.weight)
+        if looks:
+            model(next(iter(loaders.train)))
+        tables.append(fit(model, loaders, cfg).table.drop(columns="seconds"))
+    pd.testing.assert_frame_equal(*tables)
+
+
 def test_bf16_runs_stays_close_and_leaves_the_model_as_it_was(config):
     histories = {}
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -92,6 +93,8 @@ class Difference:
             f"{self.metric}: {abs(self.value):.3f} (95% interval of the gain {self.low:+.3f} to {self.high:+.3f} over "
             f"{self.blocks} test days; {self.spread:.3f} between seeds)"
         )
+        if math.isnan(self.value):
+            return f"{self.metric} cannot be measured on this test split: it is not a number for one of the models."
         if self.low <= 0 <= self.high or abs(self.value) <= self.spread:
             return f"The difference is WITHIN NOISE. {measured}."
         return f"The fine-tune is {'better' if self.value > 0 else 'WORSE'} than the baseline. {measured}."

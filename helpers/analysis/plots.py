@@ -264,8 +264,8 @@ def _target_images(target: Tensor, cfg: Config) -> dict[str, np.ndarray]:
 
 
 def _few(names: Sequence[str]) -> list[str]:
-    """At most four of many channels, unlike each other."""
-    return [name for name in ("aia171", "aia94", "hmi_m", "hmi_v") if name in names] if len(names) > 4 else list(names)
+    """At most four of many channels, unlike each other where these are there."""
+    return sorted(names, key=lambda name: name not in ("aia171", "aia94", "hmi_m", "hmi_v"))[:4]
 
 
 def _show_target(axis: plt.Axes, image: np.ndarray, name: str, title: str, cfg: Config, like: Any = None) -> None:

@@ -20,12 +20,12 @@ import numpy as np
 import pandas as pd
 from tenacity import RetryError, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
-from helpers.shared import DiskFullError, disk_errors
+from helpers.shared import DiskFullError, causes, disk_errors
 
 SCRATCH_PREFIX = "surya-course-frame-"
-ONE_TRY = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
+NO_RETRIES = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
 # names of errors of botocore, aiohttp and Python that are about the way to the server, not about one file
-NO_WAY = re.compile("ConnectionRefused|ClientConnector|EndpointConnection|ConnectTimeout|Prox|Profile|Credential")
+NO_SERVER = re.compile("ConnectionRefused|ClientConnector|EndpointConnection|ConnectTimeout|Prox|Profile|Credential")
 
 # How many of the unit that a channel is kept in make one of the unit in the file. Intensities may be given a second:
 # exposure times are divided out in either case.
@@ -131,7 +131,7 @@ class Archive:
     def _download(self, url: str, path: Path) -> None:
         """Fetch the whole file once; what need not be tried again is a FrameError or an ArchiveError."""
         try:
-            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": ONE_TRY}
+            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": NO_RETRIES}
             filesystem, key = fsspec.core.url_to_fs(url, **options)
             filesystem.retries = 1
             size = filesystem.info(key, refresh=True)["size"]
@@ -140,15 +140,13 @@ class Archive:
         except DiskFullError:
             raise
         except Exception as error:
-            cause = error
-            while cause is not None:
-                if NO_WAY.search(type(cause).__name__) or "bucket does not exist" in str(cause):
+            for cause in causes(error):
+                if NO_SERVER.search(type(cause).__name__) or "bucket does not exist" in str(cause):
                     raise ArchiveError(
                         f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). Check "
                         f"the network, and data.archive, data.endpoint_url and data.anonymous in the config; frames "
                         f"that are built can be read without it."
                     ) from error
-                cause = cause.__cause__ or cause.__context__
             if isinstance(error, FileNotFoundError):
                 raise MissingFrameError(f"there is no such file ({_first_line(error)})") from None
             if isinstance(error, PermissionError):

@@ -6,6 +6,7 @@ which samples there are.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,20 +28,7 @@ from helpers.shared import GB
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Targets, one reader for each kind
-# --------------------------------------------------------------------------------------------------------------------
-class NumberTargets:
-    """The numbers of the label file, `values` (N, K) float32 in label units, one row a sample."""
-
-    def __init__(self, labels: Labels, samples: pd.DataFrame) -> None:
-        self.values = torch.as_tensor(labels.values[samples["label"]], dtype=torch.float32)
-
-    def read(self, row: int) -> Tensor:
-        """(K,) float32."""
-        return self.values[row]
-
-
+# ---- Image targets, one reader for each kind
 class MaskTargets:
     """Images in files that the label file names, averaged down to `side` pixels."""
 
@@ -104,9 +92,7 @@ def read_mask(path: str, variable: str, side: int) -> Tensor:
     return mask[None]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The dataset
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The dataset
 class SolarDataset(Dataset):
     """Samples of a frame store with their labels.
 
@@ -130,12 +116,13 @@ class SolarDataset(Dataset):
     ) -> None:
         self.store, self.labels, self.samples = store, labels, samples
         self.offsets_minutes = tuple(offsets_minutes)
+        self.targets = self._images = None  # (N, K) float32 in label units, or a reader of images
         if isinstance(labels, FrameTarget):
-            self._targets = ChannelTargets(store, labels, samples)
+            self._images = ChannelTargets(store, labels, samples)
         elif labels.paths is not None:
-            self._targets = MaskTargets(labels, samples, store.side // labels.reduce)
+            self._images = MaskTargets(labels, samples, store.side // labels.reduce)
         else:
-            self._targets = NumberTargets(labels, samples)
+            self.targets = torch.as_tensor(labels.values[samples["label"]], dtype=torch.float32)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -151,12 +138,7 @@ class SolarDataset(Dataset):
 
     def target(self, row: int) -> Tensor:
         """The target of one sample without its input: (K,) or (C, H, W)."""
-        return self._targets.read(row)
-
-    @property
-    def targets(self) -> Tensor | None:
-        """All targets as (N, K) float32 in label units, or None for images."""
-        return self._targets.values if isinstance(self._targets, NumberTargets) else None
+        return self._images.read(row) if self.targets is None else self.targets[row]
 
     def at_offset(self, minutes: int) -> SolarDataset:
         """The same samples, but the target channels are those of the frame at sample time + `minutes`."""
@@ -167,13 +149,11 @@ class SolarDataset(Dataset):
         """Read all frames now, and mask files as they are asked for, and keep them."""
         target = [self.labels.offset_minutes] if isinstance(self.labels, FrameTarget) else []
         self.store.load(frame_times(self.samples["time"], [*self.offsets_minutes, *target]))
-        if isinstance(self._targets, MaskTargets):
-            self._targets.memory = {}
+        if isinstance(self._images, MaskTargets):
+            self._images.memory = {}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Loaders
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Loaders
 @dataclass
 class Loaders:
     """Batches of the three splits, and what is known of the targets from the training split alone.
@@ -269,17 +249,15 @@ def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | floa
     """Mean, deviation and span of the training targets, as `Loaders` has them."""
     targets = data.targets
     if targets is None:
-        images = torch.stack([data.target(row) for row in _evenly_spaced(data)])  # (N, C, H, W)
-        if kind == "mask" and not 0 <= images.min() <= images.max() <= 1:
+        rows, mean, low, high = _evenly_spaced(data), torch.zeros(1), math.inf, -math.inf
+        for image in map(data.target, rows):  # (C, H, W), one in memory at a time
+            mean, low, high = mean + image / len(rows), min(low, image.min().item()), max(high, image.max().item())
+        if kind == "mask" and not 0 <= low <= high <= 1:
             raise ValueError(
-                f"The masks of the training split hold values from {images.min():g} to {images.max():g}, but a mask is "
-                "0 outside and 1 inside. Set labels.kind: image to learn the values themselves."
+                f"The masks of the training split hold values from {low:g} to {high:g}, but a mask is 0 outside and 1 "
+                "inside. Set labels.kind: image to learn the values themselves."
             )
-        return {
-            "target_mean": images.mean(0),
-            "target_std": torch.ones(1),
-            "target_span": (images.max() - images.min()).item(),
-        }
+        return {"target_mean": mean, "target_std": torch.ones(1), "target_span": high - low}
     std = targets.std(0, correction=0)
     span = (targets.max() - targets.min()).item()
     return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0), "target_span": span}

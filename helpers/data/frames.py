@@ -13,7 +13,6 @@ import copy
 import json
 import os
 import random
-import shutil
 import stat
 import tempfile
 import time
@@ -44,7 +43,17 @@ from helpers.data import archive as archives
 from helpers.data.archive import Archive, FrameError, MissingFrameError
 from helpers.data.labels import Plan, labels_of, plan_samples
 from helpers.data.workers import worker_pool
-from helpers.shared import GB, atomic_write, disk_errors, ensure_space, free_space, is_writable, make_folder, share
+from helpers.shared import (
+    GB,
+    atomic_write,
+    disk_errors,
+    ensure_space,
+    free_space,
+    is_writable,
+    make_folder,
+    remove_leftovers,
+    share,
+)
 
 FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
 CODECS = {BytesCodec, BloscCodec, Crc32cCodec, VLenUTF8Codec}  # all that a store of ours uses
@@ -395,7 +404,9 @@ def build_store(
     if not (path / "zarr.json").is_file():
         create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
     store, started = open_store(path, channels, reduce, native_size, scalers), time.perf_counter() - report.seconds
-    _remove_leftovers(store, archive)
+    remove_leftovers(path / "frames")
+    remove_leftovers(path.parent, f".{path.name}.*")
+    remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
     wanted = {_row(when): np.datetime64(when, "s") for when in times}
     there = {_row(when) for when in store.times}
     lacking = [when for row, when in wanted.items() if row not in there]
@@ -443,16 +454,6 @@ def build_frame(
     return size, None
 
 
-def _remove_leftovers(store: FrameStore, archive: Archive) -> None:
-    """Remove what builders that were killed more than a day ago have left behind."""
-    scratch = Path(archive.scratch or tempfile.gettempdir())
-    leftovers = [*(store.path / "frames").glob("*.partial"), *store.path.parent.glob(f".{store.path.name}.*")]
-    for leftover in [*leftovers, *scratch.glob(f"{archives.SCRATCH_PREFIX}*")]:
-        with suppress(OSError):  # gone by now, or somebody else's
-            if leftover.lstat().st_mtime < time.time() - 86400:
-                shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-
-
 def channels_needed(cfg: Config) -> tuple[str, ...]:
     """The input channels and the channels that are predicted as images, each once, in the canonical order."""
     targets = cfg.labels.target_channels if cfg.labels.kind == "image" else []
@@ -487,7 +488,12 @@ def make_archive(cfg: Config) -> Archive:
 
 
 def prepare_store(
-    cfg: Config, times: Iterable | None = None, executor: Executor | None = None, progress=True, plan_only=False
+    cfg: Config,
+    times: Iterable | None = None,
+    executor: Executor | None = None,
+    progress=True,
+    plan_only=False,
+    again=False,
 ) -> BuildReport:
     """Build the frames that samples need and the store lacks; quick when everything is there.
 
@@ -498,6 +504,7 @@ def prepare_store(
         times: of the frames to build; None for those of the samples of the three splits.
         executor: as in `build_store`.
         plan_only: build nothing; `samples` and `needs` of the report say what would be.
+        again: look also for the frames that an earlier call could not make, as `make cache` does.
 
     Raises:
         PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
@@ -509,7 +516,7 @@ def prepare_store(
     with suppress(OSError, ValueError):
         history |= json.loads(path.with_name(f"{path.name}.builds.json").read_text())
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = set() if is_writable(path) else {np.datetime64(when) for when in history["lost"]}
+    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in history["lost"]}
 
     def may_be_had(frames: np.ndarray) -> np.ndarray:
         gone = np.array(list(lost), "datetime64[s]")

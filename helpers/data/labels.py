@@ -23,9 +23,7 @@ LARGEST_NUMBER = float(np.finfo(np.float32).max)
 SPLITS = ("train", "val", "test")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Reading
 @dataclass(frozen=True)
 class Labels:
     """Labels at times: numbers, or the paths of mask files, and what was left out of the file.
@@ -176,9 +174,7 @@ def _goes(column: pd.Series, where: str) -> np.ndarray:
     return np.log10(flux, where=flux > 0, out=np.full(len(flux), np.nan))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Planning
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Planning
 @dataclass(frozen=True)
 class Plan:
     """The samples of a configuration, split by split.

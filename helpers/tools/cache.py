@@ -37,7 +37,7 @@ def main() -> None:
     if asked.verify and store_path(cfg).exists():
         damaged = verify_store(store_path(cfg))
         print("damaged:", ", ".join(damaged) or "none")
-    print(prepare_store(cfg, times))
+    print(prepare_store(cfg, times, again=True))
     if damaged:
         print(prepare_store(cfg, damaged))
     print(open_store(store_path(cfg)))

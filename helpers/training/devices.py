@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
@@ -73,4 +75,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # a container may have less than its machine (control groups, version 2)
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
+        free = min(free, limit - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -150,8 +150,9 @@ class Trainer:
         self.loaders, self.cfg = loaders, cfg
         self.task, self.accelerator = make_task(cfg, loaders), make_accelerator(cfg)
         self.run = run if self.accelerator.is_main_process else None
-        if self.accelerator.num_processes > 1:
-            set_seed(cfg.seed, device_specific=True)  # another dropout in each process
+        # whatever was drawn before, in cells of a notebook or elsewhere; and another dropout in each process
+        set_seed(cfg.seed, device_specific=self.accelerator.num_processes > 1)
+        loaders.train.generator.manual_seed(cfg.seed)
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
         self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)
