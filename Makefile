@@ -55,7 +55,7 @@ test: env  ## run the tests and one whole notebook, 5 minutes [ARGS="tests/test_
 test-fast: env  ## run the tests that take no time
 	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook and not slow" $(ARGS)
 
-test-notebooks: env  ## run every notebook with every kind of task, 40 minutes
+test-notebooks: env  ## run every notebook, and every kind of task, 5 minutes
 	@"$(PY)" -m pytest $(PARALLEL) -m notebook $(ARGS)
 
 bench: env  ## measure the speed, one table (8 minutes); B=list names other benchmarks, B=name runs one [ARGS=..]
