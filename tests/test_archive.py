@@ -16,7 +16,9 @@ import pytest
 import xarray
 from frame_files import HOURS, ODD, Bucket, build, files, physical_frame, spoiled
 
-from helpers.data.archive import Archive, ArchiveError, open_netcdf, read_index, read_variable
+from helpers.channels import CHANNELS, coding_of, from_signed_log, load_scalers
+from helpers.data.archive import Archive, ArchiveError, FrameError, open_netcdf, read_index, read_variable
+from helpers.data.frames import reduce_frame
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +39,32 @@ def test_odd_files_are_listed_with_their_reason_and_built_once_they_are_mended(t
     assert len(str(report).splitlines()) == 12 and f"and {len(ODD) - 10} more" in str(report)
     shutil.copy(paths[0], paths[1])
     assert build(tmp_path, times=times[:2]).built == 1
+
+
+def test_a_frame_as_the_tools_of_the_release_compress_it():
+    """LZ4 (filter 32004 of HDF5), 50 DN, G or m/s in every pixel."""
+    scalers = load_scalers()
+    codings = {name: coding_of(name, scalers[name]) for name in CHANNELS}
+    codes = reduce_frame(ROOT / "tests/data/cases/lz4_frame.nc", codings, 2, scalers, 64)
+    for (name, coding), image in zip(codings.items(), codes, strict=True):
+        np.testing.assert_allclose(from_signed_log(coding.decode(image), scalers[name]), 50, rtol=2e-3)
+
+
+@pytest.mark.parametrize("key", ["_FillValue", "missing_value"])
+@pytest.mark.parametrize("dtype", ["f4", "i2", "i4"])
+def test_fill_values_of_frames_are_named_with_their_share(tmp_path, key, dtype):
+    """Off the limb, a magnetogram may say -32768."""
+
+    def change(file):
+        image = np.full((32, 32), 50, dtype)
+        image[:8] = -32768
+        file.create_dataset("hmi_m", data=image).attrs[key] = np.array(-32768, dtype)
+
+    spoiled(change, "hmi_m")(tmp_path / "frame.nc")
+    scalers = load_scalers()
+    codings = {name: coding_of(name, scalers[name]) for name in CHANNELS}
+    with pytest.raises(FrameError, match=r"hmi_m has pixels that are not numbers \(NaN\), in 25.0% of the image"):
+        reduce_frame(tmp_path / "frame.nc", codings, 2, scalers, 32)
 
 
 def test_what_the_attributes_of_a_variable_say_is_honoured(tmp_path):

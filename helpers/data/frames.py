@@ -72,7 +72,7 @@ def reduce_frame(
 
     Raises:
         FrameError: the file or an image cannot be used, is not `native_size` pixels wide and high, or has pixels that
-            are not numbers, have no code, or are all the same.
+            are not numbers, have no code, or are all zero.
     """
     frame = np.empty((len(codings), native_size // reduce, native_size // reduce), np.int16)
     with archives.open_netcdf(path) as file:
@@ -81,9 +81,10 @@ def reduce_frame(
             pooled = avg_pool2d(image[None, None], reduce)[0, 0].numpy()  # (H / reduce, W / reduce) physical
             low, high = pooled.min(), pooled.max()  # NaN when any pixel is
             if not np.isfinite(high - low):
-                raise FrameError(f"{name} has pixels that are not numbers (NaN)")
-            if low == high:
-                raise FrameError(f"{name} is {low:g} {UNITS[name]} in every pixel")
+                share = 1 - np.isfinite(pooled).mean()
+                raise FrameError(f"{name} has pixels that are not numbers (NaN), in {share:.1%} of the image")
+            if low == high == 0:
+                raise FrameError(f"{name} is 0 {UNITS[name]} in every pixel")
             try:
                 frame[i] = coding.encode(physics.to_signed_log(pooled, scalers[name]))
             except ValueError:
