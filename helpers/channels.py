@@ -121,6 +121,8 @@ def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
         raise ValueError(
             f"{path}: {name} needs the numbers mean, std, epsilon and sl_scale_factor, as in {SCALERS_FILE} ({error})."
         ) from error
+    if missing := [name for name in CHANNELS if name not in scalers]:
+        raise ValueError(f"{path} has no constants for {', '.join(missing)}; {SCALERS_FILE} has those of the release.")
     return scalers
 
 
@@ -130,8 +132,7 @@ def stack_scalers(scalers: Mapping[str, Scaler], channels: Sequence[str], traili
     The constants are taken by name in the order of `channels`; use trailing=3 for (C, T, H, W). Raises ValueError when
     a channel has no constants.
     """
-    missing = [name for name in channels if name not in scalers]
-    if missing:
+    if missing := [name for name in channels if name not in scalers]:
         raise ValueError(f"No normalisation constants for {', '.join(missing)}; add them to the file data.scalers.")
     constants = np.array([astuple(scalers[name]) for name in channels], np.float64).T  # (4, C)
     return Scaler(*constants.reshape(4, len(channels), *[1] * trailing))

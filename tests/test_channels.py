@@ -106,6 +106,12 @@ def test_a_wrong_entry_of_a_scalers_file_is_named(tmp_path, entry):
         ch.load_scalers(path)
 
 
+def test_a_file_has_the_constants_of_every_channel(tmp_path):
+    (tmp_path / "scalers.yaml").write_text(yaml.safe_dump({name: CONSTANTS for name in ORDER if name != "hmi_v"}))
+    with pytest.raises(ValueError, match=r"scalers.yaml has no constants for hmi_v; "):
+        ch.load_scalers(tmp_path / "scalers.yaml")
+
+
 def test_a_missing_or_another_file_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.yaml"):
         ch.load_scalers(tmp_path / "none.yaml")

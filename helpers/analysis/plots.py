@@ -121,8 +121,9 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     values = np.concatenate(list(first.values()))
     bins = np.linspace(values.min(), values.max(), 24)
     for split, series in first.items():
-        line.plot(series.index, series, ".", ms=4, color=SPLIT_COLORS[split], label=f"{split} ({len(series)})")
-        histogram.hist(series, bins=bins, orientation="horizontal", alpha=0.6, density=True, color=SPLIT_COLORS[split])
+        color = SPLIT_COLORS[split]
+        line.plot(series.index, series, ".", ms=4, color=color, label=f"{split} ({len(series)})")
+        histogram.hist(series, bins=bins, orientation="horizontal", histtype="step", density=True, color=color)
     if cfg.target.event_threshold is not None:
         line.axhline(cfg.target.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
     means = {"scalar": _label(cfg), "mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}

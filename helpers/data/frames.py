@@ -484,6 +484,8 @@ def make_archive(cfg: Config) -> Archive:
     folder, index = (
         text if text is None or "://" in text else str(cfg.shared.to_read(text)) for text in (data.archive, data.index)
     )
+    if cfg.paths.scratch and not Path(cfg.paths.scratch).is_dir():
+        raise FileNotFoundError(f"There is no folder {cfg.paths.scratch} for downloads (paths.scratch in the config).")
     archive = Archive(folder, None, data.anonymous, data.endpoint_url, data.retries, scratch=cfg.paths.scratch)
     return replace(archive, index=archives.read_index(index, archive)) if index else archive
 
