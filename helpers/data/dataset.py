@@ -28,7 +28,6 @@ from helpers.shared import GB
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
 
-# ---- Image targets, one reader for each kind
 class MaskTargets:
     """Images in files that the label file names, averaged down to `side` pixels."""
 
@@ -92,7 +91,6 @@ def read_mask(path: str, variable: str, side: int) -> Tensor:
     return mask[None]
 
 
-# ---- The dataset
 class SolarDataset(Dataset):
     """Samples of a frame store with their labels.
 
@@ -153,7 +151,6 @@ class SolarDataset(Dataset):
             self._images.memory = {}
 
 
-# ---- Loaders
 @dataclass
 class Loaders:
     """Batches of the three splits, and what is known of the targets from the training split alone.

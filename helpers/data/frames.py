@@ -344,6 +344,7 @@ class BuildReport:
         built, already, missing: numbers of frames that were made, were there, and are not in the archive.
         unreadable: address of a file that could not be used -> why.
         lost: times of the frames that are missing or unreadable.
+        given_up: how many frames were not looked for, because an earlier build could not make them.
         samples, needs: of `prepare_store`: which samples there are, and what building their frames takes, as text.
     """
 
@@ -353,6 +354,7 @@ class BuildReport:
     missing: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     lost: set[np.datetime64] = field(default_factory=set)
+    given_up: int = 0
     seconds: float = 0.0
     bytes_read: int = 0
     samples: Plan | None = None
@@ -362,6 +364,7 @@ class BuildReport:
         speed = f" in {self.seconds:.0f} s, {self.bytes_read / 1e6 / self.seconds:.0f} MB/s" if self.built else ""
         counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
+        lines += [f"  {self.given_up} that could not be made before: `make cache` looks again"] * bool(self.given_up)
         lines += [f"  unreadable: {url}: {reason}" for url, reason in self.unreadable.items()]
         return "\n".join(lines[:11] + [f"  ... and {len(lines) - 11} more"] * (len(lines) > 11))
 
@@ -520,6 +523,7 @@ def prepare_store(
         history |= json.loads(path.with_name(f"{path.name}.builds.json").read_text())
     # whoever may only read the store cannot look again for what its owner did not find
     lost = set() if again and is_writable(path) else {np.datetime64(when) for when in history["lost"]}
+    report.given_up = len(lost)
 
     def may_be_had(frames: np.ndarray) -> np.ndarray:
         gone = np.array(list(lost), "datetime64[s]")

@@ -29,7 +29,6 @@ def main(origin: str, name: str, root: Path = ROOT) -> None:
     print(f"notebooks/{target.name} is yours: a copy of {source.name} that no update of the template touches.")
     print(f"Run it:   make run-notebook NB={stem}     (or open it: make lab)")
     print(f"Keep it:  git add notebooks/{target.name} && git commit -m 'My notebook'")
-    print(f"Functions of your own fit into helpers/{stem}.py, your settings into config.local.yaml.")
 
 
 if __name__ == "__main__":
