@@ -159,7 +159,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, whole):
     cfg = small_config(tmp_path, **OVERRIDES)
     seed_everything(cfg)
     model, loaders = build(), numbers(train_samples=8 * BATCHES)
-    hook = after_steps(2 * BATCHES + 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    hook = after_steps(2 * BATCHES + 2, lambda: signal.raise_signal(signal.SIGINT))
     try:
         with start_run(cfg, name="stopped") as run, pytest.raises(Interrupted) as raised:
             fit(model, loaders, cfg, run=run)
