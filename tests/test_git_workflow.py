@@ -328,6 +328,19 @@ def test_update_explains_a_conflict_until_it_is_finished(clone, same_cell, updat
     assert "not in the way" in (clone / "helpers" / "heads.py").read_text()
 
 
+def test_a_file_that_the_template_deleted_and_you_changed_has_its_way_out(template, clone, update):
+    (clone / "helpers" / "heads.py").write_text("HEADS = 2\n")
+    git(clone, "commit", "-qam", "My heads")
+    git(template, "rm", "-q", "helpers/heads.py")
+    publish(template, message="No heads")
+    done = update()
+    assert done.returncode != 0 and "  helpers/heads.py\n" in done.stdout and "git rm FILE" in done.stdout
+    assert (clone / "helpers" / "heads.py").read_text() == "HEADS = 2\n"
+    git(clone, "rm", "-q", "helpers/heads.py")
+    git(clone, "commit", "-q", "--no-edit")
+    assert update().stdout.startswith("Nothing new")
+
+
 def lesson(*cells: tuple[str, str]):
     return new_notebook(cells=[new_code_cell(source, id=name) for name, source in cells])
 

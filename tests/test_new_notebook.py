@@ -11,6 +11,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 
 from helpers.tools import new_notebook as module
 from helpers.tools.command import Refusal
+from helpers.tools.run_notebook import main as run_notebook
 
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETERS = "profile = None\ntask = None\nrun_name = None\nparameters = {}"
@@ -58,6 +59,12 @@ def test_what_cannot_be_copied_is_said_and_nothing_is_written(course, origin, na
     with pytest.raises(Refusal, match=re.escape(sentence)):
         module.main(origin, name, course)
     assert {path: path.read_bytes() for path in course.rglob("*") if path.is_file()} == before
+
+
+def test_the_copy_runs_as_the_lesson_does(course, capfd):
+    module.main("lesson", "my_ribbons", course)
+    assert run_notebook(["my_ribbons"], course) == 0
+    assert "run my_ribbons-flare-tiny-001" in capfd.readouterr().out
 
 
 def test_copying_a_file_does_not_load_torch():
