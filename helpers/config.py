@@ -596,8 +596,6 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
     if own.lead_minutes and own.direction != "forward":
         yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
-    if kind == "image" and own.target_channels and own.lead_minutes:
-        yield "labels.lead_minutes, labels.target_channels", "of frames, set labels.target_offset_minutes instead"
     if kind == "scalar" and not (own.path and own.value_columns):
         yield "labels.path, labels.value_columns", "scalar labels need a CSV and at least one of its columns"
     if kind != "scalar" and own.variable and not own.path:

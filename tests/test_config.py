@@ -252,7 +252,7 @@ def test_wrong_types_are_named_with_the_item_and_the_value(path, where, value):
 
 
 IMAGE = {"labels.kind": "image", "labels.target_channels": ["hmi_m"], "labels.target_offset_minutes": 60}
-IMAGE |= {"target.metrics": ["correlation"], "labels.lead_minutes": 0}
+IMAGE |= {"target.metrics": ["correlation"]}
 MASK = {"labels.kind": "mask", "labels.variable": "mask", "target.loss": "bce_dice", "target.metrics": ["iou"]}
 
 # overrides -> the keys that are named
@@ -288,7 +288,6 @@ CONTRADICTIONS = [
     (IMAGE | {"labels.variable": "mask"}, "labels.variable, labels.target_channels"),
     (MASK | {"labels.path": None}, "labels.path, labels.variable"),
     (MASK | {"labels.variable": None}, "labels.variable"),
-    (IMAGE | {"labels.lead_minutes": 60}, "labels.lead_minutes, labels.target_channels"),
     (IMAGE | {"labels.target_offset_minutes": -60}, "data.channels, labels.target_channels"),
     (MASK | {"target.loss": "mse"}, "target.loss, labels.kind"),
     (IMAGE | {"target.metrics": ["rmse", "iou"]}, "target.metrics, labels.kind"),
