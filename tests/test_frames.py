@@ -490,6 +490,10 @@ def test_whoever_may_only_read_knows_which_frames_the_owner_did_not_find(folder,
     again = prepare_store(cfg, again=True, progress=False)
     assert (again.built, again.already, again.lost) == (0, 3, set())
     assert again.samples.samples["train"].equals(report.samples.samples["train"])
+    monkeypatch.undo()
+    shutil.copy(folder / "2014/01/20140107_0400.nc", folder / "2014/01/20140107_0300.nc")
+    assert prepare_store(cfg, again=True, progress=False).built == 1
+    assert prepare_store(cfg, progress=False).given_up == 2  # what was made meanwhile is not given up
 
 
 def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, monkeypatch, capsys):

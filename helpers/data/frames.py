@@ -497,9 +497,9 @@ def prepare_store(
     cfg: Config,
     times: Iterable | None = None,
     executor: Executor | None = None,
-    progress=True,
-    plan_only=False,
-    again=False,
+    progress: bool = True,
+    plan_only: bool = False,
+    again: bool = False,
 ) -> BuildReport:
     """Build the frames that samples need and the store lacks; quick when everything is there.
 
@@ -557,7 +557,7 @@ def prepare_store(
         plan = f"{report.samples or ''}\n{report.needs}\n".lstrip()
         if not is_writable(path):
             if data.private_cache and path != cfg.shared.to_write(path):
-                path, there, lost = cfg.shared.to_write(path), there[:0], set()
+                path, there, lost, report.given_up = cfg.shared.to_write(path), there[:0], set(), 0
                 continue
             raise PermissionError(
                 f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds the "
@@ -573,7 +573,7 @@ def prepare_store(
         settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
         report.store = path
         build_store(lacking, path, channels, data.reduce, **settings, report=report)
-        history["lost"] = sorted({*history["lost"], *map(str, report.lost)})
+        history["lost"] = sorted({*history["lost"]} - {*map(str, lacking)} | {*map(str, report.lost)})
         if report.built:
             history["seconds_a_frame"] = report.seconds / report.built
         with atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
