@@ -51,6 +51,22 @@ def make() -> Callable[..., subprocess.CompletedProcess[str]]:
     return call
 
 
+@pytest.fixture(autouse=True, scope="module")
+def seed_module():
+    """The same random weights for a module's fixtures, whichever worker runs it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def seed_test(seed_module: None):
+    """The same random numbers at every run: a tolerance that holds today holds tomorrow."""
+    import torch
+
+    torch.manual_seed(1)
+
+
 @pytest.fixture
 def one_thread():
     """Sums of the same numbers in the same order, whatever else runs here; and processes that may be copied."""
