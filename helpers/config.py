@@ -10,7 +10,7 @@ import difflib
 import importlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -44,6 +44,7 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of targ
     "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("image",)},
     "image": {"loss": ("mse", "mae", "huber"), "metric": ("rmse", "mae", "correlation", "ssim"), "figure": ("image",)},
 }
+SPLITS = ("train", "val", "test")
 _OVERLAYS = {"profiles": "profile", "tasks": "task", "experiments": "experiment"}  # block -> the key that chooses
 
 
@@ -61,6 +62,7 @@ class Paths(_Section):
     runs: Annotated[str, PATH]
     reserve_gb: Annotated[float, Field(ge=0)]
     labels: Annotated[str, PATH]
+    released: Annotated[str, PATH]
     scratch: Annotated[str | None, PATH]
 
 
@@ -100,10 +102,18 @@ class Data(_Section):
 
 class Labels(_Section):
     kind: Literal["scalar", "mask", "image"]
-    path: Annotated[str | None, PATH]
-    time_column: str
+    path: Annotated[str | list[str] | dict[Literal[SPLITS], str | list[str]] | None, PATH]
+    time_column: str | Annotated[list[str], Field(min_length=1)]
     value_columns: list[str]
     transform: Literal["none", "log10", "goes"]
+    fill_values: list[float]
+    zero: Literal["drop", "floor"]
+    unit: str | None
+    window_hours: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    aggregate: Literal["max", "any"]
+    event_at: str | float | None
+    when_none: str | float | None
+    spans_hours: Annotated[float, Field(ge=0)]
     direction: Literal["nearest", "forward", "backward"]
     tolerance_minutes: NotNegative
     lead_minutes: NotNegative
@@ -111,6 +121,8 @@ class Labels(_Section):
     target_channels: list[Channel]
     target_offset_minutes: int
     reduce: Count
+    mask_reduce: Literal["majority", "any", "mean"]
+    reader: Annotated[str, Field(pattern=OWN)] | None
 
 
 class Target(_Section):
@@ -123,23 +135,36 @@ class Target(_Section):
     mask_threshold: Share
 
 
-def _period(times: list[str]) -> list[str]:
-    first, end = (datetime.fromisoformat(time) for time in times)
-    if first.tzinfo or end.tzinfo:
-        raise ValueError("splits are in UTC, like the frames; write them without a time zone")
-    if first >= end:
-        raise ValueError(f"it ends at {end} before it begins at {first}")
-    return times
+def periods_of(given: Sequence[str] | Sequence[Sequence[str]] | None) -> list[Sequence[str]]:
+    """The periods of a split, each its first and end time: one, a list of several, or none."""
+    return [] if not given else [given] if isinstance(given[0], str) else list(given)
 
 
-Period = Annotated[list[str], Field(min_length=2, max_length=2), AfterValidator(_period)]  # ISO dates, the end excluded
+def _periods(given: Any) -> Any:
+    for period in periods_of(given):
+        if len(period) != 2:
+            raise ValueError(f"a period is the time at which it begins and the one at which it ends, not {period}")
+        first, end = (datetime.fromisoformat(time) for time in period)
+        if first.tzinfo or end.tzinfo:
+            raise ValueError("splits are in UTC, like the frames; write them without a time zone")
+        if first >= end:
+            raise ValueError(f"it ends at {end} before it begins at {first}")
+    return given
+
+
+Periods = Annotated[list[str] | list[list[str]] | None, AfterValidator(_periods)]  # ISO dates, the end excluded
 
 
 class Split(_Section):
-    train: Period
-    val: Period
-    test: Period
+    train: Periods
+    val: Periods
+    test: Periods
+    column: str | None
     guard_hours: Annotated[float, Field(ge=0)]
+
+    def periods(self, name: str) -> list[Sequence[str]]:
+        """The periods of the split train, val or test."""
+        return periods_of(getattr(self, name))
 
 
 class Model(_Section):
@@ -423,9 +448,9 @@ def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every entry."""
+    """Dotted key and value of every entry; `labels.path` may be a dict itself."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and f"{prefix}{key}" != "labels.path":
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
@@ -521,7 +546,9 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
     except ValidationError as error:
         for mistake in error.errors():
             key = ".".join(str(part) for part in mistake["loc"] if isinstance(part, str))
-            faulty.add(key)
+            if (kind := next((known for known in _SCHEMA if key.startswith(f"{known}.")), None)) in faulty:
+                continue  # what it would have to be to be of another of several types
+            faulty.add(key := kind or key)
             unset = mistake["type"] == "missing" or mistake["input"] is None
             if key in extras or (unset and not complete):
                 continue  # the cause is in the list already
@@ -543,19 +570,36 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
 
 def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]) -> tuple[dict, dict]:
     """All settings that are paths: as written, but with {seed}, {synthetic} and {labels} filled in; and absolute."""
-    names = {"{labels}": "paths.labels", "{synthetic}": "synthetic.folder", "{seed}": "synthetic.seed"}
+    names = {"{labels}": "paths.labels", "{released}": "paths.released"}
+    names |= {"{synthetic}": "synthetic.folder", "{seed}": "synthetic.seed"}
+
     written, located = {}, {}
-    for key in (key for key, marks in _SCHEMA.items() if PATH in marks and isinstance(values.get(key), str)):
-        text = values[key]
+
+    def fill_in(text: str) -> str:
         for name, source in names.items():
             text = text if values.get(source) is None else text.replace(name, str(values[source]))
         unknown = set(re.findall(r"\{\w+\}", text)) - {"{shared}"}
-        if unknown and key != "paths.labels":  # those who use {labels} say it
+        if unknown and key not in ("paths.labels", "paths.released"):  # those who use {labels} say it
             why = " as synthetic.folder is null (all data is real)" if "{synthetic}" in unknown else ""
             problems.append(f"{key}: {', '.join(unknown)} in {text!r} stands for nothing{why}")
-        written[key] = text
-        located[key] = text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
+        return text
+
+    def locate(text: str) -> str:
+        return text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
+
+    for key in (key for key, marks in _SCHEMA.items() if PATH in marks and values.get(key) is not None):
+        written[key] = _each_text(values[key], fill_in)
+        located[key] = _each_text(written[key], locate)
     return written, located
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A text, or a list or dict of texts, with each of them changed."""
+    if isinstance(value, dict):
+        return {key: _each_text(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_each_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 # ---- Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
@@ -596,6 +640,13 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
     if own.lead_minutes and own.direction != "forward":
         yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
+    if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and kind == "scalar"):
+        yield "labels.window_hours, labels.kind", "a window of events is [first, last] in hours, for scalar labels"
+    if own.window_hours and own.lead_minutes:
+        yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
+    brings = isinstance(own.path, dict) or c.split.column or str(own.path).endswith((".nc", ".nc4", ".h5", ".hdf5"))
+    for name in (name for name in SPLITS if not getattr(c.split, name) and not brings):
+        yield f"split.{name}, labels.path", "a split needs its period, unless the label file brings its own splits"
     if kind == "scalar" and not (own.path and own.value_columns):
         yield "labels.path, labels.value_columns", "scalar labels need a CSV and at least one of its columns"
     if kind != "scalar" and own.variable and not own.path:

@@ -38,6 +38,7 @@ def train_run(cfg: Config) -> str:
     """
     seed_everything(cfg)
     loaders, model = make_loaders(cfg), build_model(cfg)
+    make_accelerator(cfg).print(loaders.report)
     standardise_features(model, loaders, cfg)
     recompute_if_needed(model, next(iter(loaders.val)), cfg)
     with start_run(cfg) if make_accelerator(cfg).is_main_process else nullcontext() as run:

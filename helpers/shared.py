@@ -132,10 +132,20 @@ def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 
                 f'"hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt" to take it from the Hugging Face hub.'
             )
         return path
-    owner, name, filename = address.removeprefix("hf://").split("/", 2)
+    return download(address, shared, reserve_gb, "model.weights")
+
+
+def download(address: str, shared: SharedFolder, reserve_gb: float, setting: str) -> Path:
+    """The local file of "hf://owner/name/file" or "hf://datasets/owner/name/file"; errors as `find_weights` has them.
+
+    Args:
+        setting: where the address stands in the configuration.
+    """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
-    repository, folder = f"{owner}/{name}", f"models--{owner}--{name}"
+    kind = "dataset" if address.startswith("hf://datasets/") else "model"
+    owner, name, filename = address.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
+    repository, folder = f"{owner}/{name}", f"{kind}s--{owner}--{name}"
     private_hub = shared.private.parent / "huggingface" / "hub"
     cache = shared.hub if shared.writable else private_hub
 
@@ -150,15 +160,15 @@ def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 
         if found := downloaded():  # by somebody else, meanwhile
             return found
         try:
-            size = get_hf_file_metadata(hf_hub_url(repository, filename)).size or 0
+            size = get_hf_file_metadata(hf_hub_url(repository, filename, repo_type=kind)).size or 0
             ensure_space(cache, size, reserve_gb, what=filename)
-            path = Path(hf_hub_download(repository, filename, cache_dir=cache))
+            path = Path(hf_hub_download(repository, filename, repo_type=kind, cache_dir=cache))
         except Exception as error:  # each HTTP library has its own kinds
             raise FileNotFoundError(
                 f"{filename} of {repository} could not be downloaded from the Hugging Face hub: "
-                f"{' '.join(str(error).split())} ({type(error).__name__}). Is model.weights in the config right? "
-                f"Without network here, run `hf download {repository} {filename}` on a machine that has it, copy the "
-                "file to this one, and set model.weights to its path."
+                f"{' '.join(str(error).split())} ({type(error).__name__}). Is {setting} in the config right? "
+                f"Without network here, run `hf download {repository} {filename} --repo-type {kind}` on a machine that "
+                f"has it, copy the file to this one, and set {setting} to its path."
             ) from error
         share(cache / folder)
         share(cache / ".locks")

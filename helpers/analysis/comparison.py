@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from helpers.config import Config, settings_that_matter
+from helpers.data.frames import open_store, store_path
+from helpers.data.labels import fingerprint, labels_of, plan_samples
 from helpers.training.tasks import TASKS, ImagePredictions, Predictions, metrics_of
 from helpers.training.tracking import list_runs
 
@@ -32,7 +35,7 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
 
 def find_run(cfg: Config) -> str | None:
     """The newest finished run of exactly these settings that says what it cost (those of `train_run` do), or None."""
-    runs = list_runs(cfg.runs_folder, cfg.experiment, cfg.task, cfg.profile)
+    runs = on_the_same_data(list_runs(cfg.runs_folder, cfg.experiment, cfg.task, cfg.profile), cfg)
     wanted = settings_that_matter(cfg, "resume")
     names = [
         run["name"]
@@ -51,10 +54,9 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     Returns:
         The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
     """
-    runs = list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile)
-    same = np.array([_data(settings) == _data(cfg) for settings in runs["settings"]], bool)
+    runs = on_the_same_data(list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile), cfg)
     columns, found = {}, {}
-    for run in reversed(runs[same].groupby("experiment").tail(1).to_dict("records")):
+    for run in reversed(runs.groupby("experiment").tail(1).to_dict("records")):
         if not (run["folder"] / "predictions_test.csv").exists():
             continue
         predictions = test_predictions(run["folder"], cfg)
@@ -68,8 +70,35 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     return metrics, dict(sorted(found.items()))
 
 
-def _data(settings: Config | dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(DATA)}
+def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
+    """The runs (of `list_runs`) whose data, labels, target and splits are those of `cfg`, as the files are now.
+
+    A run whose settings are the same, but whose labels or frames have changed since, is left out and named.
+    """
+
+    @cache
+    def now(seed: int, samples: int | None) -> str:
+        training = cfg.training.model_copy(update={"max_train_samples": samples})
+        plan = plan_samples(cfg.model_copy(update={"seed": seed, "training": training}), frames, labels)
+        return fingerprint(plan)
+
+    def data(settings: Config | dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(DATA)}
+
+    kept = []
+    frames = labels = None
+    for row, run in runs.iterrows():
+        if data(run["settings"]) != data(cfg):
+            continue
+        if run["data_fingerprint"] is not None:
+            if labels is None:
+                labels = labels_of(cfg)
+                frames = partial(np.isin, test_elements=open_store(store_path(cfg)).times)
+            if now(run["seed"], run["settings"]["training"]["max_train_samples"]) != run["data_fingerprint"]:
+                print(f"Not compared: {run['name']}, whose labels or frames were others than now. Train it again.")
+                continue
+        kept.append(row)
+    return runs.loc[kept]
 
 
 def test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePredictions:

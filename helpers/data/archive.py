@@ -18,6 +18,7 @@ import h5py
 import hdf5plugin  # noqa: F401  (importing it teaches HDF5 the filters LZ4, Zstd and others)
 import numpy as np
 import pandas as pd
+import xarray as xr
 from tenacity import RetryError, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from helpers.shared import DiskFullError, causes, disk_errors
@@ -197,7 +198,7 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
     if times.isna().any():
         row = int(np.flatnonzero(times.isna())[0])
         raise ValueError(
-            f'Row {row + 2} of {where} has "{column.fillna("").iloc[row]}" in its column {column.name}, which is not a '
+            f'Row {column.index[row] + 2} of {where} has "{column.fillna("").iloc[row]}" in its column {column.name}, which is not a '
             f"time. Write times like 2014-01-07 18:00:00 (UTC)."
         )
     return times.dt.tz_localize(None).dt.round("s").astype("datetime64[s]")
@@ -217,19 +218,8 @@ def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
         raise FrameError(f"it cannot be read as NetCDF4 (HDF5): {_first_line(error)}") from None
 
 
-def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int | None = None) -> np.ndarray:
-    """One image of a NetCDF4 file, as its attributes say it is to be understood.
-
-    Args:
-        unit: G, m/s or DN: what the values are converted to; None takes them in the unit that they have.
-        side: the number of pixels that height and width must have; None for any square.
-
-    Returns:
-        (H, W) float32, row = y, unpacked; pixels that the file marks as missing are NaN.
-
-    Raises:
-        FrameError: there is no such variable in this very file, or it is not an image that can be understood.
-    """
+def find_variable(file: h5py.File, name: str) -> h5py.Dataset:
+    """A variable whose values lie in this very file, else a FrameError."""
     variable: h5py.Group | h5py.Dataset = file
     for part in name.split("/"):  # links, external and virtual datasets could make us read files of somebody else
         if not isinstance(variable, h5py.Group) or part not in list(variable):
@@ -241,13 +231,44 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
         raise FrameError(f"{name} is a group, not an image")
     if variable.external or variable.is_virtual:
         raise FrameError(f"the values of {name} lie in other files, which are not read")
-    if variable.dtype.kind not in "iuf":
-        raise FrameError(f"{name} holds {variable.dtype}, not numbers")
+    return variable
+
+
+def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int | None = None) -> np.ndarray:
+    """One image of a NetCDF4 file, as its attributes say it is to be understood.
+
+    Args:
+        unit: as in `read_values`.
+        side: the number of pixels that height and width must have; None for any square.
+
+    Returns:
+        (H, W) float32, row = y, of an image (H, W) or (1, H, W); as `read_values` gives it.
+
+    Raises:
+        FrameError: there is no such variable in this very file, or it is not an image that can be understood.
+    """
+    variable = find_variable(file, name)
     shape = variable.shape or ()
+    shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
     if shape != (side or max(shape, default=1),) * 2:
         raise FrameError(f"{name} has the shape {shape}, expected {(side, side) if side else 'a square'}")
+    values = read_values(file, name, unit).reshape(shape)  # (H, W)
+    dimensions = list(variable.dims)[-2:]
+    axes = [dimension[0].name.rpartition("/")[2] if len(dimension) else dimension.label for dimension in dimensions]
+    return values.T if axes == ["x", "y"] else values
+
+
+def read_values(file: h5py.File, name: str, unit: str | None = None) -> np.ndarray:
+    """The numbers of one variable, float32, unpacked; those that the file marks as missing are NaN.
+
+    Args:
+        unit: what the values are converted to (G, m/s, DN) or must be in; None takes them in the unit that they have.
+    """
+    variable = find_variable(file, name)
+    if variable.dtype.kind not in "iufb":
+        raise FrameError(f"{name} holds {variable.dtype}, not numbers")
     attributes = variable.attrs
-    values = variable[()].astype(np.float32, copy=False)  # (H, W)
+    values = variable[()].astype(np.float32, copy=False)
     for key in ("_FillValue", "missing_value"):
         for fill in np.ravel(attributes.get(key, [])):
             values[values == np.float32(fill)] = np.nan
@@ -256,9 +277,22 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
         values = values * np.float32(scale[0]) + np.float32(offset[0])
     found = attributes.get("units", b"")
     found = (found.decode() if isinstance(found, bytes) else str(found)).strip()
-    if unit and found:
-        if found not in UNIT_FACTORS[unit]:
+    if unit and found and found != unit:
+        if found not in UNIT_FACTORS.get(unit, {}):
             raise FrameError(f"{name} is given in {found}, which cannot be converted to {unit}")
         values = values * np.float32(UNIT_FACTORS[unit][found])
-    axes = [dimension[0].name.rpartition("/")[2] if len(dimension) else dimension.label for dimension in variable.dims]
-    return values.T if axes == ["x", "y"] else values
+    return values
+
+
+def read_times(file: h5py.File, name: str) -> np.ndarray:
+    """The times of one variable, (N,) datetime64[s] in UTC: texts, or numbers with CF units (`hours since ...`)."""
+    variable = find_variable(file, name)
+    if variable.dtype.kind in "OSU":
+        return parse_times(pd.Series(variable.asstr()[()], name=name), "the file").to_numpy()
+    attributes = {key: str(value) for key in ("units", "calendar") if (value := variable.attrs.get(key)) is not None}
+    if " since " not in attributes.get("units", ""):
+        raise FrameError(
+            f"{name} holds no times: neither texts nor numbers with units such as `hours since 2010-01-01`"
+        )
+    times = xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"]
+    return pd.DatetimeIndex(times).round("s").to_numpy("datetime64[s]")

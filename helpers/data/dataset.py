@@ -19,11 +19,11 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from helpers.channels import denormalise, normalise, stack_scalers
-from helpers.config import Config
+from helpers.config import Config, find_named
 from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
-from helpers.data.labels import FrameTarget, Labels, frame_times, plan_samples
-from helpers.shared import GB
+from helpers.data.labels import FrameTarget, Labels, fingerprint, frame_times, plan_samples
+from helpers.shared import GB, download
 
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
@@ -32,17 +32,22 @@ class MaskTargets:
     """Images in files that the label file names, averaged down to `side` pixels."""
 
     def __init__(self, labels: Labels, samples: pd.DataFrame, side: int) -> None:
-        self.paths, self.variable, self.side = labels.paths[samples["label"]], labels.variable, side
+        self.paths, self.labels, self.side = labels.paths[samples["label"]], labels, side
         self.memory: dict[str, Tensor] | None = None  # a dict: what was read stays there
 
     def read(self, row: int) -> Tensor:
         """(1, side, side) float32."""
         path = self.paths[row]
         if self.memory is None:
-            return read_mask(path, self.variable, self.side)
+            return self.reduced(row)
         if path not in self.memory:
-            self.memory[path] = read_mask(path, self.variable, self.side)
+            self.memory[path] = self.reduced(row)
         return self.memory[path]
+
+    def reduced(self, row: int, how: str | None = None) -> Tensor:
+        """The image of a row, read anew, and reduced as `read_mask` does it; None: as the labels say."""
+        own = self.labels
+        return read_mask(self.paths[row], own.variable, self.side, how or own.mask_reduce, own.reader)
 
 
 class ChannelTargets:
@@ -61,17 +66,26 @@ class ChannelTargets:
         return normalise(avg_pool2d(denormalise(image, scaler), self.reduce), scaler)
 
 
-def read_mask(path: str, variable: str, side: int) -> Tensor:
+def read_mask(path: str, variable: str | None, side: int, how: str = "majority", reader: str | None = None) -> Tensor:
     """Read an image target, (1, side, side) float32.
 
-    A larger one is averaged down to `side`; if it holds only 0 and 1, so does the result (1 from one half up).
+    A mask, which holds 0 and 1 (or 255) alone, is reduced to `side` as `how` says: `majority` (1 from one half up),
+    `any` (1 where one pixel is) or `mean` (the share of the pixels). Any other image is averaged.
+
+    Args:
+        reader: `module:function` that returns the image (H, W), row 0 the south, of `path`; None: a NetCDF or HDF5 file.
 
     Raises:
         FrameError: the file or variable cannot be used; the message names the file.
     """
     try:
-        with open_netcdf(path) as file:
-            mask = torch.from_numpy(read_variable(file, variable))
+        if reader:
+            mask = torch.as_tensor(np.array(find_named(reader, {})(path), np.float32))
+        else:
+            with open_netcdf(path) as file:
+                mask = torch.from_numpy(read_variable(file, variable))
+        if mask.ndim != 2 or mask.shape[0] != mask.shape[1]:
+            raise FrameError(f"it has the shape {tuple(mask.shape)}, expected a square")
         size = len(mask)
         if size % side:
             hint = f"; labels.reduce {side // size} times as large would suit it" if side % size == 0 else ""
@@ -84,10 +98,13 @@ def read_mask(path: str, variable: str, side: int) -> Tensor:
         raise FrameError(
             f"The image label {path} cannot be used: {error}. See labels.path and labels.variable."
         ) from None
+    top = 255 if mask.max() > 1 else 1
+    binary = bool(((mask == 0) | (mask == top)).all())
+    mask = mask / top if binary else mask
     if size > side:
-        binary = bool(((mask == 0) | (mask == 1)).all())
         mask = avg_pool2d(mask[None, None], size // side)[0, 0]
-        mask = (mask >= 0.5).float() if binary else mask
+        if binary and how != "mean":
+            mask = (mask >= 0.5 if how == "majority" else mask > 0).float()
     return mask[None]
 
 
@@ -161,6 +178,7 @@ class Loaders:
         target_std: (K,) float32 deviation in label units; 1 for image targets.
         target_span: largest minus smallest value of the training targets.
         report: what was used and what was dropped, to print.
+        fingerprint: of the times and labels of all three splits.
     """
 
     train: DataLoader
@@ -170,6 +188,7 @@ class Loaders:
     target_std: Tensor
     report: str
     target_span: float = 1.0
+    fingerprint: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -215,6 +234,10 @@ def make_loaders(cfg: Config) -> Loaders:
                 f"Not one sample is left of split.{name}, {' to '.join(getattr(cfg.split, name))}:\n{plan}\nThere is: "
                 f"{store}. Build more frames (`make cache`), or correct the splits or section labels of the config."
             )
+    if isinstance(plan.labels, Labels) and plan.labels.paths is not None:
+        for row in pd.concat(plan.samples.values())["label"]:
+            if (address := plan.labels.paths[row]).startswith("hf://"):
+                plan.labels.paths[row] = download(address, cfg.shared, cfg.paths.reserve_gb, "labels.path")
     sets = {
         name: SolarDataset(store, plan.labels, table, cfg.data.offsets_minutes) for name, table in plan.samples.items()
     }
@@ -239,7 +262,35 @@ def make_loaders(cfg: Config) -> Loaders:
         for name, data in sets.items()
     }
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
-    return Loaders(**loaders, **_target_statistics(sets["train"], cfg.labels.kind), report=report)
+    if cfg.labels.kind == "mask":
+        report += check_masks(sets["train"])
+    statistics = _target_statistics(sets["train"], cfg.labels.kind)
+    return Loaders(**loaders, **statistics, report=report, fingerprint=fingerprint(plan))
+
+
+def check_masks(data: SolarDataset) -> str:
+    """A warning for the report where reducing the training masks loses much of them.
+
+    Raises:
+        ValueError: not one pixel of them is inside.
+    """
+    inside = kept = 0.0
+    for count, row in enumerate((*_evenly_spaced(data), *range(len(data)))):
+        if count >= IMAGE_STATISTICS and inside:
+            break  # all of them are looked at only where some of them are empty
+        inside += data._images.reduced(row, "mean").sum().item()
+        kept += (data.target(row) >= 0.5).sum().item()
+    if not kept and data.labels.mask_reduce != "mean":
+        raise ValueError(
+            f"Not one pixel of the training masks is inside after reducing them ({inside:g} pixels before). For thin "
+            f"structures set labels.mask_reduce: any or mean; else look at labels.path and labels.variable."
+        )
+    if data.labels.mask_reduce == "majority" and kept < 0.8 * inside:
+        return (
+            f"\nWARNING: reducing the masks loses {1 - kept / inside:.0%} of what is inside: {inside:.0f} pixels on "
+            f"average become {kept:.0f}. For thin structures set labels.mask_reduce: any or mean."
+        )
+    return ""
 
 
 def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | float]:

@@ -543,7 +543,8 @@ def prepare_store(
         wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
         lacking = np.setdiff1d(wanted, there)
         report.already = len(wanted) - len(lacking) - report.built
-        read_gb = len(lacking) * len(CHANNELS) * data.native_size**2 * FILE_BYTES / GB
+        read_each = len(CHANNELS) * data.native_size**2 * FILE_BYTES / GB
+        read_gb = len(lacking) * read_each
         store_gb = len(lacking) * len(channels) * data.image_size**2 * 2 * COMPRESSED / GB
         report.needs = (
             f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
@@ -552,6 +553,13 @@ def prepare_store(
         )
         if speed := history["seconds_a_frame"]:
             report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
+        if plan_only and times is None:
+            limits = dict.fromkeys(("max_train_samples", "max_val_samples", "max_test_samples"))
+            whole = cfg.model_copy(update={"training": cfg.training.model_copy(update=limits)})
+            count = len(plan_samples(whole, archive.may_have, labels).frames)
+            report.needs += (
+                f"\nall samples, without training.max_..._samples: {count} frames, {count * read_each:.0f} GB to read"
+            )
         if plan_only or exists and not len(lacking):
             return report
         plan = f"{report.samples or ''}\n{report.needs}\n".lstrip()

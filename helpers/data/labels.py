@@ -6,21 +6,38 @@ t + offsets. What finds no partner is dropped and counted. A plan needs no frame
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from helpers.channels import GOES_CLASSES
-from helpers.config import Config
-from helpers.data.archive import parse_times
+from helpers.config import SPLITS, Config, periods_of
+from helpers.data.archive import Archive, FrameError, open_netcdf, parse_times, read_times, read_values
+from helpers.shared import download
 
-QUIET = ("", "FQ", "A0", "A0.0", "NONE", "NAN")  # no flare, hence no flux to take a logarithm of
+QUIET = ("FQ", "A0", "A0.0", "NONE")  # no flare, hence no flux to take a logarithm of
+EMPTY = ("", "NAN", "NA")
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
-SPLITS = ("train", "val", "test")
+NETCDF = (".nc", ".nc4", ".h5", ".hdf5")
+# What stands for no value in the files of OMNI (runs of nines), CDAWeb and NetCDF.
+KNOWN_FILLS = [float(f"{'9' * n}.{'9' * m}") for n in range(1, 9) for m in range(4) if n + m > 3]
+KNOWN_FILLS += [-999, -999.9, -9999, -9999.9, -99999, -99999.9, -32768, -(2.0**31), -(2.0**63), 9.969209968386869e36]
+KNOWN_FILLS += [sign * 10.0**power for sign in (-1, 1) for power in (20, 30, 31, 32, 38)]
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
+ANY_TIME = ("1900-01-01", "2100-01-01")
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie evenly in [0, 1) however many are taken
 
 
 # ---- Reading
@@ -32,9 +49,10 @@ class Labels:
         times: (N,) datetime64[s] in UTC, sorted, each once.
         values: (N, K) float64 in label units after the transform; (N, 0) for masks.
         paths: (N,) mask files, or None for numbers.
-        variable: the variable to read from the mask files.
+        variable, reader, mask_reduce: how mask files are read, as in the section `labels` of the configuration.
         reduce: whole factor by which the masks are smaller than the input.
         dropped: why and how many rows of the file were left out.
+        splits: (N,) train, val or test where the labels bring their own splits, else None.
     """
 
     times: np.ndarray
@@ -43,6 +61,9 @@ class Labels:
     variable: str | None = None
     reduce: int = 1
     dropped: dict[str, int] = field(default_factory=dict)
+    splits: np.ndarray | None = None
+    reader: str | None = None
+    mask_reduce: str = "majority"
 
     def __len__(self) -> int:
         return len(self.times)
@@ -62,116 +83,268 @@ class FrameTarget:
 
 def labels_of(cfg: Config) -> Labels | FrameTarget:
     """The labels that the configuration asks for: numbers, masks, or channels of the frames."""
-    labels = cfg.labels
-    if labels.kind == "image" and labels.target_channels:
-        return FrameTarget(tuple(labels.target_channels), labels.target_offset_minutes, labels.reduce)
-    variable = labels.variable if labels.kind != "scalar" else None
-    path = cfg.shared.to_read(labels.path)
-    return load_labels(path, labels.time_column, labels.value_columns, labels.transform, variable, labels.reduce)
+    own = cfg.labels
+    if own.kind == "image" and own.target_channels:
+        return FrameTarget(tuple(own.target_channels), own.target_offset_minutes, own.reduce)
+    tables, dropped = [], Counter()
+    for split, given in own.path.items() if isinstance(own.path, dict) else [("", own.path)]:
+        for address in [given] if isinstance(given, str) else given:
+            with _local_file(address, cfg) as path:
+                table = read_table(path, own, dropped, address, cfg.split.column)
+            tables.append(table.assign(split=split) if split else table)
+    table = pd.concat(tables, ignore_index=True)
+    if own.window_hours:
+        table = strongest_events(table, cfg, dropped)
+    return _labels(table, own, dropped, f"The label file {own.path}")
 
 
 def load_labels(
     path: str | Path,
-    time_column: str,
+    time_column: str | Sequence[str],
     value_columns: Sequence[str],
     transform: str = "none",
     variable: str | None = None,
     reduce: int = 1,
+    **others: Any,
 ) -> Labels:
-    """Read labels from a CSV with one row a time.
+    """Read labels from one file: a CSV with one row a time, or a NetCDF or HDF5 file with times and vectors.
 
     Args:
-        value_columns: the columns to predict; with `variable` the files named in the column `path` are read instead.
+        time_column: the column of the times, or those of date and time; in a NetCDF file the variable.
+        value_columns: the columns to predict (`label_*` for all that begin so), or variables (N,) or (N, K); with
+            `variable` the files named in the column `path` or `file_path` are read instead.
         transform: none, log10, or goes (class strings such as M2.5 to log10 of the flux in W/m^2).
         variable: the variable of the mask files (relative paths start at the folder of the CSV).
         reduce: whole factor by which the masks are smaller than the input.
+        others: more keys of the section `labels` of the configuration, such as fill_values.
 
     Returns:
         The labels; rows without a usable value are counted in `dropped`; times are converted to UTC.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no CSV, a column is missing, a cell is neither a time nor a value, or one time has two
-            different values.
+        ValueError: it cannot be read, a column is missing, a cell is neither a time nor a value, a number is known to
+            stand for no value, or one time has two different values.
     """
-    path, where = Path(path), f"the label file {path}"
-    table = _read_table(path)
-    columns = ["path"] if variable else list(value_columns)
-    if absent := [name for name in (time_column, *columns) if name not in table]:
+    rules = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, when_none=None)
+    rules |= dict(reader=None, mask_reduce="majority", window_hours=None, aggregate="max", time_column=time_column)
+    rules |= dict(value_columns=value_columns, transform=transform, variable=variable, reduce=reduce)
+    rules, dropped = SimpleNamespace(**rules | others), Counter()
+    return _labels(read_table(Path(path), rules, dropped), rules, dropped, f"The label file {path}")
+
+
+@contextmanager
+def _local_file(address: str, cfg: Config) -> Iterator[Path]:
+    """A label file on this disk: from the Hugging Face hub (kept in the shared cache), s3://, or a path."""
+    if address.startswith("hf://"):
+        yield download(address, cfg.shared, cfg.paths.reserve_gb, "labels.path")
+    elif "://" in address:
+        try:
+            with Archive("s3://", None, cfg.data.anonymous, cfg.data.endpoint_url).local_copy(address) as path:
+                yield path
+        except FrameError as error:
+            raise FileNotFoundError(f"The label file {address}: {error}. Correct labels.path in the config.") from None
+    else:
+        yield cfg.shared.to_read(address)
+
+
+def read_table(
+    path: Path, rules: Any, dropped: Counter[str], address: str | None = None, split_column: str | None = None
+) -> pd.DataFrame:
+    """One label file, a row a label: `time`, `split`, `path` of masks, and numbers 0 ... K-1 in the unit of the file.
+
+    Args:
+        rules: the section `labels` of the configuration.
+        dropped: why and how many rows were left out is added here.
+        address: where the file came from, to which the paths of masks are relative; None: `path`.
+    """
+    address = str(address or path)
+    where = f"the label file {address}"
+    if Path(address).suffix.lower() in NETCDF:
+        table, names = _read_netcdf(path, rules, where)
+        return _without_fills(table, names, rules, where, dropped)
+    cells = _read_csv(path, address)
+    if "present" in cells:
+        absent = cells["present"].str.strip().str.lower().isin(["0", "0.0", "false"])
+        dropped["label not present"] += int(absent.sum())
+        cells = cells[~absent]
+    times = [rules.time_column] if isinstance(rules.time_column, str) else list(rules.time_column)
+    columns = []
+    if rules.kind == "scalar":
+        for name in rules.value_columns:
+            columns += [found for found in cells if fnmatchcase(found, name)] or [name]
+    elif not (rules.reader and {"path", "file_path"}.isdisjoint(cells)):
+        columns = ["file_path" if "file_path" in cells and "path" not in cells else "path"]
+    if absent := [name for name in (*times, *columns, *filter(None, [split_column])) if name not in cells]:
         raise ValueError(
-            f"The label file {path} has no column {', '.join(absent)}; it has {', '.join(table)}. Correct "
+            f"The label file {address} has no column {', '.join(absent)}; it has {', '.join(cells)}. Correct "
             f"labels.time_column or labels.value_columns in the config."
         )
-    times = parse_times(table[time_column], where).to_numpy()
-    if variable:
-        paths, values = np.array([str(path.parent / name) for name in table["path"]]), np.empty((len(table), 0))
-        usable = (table["path"].str.strip() != "").to_numpy()
-    else:
-        read = {"none": _numbers, "log10": _log10, "goes": _goes}[transform]
-        paths, values = None, np.column_stack([read(table[name], where) for name in columns])
-        usable = np.isfinite(values).all(axis=1)
-    reason = "empty" if variable or transform == "none" else "empty, quiet or not positive, so without a logarithm"
-    rows = pd.DataFrame(values).assign(path=paths, time=times)[usable]
-    once = rows.drop_duplicates().sort_values("time", kind="stable")
-    if (twice := once["time"].duplicated()).any():
-        raise ValueError(
-            f"The label file {path} has two different labels for {once['time'][twice].iloc[0]}. Keep one row a time, "
-            f"for example the largest flare."
-        )
-    dropped = {f"label {reason}": int((~usable).sum()), "label row repeated": len(rows) - len(once)}
-    dropped = {why: count for why, count in dropped.items() if count}
-    rows = once.index.to_numpy()
-    return Labels(times[rows], values[rows], paths[rows] if variable else None, variable, reduce, dropped)
+    when = cells[times[0]].str.cat([cells[name] for name in times[1:]], sep=" ").rename(" and ".join(times))
+    split = cells[split_column].str.strip().str.lower().map(SPLIT_NAMES) if split_column else ""
+    table = pd.DataFrame({"time": parse_times(when, where), "split": split})
+    if rules.kind != "scalar":
+        folder = address.rpartition("/")[0] if "://" in address else path.parent
+        names = cells[columns[0]].str.strip() if columns else table["time"].astype(str)
+        join = (lambda name: f"{folder}/{name}") if "://" in address else (lambda name: str(Path(folder, name)))
+        return table.assign(path=[join(name) if name and columns else name for name in names])
+    read = _goes if rules.transform == "goes" else _numbers
+    values = np.column_stack([read(cells[name], where, rules.when_none) for name in columns])
+    table = pd.concat([table, pd.DataFrame(values, cells.index)], axis=1)
+    return _without_fills(table, columns, rules, where, dropped)
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def _read_csv(path: Path, address: str) -> pd.DataFrame:
     """All cells as text; a comma at the end of every row is no further column."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pd.errors.ParserWarning)
             return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no label file {path}. Correct labels.path in the config.") from None
+        raise FileNotFoundError(f"There is no label file {address}. Correct labels.path in the config.") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"The label file {path} cannot be read as a table ({error}). Write a CSV in UTF-8 with a header and one "
-            f"row a time."
+            f"The label file {address} cannot be read as a table ({error}). Write a CSV in UTF-8 with a header and one "
+            f"row a time; other kinds of file end in {', '.join(NETCDF)}."
         ) from None
 
 
-def _numbers(column: pd.Series, where: str) -> np.ndarray:
-    """Cells as float64; empty ones are NaN."""
-    cells = column.str.strip()
-    numbers = pd.to_numeric(cells.replace("", "nan"), errors="coerce").to_numpy(float)
-    wrong = np.isnan(numbers) & ~cells.str.lower().isin(["", "nan", "na"]).to_numpy()
-    wrong |= np.abs(numbers) > LARGEST_NUMBER
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
+def _read_netcdf(path: Path, rules: Any, where: str) -> tuple[pd.DataFrame, list[str]]:
+    """Times and vectors of a NetCDF or HDF5 file, of all splits if it has train_time and the like; and their names."""
+    tables = []
+    try:
+        with open_netcdf(path) as file:
+            splits = [split for split in SPLITS if f"{split}_{rules.time_column}" in file]
+            for split in splits or [""]:
+                prefix = f"{split}_" if splits else ""
+                times = read_times(file, f"{prefix}{rules.time_column}")
+                values = [read_values(file, f"{prefix}{name}", rules.unit) for name in rules.value_columns]
+                values = np.column_stack([v.astype(float) for v in values])  # (N, K), or ValueError
+                if len(values) != len(times):
+                    raise FrameError(f"it has {len(times)} times and {len(values)} rows of values")
+                tables.append(pd.DataFrame(values).assign(time=times, split=split))
+    except FrameError as error:
+        keys = "labels.path, labels.time_column, labels.value_columns and labels.unit"
+        raise ValueError(f"T{where[1:]} cannot be used: {error}. See {keys} in the config.") from None
+    return pd.concat(tables, ignore_index=True), [str(number) for number in range(values.shape[1])]
+
+
+def _without_fills(
+    table: pd.DataFrame, names: Sequence[str], rules: Any, where: str, dropped: Counter[str]
+) -> pd.DataFrame:
+    """The rows without a fill value that the configuration names; any other well-known one is a ValueError."""
+    values = table[list(range(len(names)))].to_numpy(np.float32)
+    filled = np.isin(values, np.float32(rules.fill_values)).any(axis=1)
+    dropped["label is a fill value"] += int(filled.sum())
+    for row, column in np.argwhere(np.isin(values, np.float32(KNOWN_FILLS)) & ~filled[:, None])[:1]:
         raise ValueError(
-            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is not a number '
-            f"below {LARGEST_NUMBER:.1e}. Correct the row; for flare classes such as M2.5 set labels.transform: goes."
+            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its column {names[column]}, which "
+            f"usually stands for no value. Name it in labels.fill_values to leave such rows out."
         )
+    return table[~filled]
+
+
+def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) -> Labels:
+    """Labels of a table (`read_table`): transformed, sorted, each time once."""
+    images, table = rules.kind != "scalar", table.reset_index(drop=True)
+    values = table.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float)  # (N, K)
+    reason = "empty"
+    if rules.transform != "none" and not images and not (rules.window_hours and rules.aggregate == "any"):
+        if rules.zero == "floor":
+            smallest = np.where(values > 0, values, np.inf).min(axis=0)
+            values = np.where(values == 0, smallest, values)
+        values = np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
+        reason = "empty, quiet or not positive, so without a logarithm"
+    usable = (table["path"] != "").to_numpy() if images else np.isfinite(values).all(axis=1)
+    homeless = table["split"].isna().to_numpy()
+    rows = pd.DataFrame(values).assign(**table[[name for name in ("time", "split", "path") if name in table]])
+    rows = rows[usable & ~homeless]
+    once = rows.drop_duplicates().sort_values("time", kind="stable")
+    if (twice := once["time"].duplicated()).any():
+        raise ValueError(
+            f"{where} has two different labels for {once['time'][twice].iloc[0]}. Keep one row a time, for example the "
+            f"largest flare."
+        )
+    dropped |= {f"label {reason}": int((~usable).sum()), "label of no split": int((usable & homeless).sum())}
+    dropped["label row repeated"] += len(rows) - len(once)
+    return Labels(
+        once["time"].to_numpy("datetime64[s]"),
+        values[once.index],
+        once["path"].to_numpy(str) if images else None,
+        rules.variable if images else None,
+        rules.reduce,
+        {why: count for why, count in dropped.items() if count},
+        once["split"].to_numpy(str) if (once["split"] != "").any() else None,
+        rules.reader,
+        rules.mask_reduce,
+    )
+
+
+def _refuse(wrong: np.ndarray, column: pd.Series, where: str, what: str) -> None:
+    """ValueError with the first row and cell of a column that is wrong, if there is one."""
+    for row in np.flatnonzero(wrong)[:1]:
+        raise ValueError(
+            f'Row {column.index[row] + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, {what}'
+        )
+
+
+def _numbers(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray:
+    """Cells as float64; empty ones are NaN."""
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(float)
+    wrong = np.isnan(numbers)
+    wrong[wrong] = ~column[wrong].str.strip().str.upper().isin(EMPTY).to_numpy()
+    _refuse(
+        wrong | (np.abs(numbers) > LARGEST_NUMBER), column, where, f"which is not a number below {LARGEST_NUMBER:.1e}. "
+        f"Correct the row; for flare classes such as M2.5 set labels.transform: goes.",
+    )  # fmt: skip
     return numbers
 
 
-def _log10(column: pd.Series, where: str) -> np.ndarray:
-    numbers = _numbers(column, where)
-    return np.log10(numbers, where=numbers > 0, out=np.full(len(numbers), np.nan))
-
-
-def _goes(column: pd.Series, where: str) -> np.ndarray:
-    """log10 of the flux in W/m^2; NaN for the entries of QUIET, which give no flux."""
+def _goes(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray:
+    """Flux in W/m^2; NaN for empty cells, and for those of QUIET, unless `when_none` says what class that is."""
     cells = column.str.strip().str.upper()
+    cells = cells if when_none is None else cells.replace(dict.fromkeys(QUIET, str(when_none).upper()))
     parts = cells.str.extract(r"^([ABCMX])(\d+(?:\.\d*)?)$")
     flux = parts[0].map(GOES_CLASSES).to_numpy(float) * parts[1].to_numpy(float)
-    wrong = ~(flux > 0) & ~cells.isin(QUIET).to_numpy()
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise ValueError(
-            f'Row {row + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, which is no GOES class. '
-            f"Write a letter of A B C M X and a number, for example M2.5, or leave it empty where there is no flux."
-        )
-    return np.log10(flux, where=flux > 0, out=np.full(len(flux), np.nan))
+    quiet = cells.isin((*QUIET, *EMPTY)).to_numpy()
+    _refuse(
+        ~(flux > 0) & ~quiet, column, where, "which is no GOES class. Write a letter of A B C M X and a number, for "
+        "example M2.5, or leave it empty where there is no flux.",
+    )  # fmt: skip
+    return np.where(quiet, np.nan, flux)
+
+
+def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -> pd.DataFrame:
+    """A row for each sample time t: what starts in (t + first, t + last], the hours of labels.window_hours.
+
+    That is the largest value, or with `labels.aggregate: any` 1 or 0. A window that reaches beyond the first or the
+    last event of the list is left out and counted, because nobody knows what happened there.
+    """
+    own, where = cfg.labels, "labels.when_none and labels.event_at of the config"
+    read = _goes if own.transform == "goes" else _numbers
+    columns = list(range(events.shape[1] - 2))
+    events = events.dropna(subset=columns).sort_values("time")
+    starts, values = events["time"].to_numpy(), events[columns].to_numpy()
+    times = sample_grid(cfg)
+    begin, end = (times + np.timedelta64(round(3600 * hours), "s") for hours in own.window_hours)
+    known = (begin >= starts[:1]) & (end <= starts[-1:])
+    dropped["window beyond the list of events"] += int((~known).sum())
+    first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
+    none = np.full(len(columns), np.nan)
+    if own.when_none is not None:
+        none[:] = read(pd.Series([str(own.when_none)], name="when_none"), where)
+    found = np.array([values[a:b].max(axis=0) if b > a else none for a, b in zip(first, last, strict=True)])
+    if own.aggregate == "any":
+        least = -np.inf if own.event_at is None else read(pd.Series([str(own.event_at)], name="event_at"), where)
+        found = ((found >= least) & (last > first)[:, None]).astype(float)
+    return pd.DataFrame(found[known]).assign(time=times[known], split="")
+
+
+def num_outputs(cfg: Config) -> int:
+    """Numbers, or channels of the image, to predict; a pattern or a variable with vectors is counted in the file."""
+    own = cfg.labels
+    vectors = any(set(name) & set("*?[") for name in own.value_columns) or str(own.path).lower().endswith(NETCDF)
+    return labels_of(cfg).values.shape[1] if vectors and own.kind == "scalar" else cfg.num_outputs
 
 
 # ---- Planning
@@ -240,38 +413,91 @@ def plan_samples(
         ValueError: unusable labels, or windows of two splits that are too close.
     """
     labels = labels_of(cfg) if labels is None else labels
-    spans = {name: getattr(cfg.split, name) for name in SPLITS}
-    check_splits(spans, sample_window(cfg), cfg.split.guard_hours)
-    offsets, unmatched = list(cfg.data.offsets_minutes), {}
+    offsets, unmatched, window = list(cfg.data.offsets_minutes), {}, sample_window(cfg)
+    published = None if isinstance(labels, FrameTarget) else labels.splits
+    if published is None:
+        check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, cfg.split.guard_hours)
     if isinstance(labels, FrameTarget):
         offsets.append(labels.offset_minutes)
-        every = f"{cfg.data.every_minutes}min"  # counted from midnight
-        within = [
-            pd.date_range(pd.Timestamp(a).ceil(every), b, freq=every, inclusive="left") for a, b in spans.values()
-        ]
-        table = pd.DataFrame({"time": np.concatenate(within).astype("datetime64[s]")})
+        table = pd.DataFrame({"time": sample_grid(cfg)})
     else:
         rules = cfg.labels.lead_minutes, cfg.labels.direction, cfg.labels.tolerance_minutes
         table, unmatched = match(labels, *rules, cfg.data.cadence_minutes)
-    samples, candidates, dropped = {}, {}, {}
     offsets = tuple(sorted(set(offsets)))
-    for name, (start, end) in spans.items():
-        inside = table[(table["time"] >= pd.Timestamp(start)) & (table["time"] < pd.Timestamp(end))]
-        complete = np.ones(len(inside), bool)
-        if usable and len(inside):
-            times = frame_times(inside["time"], offsets)
-            there = times[usable(times)]
+    times = table["time"].to_numpy()
+    inside = {name: np.zeros(len(table), bool) for name in SPLITS}
+    for name in SPLITS:
+        for start, end in cfg.split.periods(name) or [ANY_TIME]:
+            inside[name] |= (times >= np.datetime64(start, "s")) & (times < np.datetime64(end, "s"))
+        if published is not None:
+            inside[name] &= published[table["label"]] == name
+    near = {name: np.zeros(len(table), bool) for name in SPLITS}
+    if published is not None:
+        near = _near_a_later_split(times, inside, window, cfg.split.guard_hours)
+    samples, candidates, dropped = {}, {}, {}
+    for name in SPLITS:
+        rows = table[inside[name] & ~near[name]]
+        complete = np.ones(len(rows), bool)
+        if usable and len(rows):
+            frames = frame_times(rows["time"], offsets)
+            there = frames[usable(frames)]
             for minutes in offsets:
-                complete &= np.isin(inside["time"].to_numpy() + np.timedelta64(minutes, "m"), there)
-        order = np.random.default_rng(cfg.seed).permutation(len(inside))
-        most = getattr(cfg.training, f"max_{name}_samples") or len(inside)
+                complete &= np.isin(rows["time"].to_numpy() + np.timedelta64(minutes, "m"), there)
+        values = np.zeros((len(rows), 1)) if isinstance(labels, FrameTarget) else labels.values[rows["label"]]
+        order = spread_out(values if name == "train" else values[:, :0], cfg.seed)
+        most = getattr(cfg.training, f"max_{name}_samples") or len(rows)
         last = np.searchsorted(complete[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]
-        samples[name] = inside.iloc[np.sort(looked_at[complete[looked_at]])].reset_index(drop=True)
-        lacking = int((~complete[looked_at]).sum())
-        dropped[name] = {f"a frame at {' or '.join(map(str, offsets))} min": lacking} if lacking else {}
-        candidates[name] = len(inside)
+        samples[name] = rows.iloc[np.sort(looked_at[complete[looked_at]])].reset_index(drop=True)
+        reasons = {
+            f"a frame at {' or '.join(map(str, offsets))} min": int((~complete[looked_at]).sum()),
+            f"{cfg.split.guard_hours:g} h between it and a later split": int((inside[name] & near[name]).sum()),
+        }
+        dropped[name] = {reason: count for reason, count in reasons.items() if count}
+        candidates[name] = int(inside[name].sum())
     return Plan(labels, offsets, samples, candidates, dropped, unmatched)
+
+
+def spread_out(values: np.ndarray, seed: int) -> np.ndarray:
+    """A seeded order of candidates (N, K), sorted by time, of which any first part is spread evenly over the whole time.
+
+    Where the values are one column of 0 and 1, each first part holds both in the shares that they have altogether.
+    """
+    kinds = values[:, 0] if values.shape[1] == 1 and np.isin(values, (0, 1)).all() else np.zeros(len(values))
+    number = pd.Series(kinds).groupby(kinds).cumcount().to_numpy()  # of each candidate among those of its kind
+    return np.argsort((number * GOLDEN + np.random.default_rng(seed).random()) % 1, kind="stable")
+
+
+def sample_grid(cfg: Config) -> np.ndarray:
+    """Times in the splits at every multiple of data.every_minutes from midnight, (N,) datetime64[s], sorted."""
+    every, periods = f"{cfg.data.every_minutes}min", [period for name in SPLITS for period in cfg.split.periods(name)]
+    within = [pd.date_range(pd.Timestamp(a).ceil(every), b, freq=every, inclusive="left") for a, b in periods]
+    return np.unique(np.concatenate(within).astype("datetime64[s]"))
+
+
+def _near_a_later_split(
+    times: np.ndarray, inside: dict[str, np.ndarray], window: tuple[pd.Timedelta, pd.Timedelta], guard_hours: float
+) -> dict[str, np.ndarray]:
+    """Samples whose window ends less than the guard before that of a later sample of another split begins."""
+    reach = (window[1] - window[0] + pd.Timedelta(guard_hours, "h")).to_timedelta64()
+    near = {}
+    for name, own in inside.items():
+        others = np.r_[times[~own & np.logical_or.reduce(list(inside.values()))], np.datetime64(ANY_TIME[1], "s")]
+        later = np.minimum(np.searchsorted(others, times, side="right"), len(others) - 1)
+        near[name] = own & (others[later] - times < reach)
+    return near
+
+
+def fingerprint(plan: Plan) -> str:
+    """Tells apart the times and labels of two plans, of all three splits: a corrected label changes it."""
+    digest, labels = hashlib.sha256(), plan.labels
+    for table in plan.samples.values():
+        digest.update(repr([time.isoformat() for time in table["time"]]).encode())
+        if isinstance(labels, Labels):
+            digest.update(labels.values[table["label"]].tobytes())
+            for path in labels.paths[table["label"]] if labels.paths is not None else ():
+                digest.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())
+    return digest.hexdigest()[:16]
 
 
 def match(
@@ -313,18 +539,26 @@ def sample_window(cfg: Config) -> tuple[pd.Timedelta, pd.Timedelta]:
         late = labels.target_offset_minutes
     else:
         late = labels.lead_minutes + (labels.tolerance_minutes if labels.direction != "backward" else 0)
+        late = 60 * labels.window_hours[1] if labels.window_hours else late + 60 * labels.spans_hours
     return pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(late, 0, *offsets), "min")
 
 
 def check_splits(
-    splits: dict[str, Sequence[str]], window: tuple[pd.Timedelta, pd.Timedelta], guard_hours: float
+    splits: dict[str, Sequence[str] | Sequence[Sequence[str]]],
+    window: tuple[pd.Timedelta, pd.Timedelta],
+    guard_hours: float,
 ) -> None:
-    """Raise ValueError when windows of two splits overlap or come closer than the guard: that leaks the answers."""
+    """Raise ValueError when windows of two splits overlap or come closer than the guard: that leaks the answers.
+
+    Args:
+        splits: of each split its first and end time, or a list of these.
+    """
     before, after = window
-    spans = sorted((pd.Timestamp(a) + before, pd.Timestamp(b) + after, name) for name, (a, b) in splits.items())
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
+    periods = [(name, period) for name, given in splits.items() for period in periods_of(given)]
+    spans = sorted((pd.Timestamp(a) + before, pd.Timestamp(b) + after, name) for name, (a, b) in periods)
+    for (_, end, first), (start, _, second) in combinations(spans, 2):
         gap = (start - end).total_seconds() / 3600
-        if gap < guard_hours:
+        if first != second and gap < guard_hours:
             how = f"overlap by {-gap:.1f} h" if gap < 0 else f"are {gap:.1f} h apart"
             raise ValueError(
                 f"The windows of split.{first} and split.{second} {how}, but split.guard_hours asks for "

@@ -18,6 +18,7 @@ from einops.layers.torch import Reduce
 from torch import Tensor, nn
 
 from helpers.config import Config, pooling_problems
+from helpers.data.labels import num_outputs
 from helpers.model.encoder import SuryaEncoder, to_working_dtype
 
 Batch = Mapping[str, Tensor]
@@ -158,7 +159,7 @@ class Specformer1D(FeatureModel):
 def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer2D":
     """The model of a configuration on this encoder: Specformer1D for numbers, Specformer2D for masks and images."""
     if cfg.labels.kind == "scalar":
-        return Specformer1D(encoder, cfg.num_outputs, cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
+        return Specformer1D(encoder, num_outputs(cfg), cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
     return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.reduce)
 
 
@@ -169,7 +170,7 @@ def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
         return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
     own = [cfg.scalers[name] for name in cfg.data.channels]
     mean, std = [scaler.mean for scaler in own], [scaler.std + scaler.epsilon for scaler in own]
-    return LinearBaseline1D(in_chans, cfg.num_outputs, frames, mean, std)
+    return LinearBaseline1D(in_chans, num_outputs(cfg), frames, mean, std)
 
 
 class PixelDecoder(nn.Conv2d):

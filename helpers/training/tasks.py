@@ -137,7 +137,7 @@ class ImageCollector:
     """
 
     def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None, masks: bool) -> None:
-        self._metrics, self._detailed, self._masks = metrics, samples is not None, masks
+        self._metrics, self._detailed, self._masks, self._inside = metrics, samples is not None, masks, False
         self._drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
         self._rows: list[dict[str, Any]] = []
         self._examples: list[dict[str, Any]] = []
@@ -145,6 +145,7 @@ class ImageCollector:
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
         """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
         judged = (target >= 0.5).int() if self._masks else target
+        self._inside = self._inside or self._masks and bool(judged.any())
         if not self._detailed:
             for metric in self._metrics.values():
                 metric.update(prediction, judged)
@@ -159,7 +160,8 @@ class ImageCollector:
 
     def predictions(self) -> ImagePredictions:
         """What was kept, in the order of time."""
-        values = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        nothing = self._masks and not self._inside  # then an empty mask would be a perfect one
+        values = {name: math.nan if nothing else float(metric.compute()) for name, metric in self._metrics.items()}
         scores = pd.DataFrame(self._rows, columns=["timestamp", *values, "target_mean"])
         examples = sorted(self._examples, key=lambda example: example["timestamp"])
         return ImagePredictions(values, scores.sort_values("timestamp", ignore_index=True), examples)

@@ -182,7 +182,7 @@ def list_runs(
     A run whose record cannot be read is left out and named.
 
     Returns:
-        The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), and the metrics.
+        The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), data_fingerprint, and the metrics.
     """
     columns, rows = ["name", "experiment", "task", "profile", "finished"], []
     wanted = {"experiment": experiment, "task": task, "profile": profile}
@@ -193,10 +193,11 @@ def list_runs(
             if fits and summary["status"] == "finished":
                 settings = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
                 own = {"seed": settings["seed"], "folder": path.parent, "settings": settings}
+                own["data_fingerprint"] = summary.get("data_fingerprint")
                 rows.append({**{key: summary[key] for key in columns}, **own, **summary["metrics"]})
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             print(f"Left out: {path.parent}, whose record is damaged ({type(error).__name__}: {error}).")
-    table = pd.DataFrame(rows, columns=None if rows else [*columns, "seed", "folder", "settings"])
+    table = pd.DataFrame(rows, columns=None if rows else [*columns, "seed", "folder", "settings", "data_fingerprint"])
     return table.sort_values("finished", ignore_index=True)
 
 
