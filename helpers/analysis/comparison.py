@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from helpers.config import Config, settings_that_matter
+from helpers.data.dataset import fingerprint, make_datasets
 from helpers.data.frames import open_store, store_path
-from helpers.data.labels import fingerprint, labels_of, plan_samples
+from helpers.data.labels import labels_of, plan_samples
 from helpers.training.tasks import TASKS, ImagePredictions, Predictions, metrics_of
 from helpers.training.tracking import list_runs
 
@@ -79,21 +80,23 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     @cache
     def now(seed: int, samples: int | None) -> str:
         training = cfg.training.model_copy(update={"max_train_samples": samples})
-        plan = plan_samples(cfg.model_copy(update={"seed": seed, "training": training}), frames, labels)
-        return fingerprint(plan)
+        plan = plan_samples(cfg.model_copy(update={"seed": seed, "training": training}), stored, labels)
+        return fingerprint(make_datasets(plan, store, cfg).values())
+
+    def stored(times: np.ndarray) -> np.ndarray:
+        return np.isin(times, store.times)
 
     def data(settings: Config | dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(DATA)}
 
     kept = []
-    frames = labels = None
+    store = labels = None
     for row, run in runs.iterrows():
         if data(run["settings"]) != data(cfg):
             continue
         if run["data_fingerprint"] is not None:
             if labels is None:
-                labels = labels_of(cfg)
-                frames = partial(np.isin, test_elements=open_store(store_path(cfg)).times)
+                store, labels = open_store(store_path(cfg)), labels_of(cfg)
             if now(run["seed"], run["settings"]["training"]["max_train_samples"]) != run["data_fingerprint"]:
                 print(f"Not compared: {run['name']}, whose labels or frames were others than now. Train it again.")
                 continue

@@ -198,8 +198,8 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
     if times.isna().any():
         row = int(np.flatnonzero(times.isna())[0])
         raise ValueError(
-            f'Row {column.index[row] + 2} of {where} has "{column.fillna("").iloc[row]}" in its column {column.name}, which is not a '
-            f"time. Write times like 2014-01-07 18:00:00 (UTC)."
+            f'Row {column.index[row] + 2} of {where} has "{column.fillna("").iloc[row]}" in its column {column.name}, '
+            f"which is not a time. Write times like 2014-01-07 18:00:00 (UTC)."
         )
     return times.dt.tz_localize(None).dt.round("s").astype("datetime64[s]")
 
@@ -218,8 +218,8 @@ def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
         raise FrameError(f"it cannot be read as NetCDF4 (HDF5): {_first_line(error)}") from None
 
 
-def find_variable(file: h5py.File, name: str) -> h5py.Dataset:
-    """A variable whose values lie in this very file, else a FrameError."""
+def find_variable(file: h5py.File, name: str, kinds: str = "iufb") -> h5py.Dataset:
+    """A variable whose values lie in this very file, and are of one of numpy's `kinds`, else a FrameError."""
     variable: h5py.Group | h5py.Dataset = file
     for part in name.split("/"):  # links, external and virtual datasets could make us read files of somebody else
         if not isinstance(variable, h5py.Group) or part not in list(variable):
@@ -231,6 +231,8 @@ def find_variable(file: h5py.File, name: str) -> h5py.Dataset:
         raise FrameError(f"{name} is a group, not an image")
     if variable.external or variable.is_virtual:
         raise FrameError(f"the values of {name} lie in other files, which are not read")
+    if variable.dtype.kind not in kinds:
+        raise FrameError(f"{name} holds {variable.dtype}, not numbers")
     return variable
 
 
@@ -265,8 +267,6 @@ def read_values(file: h5py.File, name: str, unit: str | None = None) -> np.ndarr
         unit: what the values are converted to (G, m/s, DN) or must be in; None takes them in the unit that they have.
     """
     variable = find_variable(file, name)
-    if variable.dtype.kind not in "iufb":
-        raise FrameError(f"{name} holds {variable.dtype}, not numbers")
     attributes = variable.attrs
     values = variable[()].astype(np.float32, copy=False)
     for key in ("_FillValue", "missing_value"):
@@ -286,7 +286,7 @@ def read_values(file: h5py.File, name: str, unit: str | None = None) -> np.ndarr
 
 def read_times(file: h5py.File, name: str) -> np.ndarray:
     """The times of one variable, (N,) datetime64[s] in UTC: texts, or numbers with CF units (`hours since ...`)."""
-    variable = find_variable(file, name)
+    variable = find_variable(file, name, "iufOSU")
     if variable.dtype.kind in "OSU":
         return parse_times(pd.Series(variable.asstr()[()], name=name), "the file").to_numpy()
     attributes = {key: str(value) for key in ("units", "calendar") if (value := variable.attrs.get(key)) is not None}

@@ -6,10 +6,12 @@ which samples there are.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -22,7 +24,7 @@ from helpers.channels import denormalise, normalise, stack_scalers
 from helpers.config import Config, find_named
 from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
-from helpers.data.labels import FrameTarget, Labels, fingerprint, frame_times, plan_samples
+from helpers.data.labels import FrameTarget, Labels, Plan, frame_times, plan_samples
 from helpers.shared import GB, download
 
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
@@ -73,7 +75,7 @@ def read_mask(path: str, variable: str | None, side: int, how: str = "majority",
     `any` (1 where one pixel is) or `mean` (the share of the pixels). Any other image is averaged.
 
     Args:
-        reader: `module:function` that returns the image (H, W), row 0 the south, of `path`; None: a NetCDF or HDF5 file.
+        reader: `module:function` that returns the image (H, W) of `path`, row 0 the south; None: NetCDF or HDF5.
 
     Raises:
         FrameError: the file or variable cannot be used; the message names the file.
@@ -178,7 +180,6 @@ class Loaders:
         target_std: (K,) float32 deviation in label units; 1 for image targets.
         target_span: largest minus smallest value of the training targets.
         report: what was used and what was dropped, to print.
-        fingerprint: of the times and labels of all three splits.
     """
 
     train: DataLoader
@@ -188,7 +189,6 @@ class Loaders:
     target_std: Tensor
     report: str
     target_span: float = 1.0
-    fingerprint: str = ""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -218,6 +218,19 @@ class Loaders:
         return tables
 
 
+def make_datasets(plan: Plan, store: FrameStore, cfg: Config) -> dict[str, SolarDataset]:
+    """The samples of each split; mask files on the Hugging Face hub are downloaded into the shared cache first."""
+    if isinstance(plan.labels, Labels) and plan.labels.paths is not None:
+        local = plan.labels.paths.astype(object)
+        for row in pd.concat(plan.samples.values())["label"]:
+            if local[row].startswith("hf://"):
+                local[row] = str(download(local[row], cfg.shared, cfg.paths.reserve_gb, "labels.path"))
+        plan = replace(plan, labels=replace(plan.labels, paths=local))
+    return {
+        name: SolarDataset(store, plan.labels, table, cfg.data.offsets_minutes) for name, table in plan.samples.items()
+    }
+
+
 def make_loaders(cfg: Config) -> Loaders:
     """Make loaders for the samples of train, validation and test whose frames are in the store.
 
@@ -234,13 +247,7 @@ def make_loaders(cfg: Config) -> Loaders:
                 f"Not one sample is left of split.{name}, {' to '.join(getattr(cfg.split, name))}:\n{plan}\nThere is: "
                 f"{store}. Build more frames (`make cache`), or correct the splits or section labels of the config."
             )
-    if isinstance(plan.labels, Labels) and plan.labels.paths is not None:
-        for row in pd.concat(plan.samples.values())["label"]:
-            if (address := plan.labels.paths[row]).startswith("hf://"):
-                plan.labels.paths[row] = download(address, cfg.shared, cfg.paths.reserve_gb, "labels.path")
-    sets = {
-        name: SolarDataset(store, plan.labels, table, cfg.data.offsets_minutes) for name, table in plan.samples.items()
-    }
+    sets = make_datasets(plan, store, cfg)
     masks = sum(len(data) for data in sets.values() if data.targets is None) * store.side**2 * 4
     in_memory = len(plan.frames) * store.frame_bytes + masks <= cfg.data.memory_cache_gb * GB
     if in_memory:
@@ -262,35 +269,34 @@ def make_loaders(cfg: Config) -> Loaders:
         for name, data in sets.items()
     }
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
-    if cfg.labels.kind == "mask":
-        report += check_masks(sets["train"])
+    if cfg.labels.kind == "mask" and cfg.labels.mask_reduce == "majority":
+        report += lost_by_reducing(sets["train"])
     statistics = _target_statistics(sets["train"], cfg.labels.kind)
-    return Loaders(**loaders, **statistics, report=report, fingerprint=fingerprint(plan))
+    return Loaders(**loaders, **statistics, report=report)
 
 
-def check_masks(data: SolarDataset) -> str:
-    """A warning for the report where reducing the training masks loses much of them.
+def fingerprint(splits: Iterable[SolarDataset]) -> str:
+    """Tells the times and labels of samples apart: a corrected label, or mask file, changes it."""
+    digest = hashlib.sha256()
+    for data in splits:
+        digest.update(repr([time.isoformat() for time in data.samples["time"]]).encode())
+        digest.update(b"" if data.targets is None else data.targets.double().numpy().tobytes())
+        for path in getattr(getattr(data, "_images", None), "paths", ()):
+            digest.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())
+    return digest.hexdigest()[:16]
 
-    Raises:
-        ValueError: not one pixel of them is inside.
-    """
-    inside = kept = 0.0
-    for count, row in enumerate((*_evenly_spaced(data), *range(len(data)))):
-        if count >= IMAGE_STATISTICS and inside:
-            break  # all of them are looked at only where some of them are empty
-        inside += data._images.reduced(row, "mean").sum().item()
-        kept += (data.target(row) >= 0.5).sum().item()
-    if not kept and data.labels.mask_reduce != "mean":
-        raise ValueError(
-            f"Not one pixel of the training masks is inside after reducing them ({inside:g} pixels before). For thin "
-            f"structures set labels.mask_reduce: any or mean; else look at labels.path and labels.variable."
-        )
-    if data.labels.mask_reduce == "majority" and kept < 0.8 * inside:
-        return (
-            f"\nWARNING: reducing the masks loses {1 - kept / inside:.0%} of what is inside: {inside:.0f} pixels on "
-            f"average become {kept:.0f}. For thin structures set labels.mask_reduce: any or mean."
-        )
-    return ""
+
+def lost_by_reducing(data: SolarDataset) -> str:
+    """A warning for the report where a majority of pixels loses more than a fifth of what is inside of the masks."""
+    rows = _evenly_spaced(data)
+    before = sum(data._images.reduced(row, "mean").sum().item() for row in rows)
+    after = sum(data.target(row).sum().item() for row in rows)
+    if after >= 0.8 * before:
+        return ""
+    return (
+        f"\nWARNING: of {before:.0f} pixels inside, {after:.0f} are left when the masks are reduced by majority. Set "
+        f"labels.mask_reduce: any or mean for thin structures."
+    )
 
 
 def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | float]:
@@ -298,6 +304,8 @@ def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | floa
     targets = data.targets
     if targets is None:
         rows, mean, low, high = _evenly_spaced(data), torch.zeros(1), math.inf, -math.inf
+        if kind == "mask" and not any(data.target(row).any() for row in rows):
+            rows = np.arange(len(data))  # the others may hold something
         for image in map(data.target, rows):  # (C, H, W), one in memory at a time
             mean, low, high = mean + image / len(rows), min(low, image.min().item()), max(high, image.max().item())
         if kind == "mask" and not 0 <= low <= high <= 1:

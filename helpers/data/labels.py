@@ -6,7 +6,6 @@ t + offsets. What finds no partner is dropped and counted. A plan needs no frame
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -459,7 +458,7 @@ def plan_samples(
 
 
 def spread_out(values: np.ndarray, seed: int) -> np.ndarray:
-    """A seeded order of candidates (N, K), sorted by time, of which any first part is spread evenly over the whole time.
+    """A seeded order of candidates (N, K), sorted by time, of which each first part is spread over the whole time.
 
     Where the values are one column of 0 and 1, each first part holds both in the shares that they have altogether.
     """
@@ -486,18 +485,6 @@ def _near_a_later_split(
         later = np.minimum(np.searchsorted(others, times, side="right"), len(others) - 1)
         near[name] = own & (others[later] - times < reach)
     return near
-
-
-def fingerprint(plan: Plan) -> str:
-    """Tells apart the times and labels of two plans, of all three splits: a corrected label changes it."""
-    digest, labels = hashlib.sha256(), plan.labels
-    for table in plan.samples.values():
-        digest.update(repr([time.isoformat() for time in table["time"]]).encode())
-        if isinstance(labels, Labels):
-            digest.update(labels.values[table["label"]].tobytes())
-            for path in labels.paths[table["label"]] if labels.paths is not None else ():
-                digest.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())
-    return digest.hexdigest()[:16]
 
 
 def match(

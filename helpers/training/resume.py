@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from helpers.config import Config, settings_that_matter
-from helpers.data.dataset import Loaders
+from helpers.data.dataset import Loaders, fingerprint
 from helpers.model.checkpoint import CheckpointError, loaded_from, read_file, trained_state
 from helpers.shared import atomic_write, remove_leftovers
 from helpers.training.tracking import STATE
@@ -145,5 +145,6 @@ class RunState:
 
 def origin_of(cfg: Config, loaders: Loaders, model: nn.Module) -> dict[str, Any]:
     """What a training comes from: its settings, the fingerprint of its data, and that of the weights it starts from."""
+    splits = [getattr(loaders, name).dataset for name in loaders.sizes]
     settings = settings_that_matter(cfg, "resume")
-    return {"config": settings, "data": loaders.fingerprint, "checkpoint": loaded_from(model)}
+    return {"config": settings, "data": fingerprint(splits), "checkpoint": loaded_from(model)}

@@ -257,7 +257,10 @@ class MaskTask(ImageTask):
         share = self.loaders.target_mean.mean().item()
         if not 0 < share < 1:
             where = "outside" if share == 0 else "inside"
-            raise ValueError(f"Every pixel of the training masks is {where}, so there is nothing to tell apart.")
+            raise ValueError(
+                f"Every pixel of the training masks is {where}, so there is nothing to tell apart. Look at "
+                f"labels.path; thin structures vanish in reduced masks, unless labels.mask_reduce is any or mean."
+            )
         return share
 
     @property

@@ -182,7 +182,8 @@ def list_runs(
     A run whose record cannot be read is left out and named.
 
     Returns:
-        The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), data_fingerprint, and the metrics.
+        The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), data_fingerprint, and
+        the metrics.
     """
     columns, rows = ["name", "experiment", "task", "profile", "finished"], []
     wanted = {"experiment": experiment, "task": task, "profile": profile}
