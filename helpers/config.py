@@ -38,8 +38,8 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of target; the first figure is the default
     "scalar": {
         "loss": ("mse", "mae", "huber"),
-        "metric": ("rmse", "mae", "r2", "rrse", "tss", "hss"),
-        "figure": ("scatter",),
+        "metric": ("rmse", "mae", "mape", "r2", "rrse", "tss", "hss"),
+        "figure": ("scatter", "spectrum"),
     },
     "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("image",)},
     "image": {"loss": ("mse", "mae", "huber"), "metric": ("rmse", "mae", "correlation", "ssim"), "figure": ("image",)},
@@ -123,6 +123,10 @@ class Labels(_Section):
     reduce: Count
     mask_reduce: Literal["majority", "any", "mean"]
     reader: Annotated[str, Field(pattern=OWN)] | None
+
+    def physical(self, values: Any) -> Any:
+        """From target units to physical values: 10**x where the transform took a logarithm."""
+        return values if self.transform == "none" else 10**values
 
 
 class Target(_Section):

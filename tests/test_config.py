@@ -292,6 +292,7 @@ CONTRADICTIONS = [
     (MASK | {"target.loss": "mse"}, "target.loss, labels.kind"),
     (IMAGE | {"target.metrics": ["rmse", "iou"]}, "target.metrics, labels.kind"),
     ({"target.plot": "image"}, "target.plot, labels.kind"),
+    ({"target.plot": "spectrum"}, "target.plot, labels.value_columns"),  # of one number
     ({"target.loss": "nowhere.at_all:loss"}, "target.loss"),
     ({"target.loss": "math:pi"}, "target.loss"),
     ({"target.metrics": ["math:floor"]}, "target.metrics"),
@@ -338,6 +339,7 @@ def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
         {"lora.qkv": [], "lora.targets": ["fc1"]},
         {"model.weights": None, "model.weights_channels": []},
         {"target.event_threshold": None},
+        {"target.plot": "spectrum", "labels.value_columns": ["goes_class", "another"]},
         {"training.lr": 1},  # a whole number is a number
     ],
 )

@@ -2,17 +2,20 @@
 
 import math
 import warnings
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.analysis.plots import PLOTS
-from helpers.config import KINDS
+from helpers.config import KINDS, load_config
 from helpers.training import metrics
-from helpers.training.metrics import IMAGES, NUMBERS
+from helpers.training.metrics import IMAGES, NUMBERS, NumberMetric
 from helpers.training.tasks import LOSSES, ImageCollector
 
+ROOT = Path(__file__).parents[1]
 ALL = list(NUMBERS)
 
 
@@ -39,6 +42,7 @@ def formulas(p: np.ndarray, t: np.ndarray, threshold: float) -> dict[str, float]
     return {
         "rmse": np.sqrt(np.mean((p - t) ** 2)),
         "mae": np.mean(np.abs(p - t)),
+        "mape": 100 * np.mean(np.abs(p / t - 1)),
         "r2": 1 - np.sum((p - t) ** 2) / np.sum((t - t.mean()) ** 2),
         "rrse": np.sqrt(np.sum((p - t) ** 2) / np.sum((t - t.mean()) ** 2)),
         "tss": hits / (hits + misses) - false / (false + quiet),
@@ -108,8 +112,85 @@ def test_what_is_relative_to_the_spread_needs_a_spread():
 
 def test_predictions_that_are_not_numbers_are_not_hidden():
     prediction = torch.tensor([[1.0], [float("nan")]])
-    found = compute_metrics(prediction, torch.tensor([[1.0], [2.0]]), ["rmse", "mae", "r2", "rrse", "tss", "hss"], 1.5)
+    found = compute_metrics(prediction, torch.tensor([[1.0], [2.0]]), ALL, 1.5)
     assert all(math.isnan(value) for value in found.values()), found
+
+
+def test_an_output_that_cannot_be_judged_is_not_hidden_by_the_others():
+    target = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])  # the second has no spread, and no quiet time
+    found = compute_metrics(target + 0.5, target, ALL, 2.5)
+    assert {name for name, value in found.items() if math.isnan(value)} == {"r2", "rrse", "tss", "hss"}
+    prediction = torch.tensor([[1.0, 1.0], [2.0, float("nan")], [3.0, 3.0]])
+    assert all(math.isnan(value) for value in compute_metrics(prediction, target, ALL, 2.5).values())
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1.0])
+def test_explained_variance_and_percentages_do_not_depend_on_the_unit(scale):
+    """TorchMetrics has floors: 1e-4 in r2_score, 1.17e-6 in its mape; a flux in W/m^2 lies below them."""
+    rng = np.random.default_rng(0)
+    target = scale * rng.uniform(1, 3, 50)
+    prediction = target * rng.uniform(0.7, 1.3, 50)
+    found = compute_metrics(*(torch.from_numpy(values)[:, None] for values in (prediction, target)), ["mape", "r2"])
+    expected = formulas(prediction, target, 2 * scale)
+    assert found == pytest.approx({name: expected[name] for name in found})
+
+
+# ---------------------------------------------------------------------------------------------------- physical values
+def labels(transform: str):
+    with_columns = {"labels.transform": transform, "labels.value_columns": ["a", "b", "c"]}
+    return load_config(ROOT / "config.yaml", with_columns).labels
+
+
+@pytest.mark.parametrize("transform", ["none", "log10", "goes"])
+def test_percentages_are_of_physical_values_and_the_other_metrics_in_target_units(transform):
+    rng = np.random.default_rng(1)
+    target = rng.uniform(-9, -3, (40, 3))  # of fluxes from 1e-9 to 1e-3 W/m^2
+    prediction = target + rng.normal(0, 0.1, (40, 3))
+    both = [torch.from_numpy(values) for values in (prediction, target)]
+    some = {name: NUMBERS[name] for name in ("mape", "mae")}
+    found = metrics.compute_metrics(*both, some, physical=labels(transform).physical)
+    p, t = (prediction, target) if transform == "none" else (10**prediction, 10**target)
+    each = [np.mean(np.abs((p[:, k] - t[:, k]) / t[:, k])) for k in range(3)]
+    assert found["mape"] == pytest.approx(100 * np.mean(each))
+    assert found["mae"] == pytest.approx(np.abs(prediction - target).mean())
+
+
+def test_a_target_of_zero_has_no_percentage():
+    prediction, target = torch.tensor([[1.0], [2.0], [0.0]]), torch.tensor([[1.0], [1.0], [0.0]])
+    found = compute_metrics(prediction, target, ["mape", "mae"])
+    assert math.isnan(found["mape"]) and found["mae"] == pytest.approx(1 / 3)
+    assert compute_metrics(prediction[:2], target[:2], ["mape"])["mape"] == pytest.approx(50)
+    assert compute_metrics(-prediction[:2], -target[:2], ["mape"])["mape"] == pytest.approx(50)
+
+
+def test_a_metric_of_ones_own_may_ask_for_physical_values():
+    given = []
+
+    def largest(*values):
+        given.append(values)
+        return (values[0] - values[1]).abs().amax(0)
+
+    kinds = {"label": {}, "physical": {"physical": True}, "events": {"physical": True, "of_events": True}}
+    own = {name: NumberMetric(higher_is_better=False, compute=largest, **kind) for name, kind in kinds.items()}
+    prediction, target = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
+    found = metrics.compute_metrics(prediction, target, own, 2.0, labels("log10").physical)
+    assert found == pytest.approx({"label": 1, "physical": (9 + 90) / 2, "events": (9 + 90) / 2})
+    assert [len(values) for values in given] == [2, 2, 3] and given[2][2] == 100
+
+
+def test_a_spectrum_is_judged_at_once():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randn(200, 1343, generator=generator) - 4
+    prediction = target + 0.1 * torch.randn(200, 1343, generator=generator)
+    calls = []
+    counted = {
+        name: replace(metric, compute=lambda *given, of=metric.compute: calls.append(given[0].shape) or of(*given))
+        for name, metric in NUMBERS.items()
+    }
+    found = metrics.compute_metrics(prediction, target, counted, -4.0)
+    assert calls == [(200, 1343)] * len(NUMBERS)  # not once an output, which took 3 s
+    some = [formulas(prediction[:, k].double().numpy(), target[:, k].double().numpy(), -4.0) for k in range(1343)]
+    assert found == pytest.approx({name: np.mean([values[name] for values in some]) for name in NUMBERS}, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- masks and images

@@ -125,6 +125,49 @@ def test_predicted_against_true_has_one_panel_each_and_the_perfect_line(cfg, fou
     assert figure.axes[0].get_ylabel() == "predicted solar-wind speed [km/s]"
 
 
+@pytest.mark.parametrize("transform", ["log10", "none"])
+def test_a_spectrum_is_drawn_in_physical_values_with_its_error_over_all_samples(cfg, found, transform, tmp_path):
+    names = {"target.name": "log10 irradiance", "target.unit": "log10 W/m^2/nm", "target.event_threshold": None}
+    many = {"labels.value_columns": [f"b{k}" for k in range(30)], "labels.transform": transform}
+    plot = {"target.plot": "spectrum", "target.metrics": ["mape", "rmse"]}
+    cfg = load_config(tmp_path / "config.yaml", names | many | plot)
+    generator = torch.Generator().manual_seed(0)
+    truth = -4 + torch.randn(21, 30, generator=generator)
+    for p, error in zip(found.values(), (0.3, 0.1), strict=True):
+        p.target, p.prediction = truth, truth + error * torch.randn(21, 30, generator=generator)
+        p.timestamps = [time.isoformat() for time in pd.date_range("2014-01-01", periods=21, freq="6h")]
+    figure = plots.plot_predictions(found, cfg)
+    drawn(figure)
+    samples, errors = figure.axes[:2], figure.axes[2:]
+    for sample, wrong, (name, p) in zip(samples, errors, found.items(), strict=True):
+        said, true = (v.double().numpy() for v in (p.prediction, p.target))
+        if transform == "log10":
+            said, true = 10**said, 10**true
+        for line, values in zip(sample.lines, (true, said), strict=True):
+            np.testing.assert_allclose(line.get_ydata(), values[10])
+            np.testing.assert_array_equal(line.get_xdata(), np.arange(30))
+        low, middle, high = np.percentile((said - true) / true.mean(axis=0) * 100, (16, 50, 84), axis=0)
+        np.testing.assert_allclose(wrong.lines[0].get_ydata(), middle)
+        edges = wrong.collections[0].get_paths()[0].vertices
+        for k in range(30):
+            here = edges[edges[:, 0] == k, 1]
+            assert (here.min(), here.max()) == pytest.approx((low[k], high[k]))
+        assert sample.get_title() == f"{name}: " + ", ".join(f"{k} {v:.2f}" for k, v in p.metrics(cfg).items())
+        assert sample.get_yscale() == ("log" if transform == "log10" else "linear") and wrong.get_xlabel() == "bin"
+        assert [text.get_text() for text in sample.get_legend().get_texts()] == [
+            "truth, 2014-01-03T12:00",
+            "prediction",
+        ]
+    label = "irradiance [W/m^2/nm]" if transform == "log10" else "log10 irradiance [log10 W/m^2/nm]"
+    assert samples[0].get_ylabel() == label and errors[0].get_ylabel() == "error [% of the mean truth]"
+
+
+def test_a_sample_of_many_numbers_shows_the_first_of_them(cfg):
+    sample = {"target": torch.arange(1343.0), "timestamp": TIMES[0].isoformat()}
+    figure = plots.plot_sample(torch.rand(len(cfg.data.channels), 16, 16), sample, cfg)
+    assert "to predict: 0, 1, 2, 3, ... (solar-wind speed" in figure.get_suptitle()
+
+
 def test_series_have_the_truth_and_one_line_a_model(cfg, found):
     figure = plots.plot_prediction_series(found, cfg)
     drawn(figure)

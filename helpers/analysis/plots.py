@@ -71,6 +71,10 @@ def _label(cfg: Config) -> str:
     return f"{cfg.target.name} [{cfg.target.unit}]" if cfg.target.unit else cfg.target.name
 
 
+def _title(name: str, p: Predictions, cfg: Config) -> str:
+    return f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in list(p.metrics(cfg).items())[:3])
+
+
 def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title: str = "", more: int = 0) -> Figure:
     """One frame, a panel a channel, with the colour maps of the field.
 
@@ -99,7 +103,7 @@ def plot_sample(physical: Tensor | np.ndarray, sample: Mapping[str, Any], cfg: C
     """
     target, title, channels = sample["target"], sample["timestamp"][:16], cfg.data.channels
     if cfg.labels.kind == "scalar":
-        numbers = ", ".join(f"{value:.3g}" for value in target.tolist())
+        numbers = ", ".join([*(f"{value:.3g}" for value in target[:4].tolist()), *["..."][: len(target) > 4]])
         return plot_channels(physical, channels, f"{title}, to predict: {numbers} ({_label(cfg)})")
     images, names = _target_images(target, cfg), _few(_target_names(cfg))
     fig = plot_channels(physical, channels, title, more=len(names))
@@ -167,10 +171,35 @@ def plot_scatter(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         if cfg.target.event_threshold is not None:
             axis.axvline(cfg.target.event_threshold, color="k", lw=0.6, ls="--")
             axis.axhline(cfg.target.event_threshold, color="k", lw=0.6, ls="--")
-        scores = list(p.metrics(cfg).items())[:3]
-        axis.set_title(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in scores), fontsize=9)
+        axis.set_title(_title(name, p, cfg), fontsize=9)
         axis.set(xlabel=f"true {_label(cfg)}", aspect="equal")
     axes[0, 0].set_ylabel(f"predicted {_label(cfg)}")
+    return fig
+
+
+def plot_spectrum(found: Mapping[str, Predictions], cfg: Config) -> Figure:
+    """Many outputs against their number, in physical values: a column for each split or model.
+
+    Above, truth and prediction of the middle sample; below, the error of each output in per cent of its mean truth: the
+    median over all samples, and the band from the 16th to the 84th percentile.
+    """
+    fig, axes = panels(2, len(found), width=5, height=2.8, sharex=True, sharey="row")
+    for (sample, errors), (name, p) in zip(axes.T, found.items(), strict=True):
+        said, true = (cfg.labels.physical(values.double()) for values in (p.prediction, p.target))
+        middle, color = len(true) // 2, SPLIT_COLORS.get(name, "tab:purple")
+        sample.plot(true[middle], "k", lw=0.8, label=f"truth, {p.timestamps[middle][:16]}")
+        sample.plot(said[middle], color=color, lw=0.8, label="prediction")
+        sample.set_title(_title(name, p, cfg), fontsize=9)
+        low, median, high = np.percentile(100 * (said - true) / true.mean(0), [16, 50, 84], axis=0)
+        errors.fill_between(range(len(median)), low, high, color=color, alpha=0.3, label="16 to 84% of the samples")
+        errors.plot(median, color=color, lw=0.8, label="median")
+        errors.axhline(0, color="k", lw=0.6)
+        errors.set_xlabel("bin")
+    positive = all((line.get_ydata() > 0).all() for axis in axes[0] for line in axis.lines)
+    label = _label(cfg) if cfg.labels.transform == "none" else _label(cfg).replace("log10 ", "")
+    axes[0, 0].set(yscale="log" if positive else "linear", ylabel=label)
+    axes[1, 0].set_ylabel("error [% of the mean truth]")
+    _finish(axes.flat)
     return fig
 
 
@@ -209,7 +238,7 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
     return fig
 
 
-PLOTS = {"scatter": plot_scatter, "image": plot_images}
+PLOTS = {"scatter": plot_scatter, "spectrum": plot_spectrum, "image": plot_images}
 
 
 def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import torch
 import torchmetrics
 from torch import Tensor
 from torchmetrics.classification import BinaryAveragePrecision, BinaryF1Score, BinaryJaccardIndex
-from torchmetrics.functional import mean_absolute_error, mean_squared_error, r2_score, relative_squared_error
-from torchmetrics.functional.classification import binary_stat_scores
+from torchmetrics.functional import mean_absolute_error, mean_squared_error, relative_squared_error
 from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 
@@ -20,8 +19,10 @@ class NumberMetric:
     """A metric of numbers."""
 
     higher_is_better: bool
-    compute: Callable[..., Tensor]  # of prediction and target of a whole split, both (N,) float64 in target units
+    # of prediction and target of a whole split, both (N, K) float64: one value, or one an output (K,), to be averaged
+    compute: Callable[..., Tensor]
     of_events: bool = False  # it counts events, so `compute` takes the event threshold as a third argument
+    physical: bool = False  # all that `compute` takes is physical, 10**x of logarithms, instead of in target units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,20 @@ class ImageMetric:
 
 
 # ---- Numbers
+def rmse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Root mean square error of each output."""
+    return mean_squared_error(prediction, target, squared=False, num_outputs=target.shape[1])
+
+
+def mape(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error in per cent of each target; NaN if a target is zero, of which there are no per cent."""
+    # not by TorchMetrics, which divides by 1.17e-6 at least: many fluxes in W/m^2 are smaller
+    return 100 * ((prediction - target) / target.where(target != 0, torch.nan)).abs().mean()
+
+
 def r2(prediction: Tensor, target: Tensor) -> Tensor:
     """Share of the target's variance explained; 0 is as good as the mean of these targets; NaN if they are equal."""
-    return r2_score(prediction, target) if _varies(target) else torch.tensor(torch.nan)
+    return 1 - relative_squared_error(prediction, target) if _varies(target) else torch.tensor(torch.nan)
 
 
 def rrse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -50,7 +62,7 @@ def rrse(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def _varies(target: Tensor) -> bool:
-    return bool((target != target[0]).any())
+    return bool((target != target[0]).any(0).all())
 
 
 def tss(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
@@ -66,16 +78,17 @@ def hss(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
 
 
 def _contingency(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """True and false positives, true and false negatives; an event or alarm is a value from the threshold on."""
+    """True and false positives, true and false negatives (4, K); an event or alarm is a value from the threshold on."""
+    alarm, event = prediction >= threshold, target >= threshold
+    counts = torch.stack([alarm & event, alarm & ~event, ~alarm & ~event, ~alarm & event]).sum(1).double()
     # a prediction that is not a number is neither an alarm nor none
-    if prediction.isnan().any():
-        return torch.full((4,), torch.nan)
-    return binary_stat_scores((prediction >= threshold).int(), (target >= threshold).int())[:4].double()
+    return counts.where(~prediction.isnan().any(0), torch.nan)
 
 
 NUMBERS = {
-    "rmse": NumberMetric(higher_is_better=False, compute=partial(mean_squared_error, squared=False)),
+    "rmse": NumberMetric(higher_is_better=False, compute=rmse),
     "mae": NumberMetric(higher_is_better=False, compute=mean_absolute_error),
+    "mape": NumberMetric(higher_is_better=False, compute=mape, physical=True),
     "r2": NumberMetric(higher_is_better=True, compute=r2),
     "rrse": NumberMetric(higher_is_better=False, compute=rrse),
     "tss": NumberMetric(higher_is_better=True, compute=tss, of_events=True),
@@ -84,7 +97,11 @@ NUMBERS = {
 
 
 def compute_metrics(
-    prediction: Tensor, target: Tensor, metrics: dict[str, NumberMetric], threshold: float | None = None
+    prediction: Tensor,
+    target: Tensor,
+    metrics: dict[str, NumberMetric],
+    threshold: float | None = None,
+    physical: Callable[[Any], Any] = lambda values: values,
 ) -> dict[str, float]:
     """These metrics of a whole split.
 
@@ -92,6 +109,7 @@ def compute_metrics(
         prediction, target: (N, K) float in target units; several outputs are averaged with equal weight.
         metrics: by name, entries of `NUMBERS`, or your own.
         threshold: what counts as an event, in target units.
+        physical: from target units to physical values, `cfg.labels.physical`.
 
     Raises:
         ValueError: shapes differ: a (N,) target against (N, 1) would broadcast to N x N without a word.
@@ -100,13 +118,12 @@ def compute_metrics(
         raise ValueError(
             f"Predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} must both be (samples, outputs)."
         )
-    prediction, target = prediction.double().T.contiguous(), target.double().T.contiguous()  # (K, N)
-    values = {}
+    prediction, target, found = prediction.double().contiguous(), target.double().contiguous(), {}
     for name, metric in metrics.items():
-        extra = [threshold] if metric.of_events else []
-        each = [metric.compute(p, t, *extra) for p, t in zip(prediction, target, strict=True)]
-        values[name] = float(torch.stack([value.double() for value in each]).mean())
-    return values
+        given = [prediction, target, threshold] if metric.of_events else [prediction, target]
+        given = [physical(values) for values in given] if metric.physical else given
+        found[name] = float(metric.compute(*given).double().mean())
+    return found
 
 
 # ---- Masks and images

@@ -38,12 +38,13 @@ class Predictions:
 
     def metrics(self, cfg: Config) -> dict[str, float]:
         """The metrics that the configuration names, plus tss and hss where it says what an event is."""
-        return compute_metrics(self.prediction, self.target, metrics_of(cfg), cfg.target.event_threshold)
+        units = cfg.target.event_threshold, cfg.labels.physical
+        return compute_metrics(self.prediction, self.target, metrics_of(cfg), *units)
 
     def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
         """One metric of some of the samples."""
-        metric = {key: metrics_of(cfg)[key]}
-        return compute_metrics(self.prediction[rows], self.target[rows], metric, cfg.target.event_threshold)[key]
+        metric, units = {key: metrics_of(cfg)[key]}, (cfg.target.event_threshold, cfg.labels.physical)
+        return compute_metrics(self.prediction[rows], self.target[rows], metric, *units)[key]
 
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
