@@ -2,8 +2,10 @@
 
 A rotating disk carries bipolar active regions that emerge, fluctuate and decay. The field strength of a region drives
 its brightness in the EUV channels; its heating, which also depends on how compact the bipole is, drives the hot
-channels (94, 131, 335) and, two hours later and with noise, the soft X-ray flux. Frames are written as NetCDF files in
-the layout of s3://nasa-surya-bench, labels are hourly GOES classes: the real files, only smaller.
+channels (94, 131, 335) and, two hours later and with noise, the soft X-ray flux. Coronal holes, dark and unipolar, live
+for rotations; four days after one crossed the central meridian, a fast stream of solar wind arrives. Frames are written
+as NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES classes and, under released/, those of
+Surya's four released tasks: the real files, only smaller.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
 MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
 MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
-VERSION = 4  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+WIND_DELAY_HOURS = 96  # from a hole at the central meridian to its fast stream at the Earth
+VERSION = 5  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+REGIONS = "released/surya-bench-ar-segmentation"  # in the folder
 STAMP = "synthetic.json"  # in the folder: which Sun it is
-BYTES_A_PIXEL = 12  # of a frame and its mask on the disk, measured
+BYTES_A_PIXEL = 12  # of a frame and its masks on the disk, measured
 
 
 @dataclass(frozen=True)
@@ -48,17 +52,19 @@ class _Response:
     power: float  # of the field (or of the heating for hot channels)
     hot: bool
     limb: float  # > 0 brightens towards the limb (corona), < 0 darkens (photosphere)
+    hole: float  # this share of the quiet disk's brightness is missing in a coronal hole
+    lines: tuple[float, ...] = ()  # nm, in the EUV spectrum, of plasma that this channel shows
 
 
 _RESPONSES = {
-    "aia94": _Response(0.6, 18, 2, 1.2, True, 0.5),
-    "aia131": _Response(3.0, 70, 9, 1.0, True, 0.5),
-    "aia171": _Response(90, 900, 30, 0.7, False, 0.6),
-    "aia193": _Response(100, 1500, 45, 0.9, False, 0.7),
-    "aia211": _Response(32, 600, 24, 1.0, False, 0.7),
-    "aia304": _Response(26, 260, 15, 0.8, False, 0.3),
-    "aia335": _Response(2.4, 40, 7, 1.0, True, 0.6),
-    "aia1600": _Response(55, 160, 9, 0.6, False, -0.6),
+    "aia94": _Response(0.6, 18, 2, 1.2, True, 0.5, 0.2, (9.39, 10.39)),
+    "aia131": _Response(3.0, 70, 9, 1.0, True, 0.5, 0.3, (13.12, 13.29)),
+    "aia171": _Response(90, 900, 30, 0.7, False, 0.6, 0.3, (14.81, 17.11, 17.45)),
+    "aia193": _Response(100, 1500, 45, 0.9, False, 0.7, 0.6, (18.04, 19.51)),
+    "aia211": _Response(32, 600, 24, 1.0, False, 0.7, 0.6, (20.20, 21.13)),
+    "aia304": _Response(26, 260, 15, 0.8, False, 0.3, 0.1, (25.63, 30.38)),
+    "aia335": _Response(2.4, 40, 7, 1.0, True, 0.6, 0.5, (26.30, 28.42)),
+    "aia1600": _Response(55, 160, 9, 0.6, False, -0.6, 0.0),
 }
 _SHOT_NOISE = 0.06  # of the brightness of a pixel
 _HMI_NOISE = {"hmi_m": 4, "hmi_bx": 20, "hmi_by": 20, "hmi_bz": 10, "hmi_v": 180}  # gauss, m/s
@@ -96,6 +102,15 @@ class SyntheticSun:
         texture = rng.normal(size=(180, 360))
         shifts = range(-2, 3)  # network cells of 5 degrees
         self.texture = sum(np.roll(texture, (i, j), (0, 1)) for i in shifts for j in shifts) / len(shifts)
+        # a coronal hole is born every 40 days; random numbers of their own leave the regions as they are
+        self.hole_birth = np.arange(-216, hours / 24, 40) * 24  # hours
+        rng = np.random.default_rng([seed, 4])
+        share = rng.random((len(self.hole_birth), 5)).T  # (5, holes)
+        self.hole_life = (80 + 136 * share[0]) * 24  # hours, three to eight rotations
+        self.hole_latitude = np.deg2rad(70 * share[1] - 35)
+        self.hole_longitude = 2 * np.pi * share[2]  # at hour 0
+        self.hole_size = 0.17 + 0.13 * share[3]  # of the solar radius, when it is largest
+        self.hole_field = np.where(share[4] < 0.5, -8, 8)  # gauss
 
     @staticmethod
     def rotation(latitude: np.ndarray) -> np.ndarray:
@@ -120,6 +135,21 @@ class SyntheticSun:
             "heating": (field / 700) ** 1.5 * self.compactness[alive],
         }
 
+    def holes(self, hour: float) -> np.ndarray:
+        """Of the coronal holes at `hour`: longitude, latitude (rad), radius (solar radii), field (gauss); (4, N)."""
+        share = np.clip((hour - self.hole_birth) / self.hole_life, 0, 1)
+        size = self.hole_size * np.sqrt(np.sin(np.pi * share))
+        longitude = self.hole_longitude + self.rotation(np.float64(0)) * hour  # as a solid body, as real ones do
+        longitude = (longitude + np.pi) % (2 * np.pi) - np.pi
+        return np.stack([longitude, self.hole_latitude, size, self.hole_field])[:, size > 0.05]
+
+    def wind(self, hour: float) -> float:
+        """Speed of the solar wind at the Earth in km/s, without noise; streams rise fast and decay slowly."""
+        longitude, latitude, size, _ = self.holes(hour - WIND_DELAY_HOURS)
+        width = np.where(longitude > 0, 0.45, 0.2)
+        streams = (size / 0.25) ** 2 * np.cos(latitude) ** 2 * np.exp(-((longitude / width) ** 2))
+        return 350 + 350 * np.tanh(streams.sum())
+
     def flux(self, hour: float, rng: np.random.Generator) -> float:
         """Soft X-ray flux in W/m^2 at `hour`: from the regions on the visible side, FLARE_DELAY_HOURS earlier."""
         now = self.regions(hour - FLARE_DELAY_HOURS)
@@ -132,6 +162,14 @@ class SyntheticSun:
         rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
         disk = _Disk(side)
         field, bright = self._active(hour, disk)
+        dark = np.zeros((side, side), np.float32)  # 1 inside coronal holes
+        for longitude, latitude, size, gauss in self.holes(hour).T:
+            if np.cos(latitude) * np.cos(longitude) > -0.05:
+                box, u, v = disk.tangent(longitude, latitude, 0.0, 2 * size)
+                hole = np.exp(-(((u / size) ** 2 + (v / (1.3 * size)) ** 2) ** 2))
+                dark[box] = np.maximum(dark[box], hole)
+                field["hmi_bz"][box] += gauss * hole
+                field["hmi_m"][box] += gauss * hole * disk.z[box]
         # as a solid body: sheared for months, the texture would become stripes
         shift = self.rotation(np.float64(0)) * hour
         rows = ((disk.latitude / np.pi + 0.5) * 179).astype(int)
@@ -142,12 +180,12 @@ class SyntheticSun:
         for c, name in enumerate(CHANNELS):
             noise = noise_scale * rng.standard_normal((side, side), np.float32)
             if name in _RESPONSES:
-                image = _euv(_RESPONSES[name], disk, quiet * level[c], bright)
+                image = _euv(_RESPONSES[name], disk, quiet * level[c] * (1 - _RESPONSES[name].hole * dark), bright)
                 out[c] = np.maximum(image + np.hypot(_RESPONSES[name].noise, _SHOT_NOISE * image) * noise, 0)
             else:
                 out[c] = np.where(disk.on, field[name] + _HMI_NOISE[name] * noise, 0)
         # rounded to about the noise, as an instrument would: what is finer only swells the files
-        return np.round(out / _STEPS) * _STEPS
+        return np.round(out / _STEPS) * _STEPS if noise_scale else out
 
     def _active(self, hour: float, disk: _Disk) -> tuple[dict[str, np.ndarray], dict[tuple[bool, float], np.ndarray]]:
         """What HMI would see without noise (gauss, m/s), and the brightness of the visible regions.
@@ -246,7 +284,8 @@ def ensure_synthetic(cfg: Config) -> Path | None:
 
     Returns:
         The folder with flares.csv, masks.csv, YYYY/MM/YYYYMMDD_HHMM.nc and, under masks/, a file of the same name with
-        the active regions of that frame; one frame in a hundred lacks, as in the real archive. None for real data.
+        the active regions of that frame; one frame in a hundred lacks, as in the real archive. The labels of the
+        released tasks are in released/, in folders named as on the hub. None for real data.
 
     Raises:
         ValueError: the folder holds another Sun than the configuration asks for.
@@ -301,17 +340,98 @@ def _draw(cfg: Config, folder: Path) -> None:
     rng = np.random.default_rng([sun.seed, 3])
     flux = np.array([sun.flux(hour, rng) for hour in range(int(hours[-1]) + 24)])
     hourly = pd.date_range(start, periods=len(flux), freq="1h")
-    flares = pd.DataFrame({"timestamp": hourly, "goes_class": [goes_class(f) for f in flux], "flux": flux})
-    for name, table in {"masks.csv": masks, "flares.csv": flares}.items():
-        table.to_csv(folder / name, index=False, float_format="%.4e")
+    flares = pd.DataFrame({"timestamp": hourly, "goes_class": [goes_class(f) for f in flux]})
+    flares["flux"] = [f"{f:.4e}" for f in flux]
+    tables = {"masks.csv": masks, "flares.csv": flares} | _flare_tables(sun, hourly, flux)
+    tables |= _region_tables(start + pd.to_timedelta(hours, "h"), ~lacking) | _wind_tables(sun, start, int(hours[-1]))
+    for name, table in tables.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        table.to_csv(folder / name, index=False)
+    _write_spectra(sun, times, hours[~lacking], folder / "released/euv-spectra/AIA_EVE_temporally_stratified.nc")
 
 
 def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
     sun, hour, folder, name, side = job
-    _write_netcdf(folder / "masks" / name, {"active_region": sun.mask(hour, side).astype(np.uint8)})
+    mask = sun.mask(hour, side).astype(np.uint8)
+    _write_netcdf(folder / "masks" / name, {"active_region": mask})
+    _write_netcdf(folder / REGIONS / f"{Path(name).stem}.h5", {"union_with_intersect": 255 * mask})
     _write_netcdf(folder / name, dict(zip(CHANNELS, sun.frame(hour, side), strict=True)))
 
 
+# ---- Labels of the released tasks
+_SPLIT = np.array([0, 0, 0, 1, 2])  # train, validation or test, of one block of four days after the other
+
+
+def _flare_tables(sun: SyntheticSun, hourly: pd.DatetimeIndex, flux: np.ndarray) -> dict[str, pd.DataFrame]:
+    """The flares, and for every hour those that start within 24 hours after it; 60, 20 and 20% of the time.
+
+    A flare is a local maximum of the hourly flux (W/m^2) from C1.0 on and starts 10 to 60 minutes before. The
+    cumulative index is the sum over the flares of a window: 1 for a C1.0, 10 for an M1.0, 100 for an X1.0.
+    """
+    classes = np.array([goes_class(f) for f in flux])
+    size = np.array([round(GOES_CLASSES[c[0]] * float(c[1:]) / GOES_CLASSES["C"], 1) for c in classes])
+    peak = np.flatnonzero((flux[1:-1] > flux[:-2]) & (flux[1:-1] >= flux[2:]) & (size[1:-1] >= 1)) + 1
+    begin = 60 * peak - 10 * np.random.default_rng([sun.seed, 5]).integers(1, 7, len(peak))  # minutes
+    events = {"start_time": hourly[0] + pd.to_timedelta(begin, "min"), "peak_time": hourly[peak]}
+    hours = np.arange(len(flux) - 26)  # the maxima of the last two hours are not known
+    first, last = (np.searchsorted(begin, 60 * (hours + ahead), "right") for ahead in (0, 24))
+    rows = []
+    for hour, a, b in zip(hours, first, last, strict=True):
+        strongest = classes[max(peak[a:b], key=lambda h: flux[h])] if a < b else "FQ"
+        index = round(size[peak[a:b]].sum(), 1)
+        rows.append((hourly[hour], strongest, index, int(strongest[0] in "MX"), int(index >= 10)))
+    table = pd.DataFrame(rows, columns=["timestamp", "max_goes_class", "cumulative_index", "label_max", "label_cum"])
+    part = np.digitize(hours, np.array([0.6, 0.8]) * len(hours))
+    names = enumerate(f"released/surya-bench-flare-forecasting/{n}.csv" for n in ("train", "validation", "test"))
+    return {"flare_events.csv": pd.DataFrame(events | {"goes_class": classes[peak]})} | {
+        name: table[part == i] for i, name in names
+    }
+
+
+def _region_tables(times: pd.DatetimeIndex, present: np.ndarray) -> dict[str, pd.DataFrame]:
+    """The mask files of each year; a frame that lacks has no mask."""
+    paths = np.where(present, times.strftime("%Y%m%d_%H%M.h5"), "")
+    table = pd.DataFrame({"timestep": times, "file_path": paths, "present": present.astype(int)})
+    return {f"{REGIONS}/ar_{year}.csv": rows for year, rows in table.groupby(times.year)}
+
+
+def _wind_tables(sun: SyntheticSun, start: pd.Timestamp, last: int) -> dict[str, pd.DataFrame]:
+    """Hourly solar wind to five days after hour `last`: V (km/s), magnetic field (nT) and density N (1/cm^3)."""
+    hours, rng = np.arange(last + WIND_DELAY_HOURS + 24), np.random.default_rng([sun.seed, 6])
+    speed = np.array([sun.wind(hour) for hour in range(len(hours) + 12)])
+    speed, rise = speed[:-12], np.clip(speed[12:] - speed[:-12], 0, None)
+    noise = np.convolve(rng.standard_normal(len(hours)), np.ones(12) / np.sqrt(12), "same")  # holds for half a day
+    table = pd.DataFrame({"V": speed + 25 * noise})
+    table[["BX_GSE", "BY_GSM", "BZ_GSM"]] = rng.normal(0, 3, (len(hours), 3))
+    # thin where it is fast, compressed where a stream follows
+    table["N"] = (5 * (400 / speed) ** 2 + 0.05 * rise) * np.exp(rng.normal(0, 0.2, len(hours)))
+    table = table.round(1).set_index((start + pd.to_timedelta(hours, "h")).rename("timestamp")).reset_index()
+    names = enumerate(f"released/Surya-bench-solarwind/solarwind_{n}.csv" for n in ("train", "valid", "test"))
+    return {name: table[_SPLIT[hours // 96 % 5] == i] for i, name in names}
+
+
+def _write_spectra(sun: SyntheticSun, times: pd.DatetimeIndex, hours: np.ndarray, path: Path) -> None:
+    """EUV spectra of the whole Sun, (N, 1343) from 6.5 to 33.3 nm: continuum and lines, 2% noise, 1% zeros."""
+    import xarray as xr  # here, as nothing else needs it and it takes a quarter of a second
+
+    rng, nm = np.random.default_rng([sun.seed, 7]), 6.5 + 0.02 * np.arange(1343)
+    emission = np.array([sun.frame(hour, 32, noise_scale=0)[: len(_RESPONSES)].mean((1, 2)) for hour in hours])  # DN
+    spectra = np.outer(emission.mean(1), 10 ** (-9 + 1.5 * np.sin(np.pi * (nm - nm[0]) / 27)))  # W/m^2/nm
+    for channel, response in enumerate(_RESPONSES.values()):
+        for line in response.lines:
+            spectra += np.outer(2e-5 * emission[:, channel], np.exp(-(((nm - line) / 0.05) ** 2)))
+    spectra *= (1 + 0.02 * rng.standard_normal(spectra.shape)) * (rng.random(spectra.shape) >= 0.01)
+    data = xr.Dataset()
+    for i, name in enumerate(("train", "val", "test")):
+        part = _SPLIT[hours // 96 % 5] == i
+        data[f"{name}_time"] = (f"{name}_sample", times[part])
+        data[f"{name}_spectra"] = ((f"{name}_sample", "wavelength"), spectra[part].astype(np.float32))
+        data[f"{name}_spectra"].attrs["units"] = "W/m^2/nm"
+    with atomic_write(path) as temporary:
+        data.to_netcdf(temporary, engine="h5netcdf")
+
+
+# ---- Files and names
 def _write_netcdf(path: Path, images: dict[str, np.ndarray]) -> None:
     """NetCDF-4 with LZ4, written in a fifth of the time of zlib; in memory, as HDF5 hangs on a full disk."""
     memory = io.BytesIO()
