@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -206,6 +207,30 @@ def test_goes_classes_are_read_back_as_the_flux(tmp_path):
     assert (goes_class(9.99e-7), goes_class(9.94e-6), goes_class(1.23e-3)) == ("C1.0", "C9.9", "X12.0")
 
 
+def test_coronal_holes_are_dark_in_the_corona_and_have_one_polarity():
+    sun, closed, side = SyntheticSun(1, 3000), SyntheticSun(1, 3000), 128
+    closed.hole_size[:] = 0
+    longitude, latitude, size, gauss = sun.holes(1000)
+    hour = 1000 - longitude[size.argmax()] / sun.rotation(np.float64(0))  # the largest one crosses the meridian
+    longitude, latitude, size, gauss = sun.holes(hour)[:, size.argmax()]
+    assert abs(longitude) < 0.01 and size > 0.15
+    with_it, without = (dict(zip(CHANNELS, s.frame(hour, side, noise_scale=0), strict=True)) for s in (sun, closed))
+    place = tuple(int((x * DISK_RADIUS + 0.5) * side) for x in (np.sin(latitude), 0))
+    for name, ratio in {"aia193": 0.4, "aia211": 0.4, "aia171": 0.7, "aia335": 0.5, "aia1600": 1}.items():
+        darkened = without[name][place] - with_it[name][place]  # a region may lie there too, and stays as bright
+        assert darkened == pytest.approx((1 - ratio) * _quiet(sun, hour, name, place, side), rel=0.1, abs=1e-3), name
+    assert with_it["hmi_bz"][place] - without["hmi_bz"][place] == pytest.approx(gauss, rel=0.05)
+    np.testing.assert_array_equal(sun.regions(hour)["field"], closed.regions(hour)["field"])
+    np.testing.assert_array_equal(sun.holes(100), SyntheticSun(1, 9000).holes(100))  # however long the Sun lives
+
+
+def _quiet(sun: SyntheticSun, hour: float, name: str, place: tuple[int, int], side: int) -> float:
+    """Brightness of the quiet Sun alone at this place."""
+    quiet = SyntheticSun(sun.seed, 3000)
+    quiet.hole_size[:], quiet.field[:] = 0, 0
+    return quiet.frame(hour, side, noise_scale=0)[(CHANNEL[name], *place)]
+
+
 # ---------------------------------------------------------------------------------------------------- files
 def frames_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("20??/??/*.nc"))
@@ -234,6 +259,136 @@ def test_files_have_the_layout_of_the_bucket(drawn):
     assert {"timestamp", "goes_class"} <= set(labels.columns)
     assert (pd.to_datetime(labels.timestamp).diff()[1:] == pd.Timedelta("1h")).all()
     assert labels.timestamp.iloc[-1] > masks["timestamp"].iloc[-1]
+
+
+def released(folder: Path, pattern: str, time: str = "timestamp") -> list[pd.DataFrame]:
+    return [pd.read_csv(path, parse_dates=[time]) for path in sorted(folder.glob(f"released/{pattern}"))]
+
+
+@pytest.mark.xdist_group("drawn_sun")
+def test_flare_labels_agree_with_the_list_of_flares(drawn):
+    folder = ensure_synthetic(drawn())
+    events = pd.read_csv(folder / "flare_events.csv", parse_dates=["start_time", "peak_time"])
+    assert list(events.columns) == ["start_time", "peak_time", "goes_class"] and len(events) > 300
+    before = (events.peak_time - events.start_time).unique()
+    assert before.min() == pd.Timedelta("10min") and before.max() == pd.Timedelta("60min")
+    hourly = pd.read_csv(folder / "flares.csv", parse_dates=["timestamp"]).set_index("timestamp")
+    hour = pd.Timedelta("1h")
+    for event in events[::20].itertuples():
+        flux = [hourly.flux[event.peak_time + step * hour] for step in (-1, 0, 1)]
+        assert flux[1] == max(flux) and event.goes_class == hourly.goes_class[event.peak_time]
+    parts = [
+        released(folder, f"surya-bench-flare-forecasting/{name}.csv")[0] for name in ("train", "validation", "test")
+    ]
+    columns = ["timestamp", "max_goes_class", "cumulative_index", "label_max", "label_cum"]
+    assert all(list(part.columns) == columns for part in parts)
+    rows = pd.concat(parts)
+    assert (rows.timestamp.diff()[1:] == hour).all()  # no gap between the files
+    assert rows.timestamp.iloc[0] == hourly.index[0]
+    assert rows.timestamp.iloc[-1] == hourly.index[-1] - 26 * hour  # later ones reach beyond what is known
+    np.testing.assert_allclose([len(part) / len(rows) for part in parts], [0.6, 0.2, 0.2], atol=0.002)
+    assert 0.05 < rows.label_max.mean() < 0.95 and 0.5 < rows.label_cum.mean() < 1
+    times = list(zip(events.start_time, events.goes_class, strict=True))
+    unit, edges = {"C": 1, "M": 10, "X": 100}, 0
+    for row in rows[::3].itertuples():
+        end = row.timestamp + 24 * hour
+        sizes = [unit[c[0]] * float(c[1:]) for start, c in times if row.timestamp < start <= end]
+        edges += any(start in (row.timestamp, end) for start, _ in times)
+        if sizes:
+            assert unit[row.max_goes_class[0]] * float(row.max_goes_class[1:]) == max(sizes)
+        else:
+            assert row.max_goes_class == "FQ"
+        assert row.cumulative_index == pytest.approx(sum(sizes), abs=0.051)
+        assert (row.label_max, row.label_cum) == (max(sizes, default=0) >= 10, row.cumulative_index >= 10)
+    assert edges > 10
+
+
+@pytest.mark.xdist_group("drawn_sun")
+def test_released_masks_are_those_of_the_frames(drawn):
+    folder = ensure_synthetic(drawn())
+    (path,) = folder.glob("released/surya-bench-ar-segmentation/*.csv")
+    rows = pd.read_csv(path, parse_dates=["timestep"], keep_default_na=False)
+    assert path.name == "ar_2014.csv" and list(rows.columns) == ["timestep", "file_path", "present"]
+    assert len(rows) == 180 and 0 < (rows.present == 0).sum() < 12
+    assert (rows.file_path[rows.present == 0] == "").all()
+    there = rows[rows.present == 1]
+    assert list(there.file_path) == [f"{frame.stem}.h5" for frame in frames_of(folder)]
+    assert {file.name for file in path.parent.glob("*.h5")} == set(there.file_path)
+    values = set()
+    for time, name in zip(there.timestep[::20], there.file_path[::20], strict=True):
+        assert name == f"{time:%Y%m%d_%H%M}.h5"
+        with h5py.File(path.parent / name) as file, h5py.File(folder / f"masks/{time:%Y/%m/%Y%m%d_%H%M}.nc") as ours:
+            mask = file["union_with_intersect"][:]
+            assert mask.dtype == np.uint8
+            np.testing.assert_array_equal(mask, 255 * ours["active_region"][:])
+        values |= set(np.unique(mask))
+    assert values == {0, 255}
+
+
+@pytest.mark.xdist_group("drawn_sun")
+def test_the_wind_follows_dark_holes_at_the_meridian_by_four_days_and_recurs(drawn):
+    folder = ensure_synthetic(drawn())
+    parts = [released(folder, f"Surya-bench-solarwind/solarwind_{name}.csv")[0] for name in ("train", "valid", "test")]
+    assert all(list(part.columns) == ["timestamp", "V", "BX_GSE", "BY_GSM", "BZ_GSM", "N"] for part in parts)
+    runs = [(part.timestamp.diff() != pd.Timedelta("1h")).sum() for part in parts]
+    assert min(runs) >= 6  # several runs of time each, and together every hour once
+    wind = pd.concat(parts).set_index("timestamp").sort_index()
+    assert (wind.index.to_series().diff()[1:] == pd.Timedelta("1h")).all() and wind.notna().all(axis=None)
+    assert 250 < wind.V.quantile(0.02) < 350 < wind.V.mean() < 500 < wind.V.max() < 850
+    assert wind.V.corr(wind.N) < -0.3 and wind[["BX_GSE", "BY_GSM", "BZ_GSM"]].std().between(2, 4).all()
+    month, fortnight = (wind.V.corr(wind.V.shift(24 * days)) for days in (27, 14))
+    assert month > 0.5 and month > fortnight + 0.3
+    start, sun, side = wind.index[0], SyntheticSun(0, 59 * 48 + 2 + 48), 32  # smoothed to 32 pixels, against the noise
+    axis = ((np.arange(side) + 0.5) / side - 0.5) / DISK_RADIUS
+    disk, central = radius(side) < 0.85, np.broadcast_to(np.abs(axis) < 0.25, (side, side))
+    hours, dark = np.arange(0, 60 * 48, 48), []
+    for hour in hours:
+        image = sun.frame(hour, 128)[CHANNEL["aia193"]].reshape(side, 4, side, 4).mean((1, 3))
+        dark.append((image < 0.65 * np.median(image[disk]))[disk & central].mean())
+    speed = {days: wind.V.reindex(start + pd.to_timedelta(hours + 24 * days, "h")) for days in (0, 4, 8)}
+    agreement = {days: np.corrcoef(dark, values)[0, 1] for days, values in speed.items()}
+    assert 0.4 < agreement[4] < 0.98 and agreement[4] > max(agreement[0], agreement[8]) + 0.2, agreement
+    quiet = np.array([sun.wind(hour) for hour in range(len(wind))])
+    assert 20 < np.std(wind.V - quiet) < 30  # what no image explains
+
+
+@pytest.mark.xdist_group("drawn_sun")
+def test_spectra_follow_what_the_frames_show(drawn):
+    folder = ensure_synthetic(drawn())
+    with xr.open_dataset(folder / "released/euv-spectra/AIA_EVE_temporally_stratified.nc", engine="h5netcdf") as file:
+        parts = ("train", "val", "test")
+        assert set(file.variables) == {f"{part}_{what}" for part in parts for what in ("time", "spectra")}
+        times = {part: pd.DatetimeIndex(file[f"{part}_time"]) for part in parts}
+        assert all(file[f"{part}_spectra"].attrs["units"] == "W/m^2/nm" for part in parts)
+        spectra = np.concatenate([file[f"{part}_spectra"].values for part in parts])
+    frames = {pd.to_datetime(path.stem, format="%Y%m%d_%H%M"): path for path in frames_of(folder)}
+    both = times["train"].append([times["val"], times["test"]])
+    assert both.is_unique and set(both) == set(frames)
+    assert times["test"].min() < times["train"].max() and min(map(len, times.values())) > 20  # stratified in time
+    assert spectra.shape == (len(frames), 1343) and spectra.dtype == np.float32
+    zero = spectra == 0
+    assert 0.008 < zero.mean() < 0.012 and spectra[~zero].min() > 1e-9 and spectra.max() < 1.1e-2
+    sun, hours = SyntheticSun(0, 59 * 48 + 2 + 48), (both[::3] - pd.Timestamp("2014-01-01")) / pd.Timedelta("1h")
+    means = np.array([sun.frame(hour, 128, noise_scale=0).mean((1, 2)) for hour in hours])
+    for name, line in {"aia131": 13.12, "aia193": 19.51}.items():
+        strength, seen = spectra[::3, round((line - 6.5) / 0.02)], means[:, CHANNEL[name]]
+        assert np.corrcoef(strength[strength > 0], seen[strength > 0])[0, 1] > 0.95, name
+
+
+def test_labels_reach_no_frame(config, monkeypatch, tmp_path):
+    """Frames hold images alone, and are the same to the bit whatever the labels are."""
+    cfg = config(**{"synthetic.visits": 2})
+    frames = {path.name: path.read_bytes() for path in frames_of(ensure_synthetic(cfg))}
+    with h5py.File(frames_of(tmp_path / "sun")[0]) as file:
+        assert set(file) == {*CHANNELS, "y", "x"} and not file.attrs
+        assert all(set(file[name].attrs) == {"units", "DIMENSION_LIST"} for name in CHANNELS)
+    for name in ("_flare_tables", "_wind_tables"):
+        monkeypatch.setattr(synthetic, name, lambda *arguments: {})
+    monkeypatch.setattr(synthetic, "_write_spectra", lambda *arguments: None)
+    monkeypatch.setattr(SyntheticSun, "flux", lambda self, hour, rng: 1e-6)
+    other = cfg.model_copy(update={"synthetic": cfg.synthetic.model_copy(update={"folder": str(tmp_path / "other")})})
+    assert {path.name: path.read_bytes() for path in frames_of(ensure_synthetic(other))} == frames
+    assert not (tmp_path / "other/flare_events.csv").exists()
 
 
 def test_a_second_call_writes_nothing(config):

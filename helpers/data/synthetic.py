@@ -369,10 +369,11 @@ def _flare_tables(sun: SyntheticSun, hourly: pd.DatetimeIndex, flux: np.ndarray)
     cumulative index is the sum over the flares of a window: 1 for a C1.0, 10 for an M1.0, 100 for an X1.0.
     """
     classes = np.array([goes_class(f) for f in flux])
-    size = np.array([round(GOES_CLASSES[c[0]] * float(c[1:]) / GOES_CLASSES["C"], 1) for c in classes])
+    size = np.array([GOES_CLASSES[c[0]] / GOES_CLASSES["C"] * float(c[1:]) for c in classes])
     peak = np.flatnonzero((flux[1:-1] > flux[:-2]) & (flux[1:-1] >= flux[2:]) & (size[1:-1] >= 1)) + 1
     begin = 60 * peak - 10 * np.random.default_rng([sun.seed, 5]).integers(1, 7, len(peak))  # minutes
-    events = {"start_time": hourly[0] + pd.to_timedelta(begin, "min"), "peak_time": hourly[peak]}
+    events = pd.DataFrame({"start_time": hourly[0] + pd.to_timedelta(begin, "min"), "peak_time": hourly[peak]})
+    tables = {"flare_events.csv": events.assign(goes_class=classes[peak])}
     hours = np.arange(len(flux) - 26)  # the maxima of the last two hours are not known
     first, last = (np.searchsorted(begin, 60 * (hours + ahead), "right") for ahead in (0, 24))
     rows = []
@@ -382,10 +383,9 @@ def _flare_tables(sun: SyntheticSun, hourly: pd.DatetimeIndex, flux: np.ndarray)
         rows.append((hourly[hour], strongest, index, int(strongest[0] in "MX"), int(index >= 10)))
     table = pd.DataFrame(rows, columns=["timestamp", "max_goes_class", "cumulative_index", "label_max", "label_cum"])
     part = np.digitize(hours, np.array([0.6, 0.8]) * len(hours))
-    names = enumerate(f"released/surya-bench-flare-forecasting/{n}.csv" for n in ("train", "validation", "test"))
-    return {"flare_events.csv": pd.DataFrame(events | {"goes_class": classes[peak]})} | {
-        name: table[part == i] for i, name in names
-    }
+    for i, name in enumerate(("train", "validation", "test")):
+        tables[f"released/surya-bench-flare-forecasting/{name}.csv"] = table[part == i]
+    return tables
 
 
 def _region_tables(times: pd.DatetimeIndex, present: np.ndarray) -> dict[str, pd.DataFrame]:
@@ -405,7 +405,8 @@ def _wind_tables(sun: SyntheticSun, start: pd.Timestamp, last: int) -> dict[str,
     table[["BX_GSE", "BY_GSM", "BZ_GSM"]] = rng.normal(0, 3, (len(hours), 3))
     # thin where it is fast, compressed where a stream follows
     table["N"] = (5 * (400 / speed) ** 2 + 0.05 * rise) * np.exp(rng.normal(0, 0.2, len(hours)))
-    table = table.round(1).set_index((start + pd.to_timedelta(hours, "h")).rename("timestamp")).reset_index()
+    table = table.round(1)
+    table.insert(0, "timestamp", start + pd.to_timedelta(hours, "h"))
     names = enumerate(f"released/Surya-bench-solarwind/solarwind_{n}.csv" for n in ("train", "valid", "test"))
     return {name: table[_SPLIT[hours // 96 % 5] == i] for i, name in names}
 
