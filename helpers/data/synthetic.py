@@ -343,7 +343,11 @@ def _draw(cfg: Config, folder: Path) -> None:
     flares = pd.DataFrame({"timestamp": hourly, "goes_class": [goes_class(f) for f in flux]})
     flares["flux"] = [f"{f:.4e}" for f in flux]
     tables = {"masks.csv": masks, "flares.csv": flares} | _flare_tables(sun, hourly, flux)
-    tables |= _region_tables(start + pd.to_timedelta(hours, "h"), ~lacking) | _wind_tables(sun, start, int(hours[-1]))
+    visits = start + pd.to_timedelta(hours, "h")
+    paths = np.where(lacking, "", visits.strftime("%Y%m%d_%H%M.h5"))
+    regions = pd.DataFrame({"timestep": visits, "file_path": paths, "present": (~lacking).astype(int)})
+    tables |= {f"{REGIONS}/ar_{year}.csv": rows for year, rows in regions.groupby(visits.year)}
+    tables |= _wind_tables(sun, start, int(hours[-1]))
     for name, table in tables.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / name, index=False)
@@ -388,13 +392,6 @@ def _flare_tables(sun: SyntheticSun, hourly: pd.DatetimeIndex, flux: np.ndarray)
     return tables
 
 
-def _region_tables(times: pd.DatetimeIndex, present: np.ndarray) -> dict[str, pd.DataFrame]:
-    """The mask files of each year; a frame that lacks has no mask."""
-    paths = np.where(present, times.strftime("%Y%m%d_%H%M.h5"), "")
-    table = pd.DataFrame({"timestep": times, "file_path": paths, "present": present.astype(int)})
-    return {f"{REGIONS}/ar_{year}.csv": rows for year, rows in table.groupby(times.year)}
-
-
 def _wind_tables(sun: SyntheticSun, start: pd.Timestamp, last: int) -> dict[str, pd.DataFrame]:
     """Hourly solar wind to five days after hour `last`: V (km/s), magnetic field (nT) and density N (1/cm^3)."""
     hours, rng = np.arange(last + WIND_DELAY_HOURS + 24), np.random.default_rng([sun.seed, 6])
@@ -426,8 +423,8 @@ def _write_spectra(sun: SyntheticSun, times: pd.DatetimeIndex, hours: np.ndarray
     for i, name in enumerate(("train", "val", "test")):
         part = _SPLIT[hours // 96 % 5] == i
         data[f"{name}_time"] = (f"{name}_sample", times[part])
-        data[f"{name}_spectra"] = ((f"{name}_sample", "wavelength"), spectra[part].astype(np.float32))
-        data[f"{name}_spectra"].attrs["units"] = "W/m^2/nm"
+        values = spectra[part].astype(np.float32)
+        data[f"{name}_spectra"] = ((f"{name}_sample", "wavelength"), values, {"units": "W/m^2/nm"})
     with atomic_write(path) as temporary:
         data.to_netcdf(temporary, engine="h5netcdf")
 
