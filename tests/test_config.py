@@ -292,7 +292,6 @@ CONTRADICTIONS = [
     (MASK | {"target.loss": "mse"}, "target.loss, labels.kind"),
     (IMAGE | {"target.metrics": ["rmse", "iou"]}, "target.metrics, labels.kind"),
     ({"target.plot": "image"}, "target.plot, labels.kind"),
-    ({"target.plot": "spectrum"}, "target.plot, labels.value_columns"),  # of one number
     ({"target.loss": "nowhere.at_all:loss"}, "target.loss"),
     ({"target.loss": "math:pi"}, "target.loss"),
     ({"target.metrics": ["math:floor"]}, "target.metrics"),

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
 
 OWN = """
-task: solar_wind
+task: wind_speed
 synthetic: {folder: null}                    # all data is real
 tracking: {wandb: disabled}
 paths: {reserve_gb: 0.0}
@@ -54,7 +54,7 @@ split:
   test: [2011-01-28 14:00, 2011-01-29]
   guard_hours: 0.5
 tasks:
-  solar_wind:
+  wind_speed:
     labels: {path: real/wind.csv, time_column: Epoch, value_columns: [V]}
     target: {name: solar-wind speed, unit: km/s, event_threshold: 400.0}
 experiments:
@@ -185,7 +185,7 @@ def test_the_notebook_runs_on_it_as_it_is(course, monkeypatch, capsys):
             exec(compile("".join(cell["source"]), "finetune.ipynb", "exec"), names)
     plt.close("all")
     said = capsys.readouterr().out
-    assert "finetune of task solar_wind on profile tiny" in said
+    assert "finetune of task wind_speed on profile tiny" in said
     runs = list_runs(course / "runs", experiment="finetune")
     assert len(runs) == 1 and 0 < runs["test_rmse"][0] < 300
     predictions = pd.read_csv(runs["folder"][0] / "predictions_test.csv")

@@ -244,7 +244,7 @@ def make_loaders(cfg: Config) -> Loaders:
     for name, table in plan.samples.items():
         if table.empty:
             raise ValueError(
-                f"Not one sample is left of split.{name}, {' to '.join(getattr(cfg.split, name))}:\n{plan}\nThere is: "
+                f"Not one sample is left of split.{name}, {', '.join(map(' to '.join, cfg.split.periods(name))) or 'as the label file has it'}:\n{plan}\nThere is: "
                 f"{store}. Build more frames (`make cache`), or correct the splits or section labels of the config."
             )
     sets = make_datasets(plan, store, cfg)

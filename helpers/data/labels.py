@@ -380,7 +380,7 @@ class Plan:
             subset = len(table) + sum(dropped.values()) < self.candidates[name]
             line = f"{name}: {len(table)} samples"
             line += f" (a seeded subset of at most {self.candidates[name]})" if subset else ""
-            lines.append("; ".join([line, *(f"dropped {count} without {why}" for why, count in dropped.items())]))
+            lines.append("; ".join([line, *(f"dropped {count} {why}" for why, count in dropped.items())]))
         if isinstance(self.labels, Labels):
             used = sum(len(table) for table in self.samples.values())
             lines.append(f"labels: {used} of {len(self.labels)} belong to a sample")
@@ -449,8 +449,10 @@ def plan_samples(
         looked_at = order[: last + 1]
         samples[name] = rows.iloc[np.sort(looked_at[complete[looked_at]])].reset_index(drop=True)
         reasons = {
-            f"a frame at {' or '.join(map(str, offsets))} min": int((~complete[looked_at]).sum()),
-            f"{cfg.split.guard_hours:g} h between it and a later split": int((inside[name] & near[name]).sum()),
+            f"without a frame at {' or '.join(map(str, offsets))} min": int((~complete[looked_at]).sum()),
+            f"that see less than {cfg.split.guard_hours:g} h before what a later split sees": int(
+                (inside[name] & near[name]).sum()
+            ),
         }
         dropped[name] = {reason: count for reason, count in reasons.items() if count}
         candidates[name] = int(inside[name].sum())

@@ -36,7 +36,7 @@ QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
 MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
 MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
 WIND_DELAY_HOURS = 96  # from a hole at the central meridian to its fast stream at the Earth
-VERSION = 5  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+VERSION = 6  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
 REGIONS = "released/surya-bench-ar-segmentation"  # in the folder
 STAMP = "synthetic.json"  # in the folder: which Sun it is
 BYTES_A_PIXEL = 12  # of a frame and its masks on the disk, measured
@@ -363,7 +363,7 @@ def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
 
 
 # ---- Labels of the released tasks
-_SPLIT = np.array([0, 0, 0, 1, 2])  # train, validation or test, of one block of four days after the other
+_SPLIT = np.array([0, 0, 0, 1, 2])  # train, validation or test, of one block of ten days after the other
 
 
 def _flare_tables(sun: SyntheticSun, hourly: pd.DatetimeIndex, flux: np.ndarray) -> dict[str, pd.DataFrame]:
@@ -405,7 +405,7 @@ def _wind_tables(sun: SyntheticSun, start: pd.Timestamp, last: int) -> dict[str,
     table = table.round(1)
     table.insert(0, "timestamp", start + pd.to_timedelta(hours, "h"))
     names = enumerate(f"released/Surya-bench-solarwind/solarwind_{n}.csv" for n in ("train", "valid", "test"))
-    return {name: table[_SPLIT[hours // 96 % 5] == i] for i, name in names}
+    return {name: table[_SPLIT[hours // 240 % 5] == i] for i, name in names}
 
 
 def _write_spectra(sun: SyntheticSun, times: pd.DatetimeIndex, hours: np.ndarray, path: Path) -> None:
@@ -421,7 +421,7 @@ def _write_spectra(sun: SyntheticSun, times: pd.DatetimeIndex, hours: np.ndarray
     spectra *= (1 + 0.02 * rng.standard_normal(spectra.shape)) * (rng.random(spectra.shape) >= 0.01)
     data = xr.Dataset()
     for i, name in enumerate(("train", "val", "test")):
-        part = _SPLIT[hours // 96 % 5] == i
+        part = _SPLIT[hours // 240 % 5] == i
         data[f"{name}_time"] = (f"{name}_sample", times[part])
         values = spectra[part].astype(np.float32)
         data[f"{name}_spectra"] = ((f"{name}_sample", "wavelength"), values, {"units": "W/m^2/nm"})
