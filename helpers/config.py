@@ -649,15 +649,16 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     if own.window_hours and own.lead_minutes:
         yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
     brings = isinstance(own.path, dict) or c.split.column or str(own.path).endswith((".nc", ".nc4", ".h5", ".hdf5"))
-    for name in (name for name in SPLITS if not getattr(c.split, name) and not brings):
+    files = own.variable or own.reader
+    for name in (name for name in SPLITS if not getattr(c.split, name) and (own.window_hours or not brings)):
         yield f"split.{name}, labels.path", "a split needs its period, unless the label file brings its own splits"
     if kind == "scalar" and not (own.path and own.value_columns):
         yield "labels.path, labels.value_columns", "scalar labels need a CSV and at least one of its columns"
-    if kind != "scalar" and own.variable and not own.path:
+    if kind != "scalar" and files and not own.path:
         yield "labels.path, labels.variable", "mask and image files need a CSV that names them"
-    if kind == "mask" and not own.variable:
-        yield "labels.variable", "masks are read from files: name their variable"
-    if kind == "image" and bool(own.target_channels) == bool(own.variable):
+    if kind == "mask" and not files:
+        yield "labels.variable", "masks are read from files: name their variable, or your own reader"
+    if kind == "image" and bool(own.target_channels) == bool(files):
         yield "labels.variable, labels.target_channels", "images come either from files or from the frames: set one"
     both = sorted(set(c.data.channels) & set(own.target_channels))
     if kind == "image" and both and own.target_offset_minutes in c.data.offsets_minutes:

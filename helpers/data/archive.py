@@ -268,7 +268,8 @@ def read_values(file: h5py.File, name: str, unit: str | None = None) -> np.ndarr
     """
     variable = find_variable(file, name)
     attributes = variable.attrs
-    values = variable[()].astype(np.float32, copy=False)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite
+        values = variable[()].astype(np.float32, copy=False)
     for key in ("_FillValue", "missing_value"):
         for fill in np.ravel(attributes.get(key, [])):
             values[values == np.float32(fill)] = np.nan
@@ -294,5 +295,8 @@ def read_times(file: h5py.File, name: str) -> np.ndarray:
         raise FrameError(
             f"{name} holds no times: neither texts nor numbers with units such as `hours since 2010-01-01`"
         )
-    times = xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"]
-    return pd.DatetimeIndex(times).round("s").to_numpy("datetime64[s]")
+    attributes |= {key: variable.attrs[key][0] for key in ("_FillValue",) if np.ndim(variable.attrs.get(key))}
+    times = pd.DatetimeIndex(xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"])
+    if times.hasnans:
+        raise FrameError(f"{name} lacks its time {int(np.flatnonzero(times.isna())[0]) + 1}")
+    return times.round("s").to_numpy("datetime64[s]")

@@ -68,13 +68,16 @@ class ChannelTargets:
         return normalise(avg_pool2d(denormalise(image, scaler), self.reduce), scaler)
 
 
-def read_mask(path: str, variable: str | None, side: int, how: str = "majority", reader: str | None = None) -> Tensor:
+def read_mask(
+    path: str, variable: str | None, side: int, how: str | None = "majority", reader: str | None = None
+) -> Tensor:
     """Read an image target, (1, side, side) float32.
 
     A mask, which holds 0 and 1 (or 255) alone, is reduced to `side` as `how` says: `majority` (1 from one half up),
-    `any` (1 where one pixel is) or `mean` (the share of the pixels). Any other image is averaged.
+    `any` (1 where one pixel is) or `mean` (the share of the pixels); one of shares from 0 to 1 is averaged.
 
     Args:
+        how: None: the image is no mask; its values are averaged, and stay what they are.
         reader: `module:function` that returns the image (H, W) of `path`, row 0 the south; None: NetCDF or HDF5.
 
     Raises:
@@ -82,7 +85,10 @@ def read_mask(path: str, variable: str | None, side: int, how: str = "majority",
     """
     try:
         if reader:
-            mask = torch.as_tensor(np.array(find_named(reader, {})(path), np.float32))
+            try:
+                mask = torch.as_tensor(np.array(find_named(reader, {})(path), np.float32))
+            except Exception as error:  # whatever a function of one's own raises
+                raise FrameError(f"{reader} (labels.reader) raised {type(error).__name__}: {error}") from error
         else:
             with open_netcdf(path) as file:
                 mask = torch.from_numpy(read_variable(file, variable))
@@ -91,18 +97,21 @@ def read_mask(path: str, variable: str | None, side: int, how: str = "majority",
         size = len(mask)
         if size % side:
             hint = f"; labels.reduce {side // size} times as large would suit it" if side % size == 0 else ""
-            raise FrameError(
-                f"{variable} has the shape {tuple(mask.shape)}, which does not fit {side} x {side} pixels{hint}"
-            )
+            raise FrameError(f"it has the shape {tuple(mask.shape)}, which does not fit {side} x {side} pixels{hint}")
         if not mask.isfinite().all():
-            raise FrameError(f"{variable} has pixels that are not numbers (NaN)")
+            raise FrameError("it has pixels that are not numbers (NaN)")
+        top = 255 if mask.max() > 1 else 1
+        binary = how is not None and bool(((mask == 0) | (mask == top)).all())
+        mask = mask / top if binary else mask
+        if how and not 0 <= mask.min() <= mask.max() <= 1:
+            raise FrameError(
+                f"it holds values from {mask.min():g} to {mask.max():g}, but a mask is 0 outside and 1 inside; set "
+                f"labels.kind: image to learn the values themselves"
+            )
     except FrameError as error:
         raise FrameError(
             f"The image label {path} cannot be used: {error}. See labels.path and labels.variable."
         ) from None
-    top = 255 if mask.max() > 1 else 1
-    binary = bool(((mask == 0) | (mask == top)).all())
-    mask = mask / top if binary else mask
     if size > side:
         mask = avg_pool2d(mask[None, None], size // side)[0, 0]
         if binary and how != "mean":
@@ -243,9 +252,9 @@ def make_loaders(cfg: Config) -> Loaders:
     plan = plan_samples(cfg, lambda times: np.isin(times, built))
     for name, table in plan.samples.items():
         if table.empty:
+            periods = ", ".join(map(" to ".join, cfg.split.periods(name))) or "as the label file has it"
             raise ValueError(
-                f"Not one sample is left of split.{name}, {', '.join(map(' to '.join, cfg.split.periods(name))) or 'as the label file has it'}:\n{plan}\nThere is: "
-                f"{store}. Build more frames (`make cache`), or correct the splits or section labels of the config."
+                f"Not one sample is left of split.{name}, {periods}:\n{plan}\nThere is: {store}. Build more frames (`make cache`), or correct the splits or section labels of the config."
             )
     sets = make_datasets(plan, store, cfg)
     masks = sum(len(data) for data in sets.values() if data.targets is None) * store.side**2 * 4
@@ -308,11 +317,6 @@ def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | floa
             rows = np.arange(len(data))  # the others may hold something
         for image in map(data.target, rows):  # (C, H, W), one in memory at a time
             mean, low, high = mean + image / len(rows), min(low, image.min().item()), max(high, image.max().item())
-        if kind == "mask" and not 0 <= low <= high <= 1:
-            raise ValueError(
-                f"The masks of the training split hold values from {low:g} to {high:g}, but a mask is 0 outside and 1 "
-                "inside. Set labels.kind: image to learn the values themselves."
-            )
         return {"target_mean": mean, "target_std": torch.ones(1), "target_span": high - low}
     std = targets.std(0, correction=0)
     span = (targets.max() - targets.min()).item()

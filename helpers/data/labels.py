@@ -6,7 +6,7 @@ t + offsets. What finds no partner is dropped and counted. A plan needs no frame
 
 from __future__ import annotations
 
-import warnings
+import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ NETCDF = (".nc", ".nc4", ".h5", ".hdf5")
 # What stands for no value in the files of OMNI (runs of nines), CDAWeb and NetCDF.
 KNOWN_FILLS = [float(f"{'9' * n}.{'9' * m}") for n in range(1, 9) for m in range(4) if n + m > 3]
 KNOWN_FILLS += [-999, -999.9, -9999, -9999.9, -99999, -99999.9, -32768, -(2.0**31), -(2.0**63), 9.969209968386869e36]
-KNOWN_FILLS += [sign * 10.0**power for sign in (-1, 1) for power in (20, 30, 31, 32, 38)]
+KNOWN_FILLS += [sign * 10.0**power for sign in (-1, 1) for power in (20, 30, 31, 32, 38)] + [np.inf, -np.inf]
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
 ANY_TIME = ("1900-01-01", "2100-01-01")
@@ -48,7 +48,8 @@ class Labels:
         times: (N,) datetime64[s] in UTC, sorted, each once.
         values: (N, K) float64 in label units after the transform; (N, 0) for masks.
         paths: (N,) mask files, or None for numbers.
-        variable, reader, mask_reduce: how mask files are read, as in the section `labels` of the configuration.
+        variable, reader, mask_reduce: how mask files are read, as in the section `labels` of the configuration; images
+            have no mask_reduce.
         reduce: whole factor by which the masks are smaller than the input.
         dropped: why and how many rows of the file were left out.
         splits: (N,) train, val or test where the labels bring their own splits, else None.
@@ -62,7 +63,7 @@ class Labels:
     dropped: dict[str, int] = field(default_factory=dict)
     splits: np.ndarray | None = None
     reader: str | None = None
-    mask_reduce: str = "majority"
+    mask_reduce: str | None = "majority"
 
     def __len__(self) -> int:
         return len(self.times)
@@ -150,7 +151,7 @@ def _local_file(address: str, cfg: Config) -> Iterator[Path]:
 def read_table(
     path: Path, rules: Any, dropped: Counter[str], address: str | None = None, split_column: str | None = None
 ) -> pd.DataFrame:
-    """One label file, a row a label: `time`, `split`, `path` of masks, and numbers 0 ... K-1 in the unit of the file.
+    """One label file, a row a label: `time`, `split`, `path` of masks, and K numbers by name in the unit of the file.
 
     Args:
         rules: the section `labels` of the configuration.
@@ -160,56 +161,64 @@ def read_table(
     address = str(address or path)
     where = f"the label file {address}"
     if Path(address).suffix.lower() in NETCDF:
-        table, names = _read_netcdf(path, rules, where)
-        return _without_fills(table, names, rules, where, dropped)
+        return _without_fills(_read_netcdf(path, rules, where), rules, where, dropped)
     cells = _read_csv(path, address)
     if "present" in cells:
-        absent = cells["present"].str.strip().str.lower().isin(["0", "0.0", "false"])
+        absent = cells["present"].str.lower().isin(["0", "0.0", "false"])
         dropped["label not present"] += int(absent.sum())
         cells = cells[~absent]
     times = [rules.time_column] if isinstance(rules.time_column, str) else list(rules.time_column)
     columns = []
     if rules.kind == "scalar":
         for name in rules.value_columns:
-            columns += [found for found in cells if fnmatchcase(found, name)] or [name]
+            columns += sorted({found for found in cells if fnmatchcase(found, name)} - {*columns}) or [name]
     elif not (rules.reader and {"path", "file_path"}.isdisjoint(cells)):
         columns = ["file_path" if "file_path" in cells and "path" not in cells else "path"]
-    if absent := [name for name in (*times, *columns, *filter(None, [split_column])) if name not in cells]:
-        raise ValueError(
-            f"The label file {address} has no column {', '.join(absent)}; it has {', '.join(cells)}. Correct "
-            f"labels.time_column or labels.value_columns in the config."
-        )
+    for name in (*times, *columns, *filter(None, [split_column])):
+        if (found := list(cells).count(name)) != 1:
+            raise ValueError(
+                f"The label file {address} has {found or 'no'} column {name}; it has {', '.join(cells)}. Correct "
+                f"labels.time_column, labels.value_columns or split.column in the config."
+            )
     when = cells[times[0]].str.cat([cells[name] for name in times[1:]], sep=" ").rename(" and ".join(times))
-    split = cells[split_column].str.strip().str.lower().map(SPLIT_NAMES) if split_column else ""
-    table = pd.DataFrame({"time": parse_times(when, where), "split": split})
+    when = when.mask((cells[times] == "").any(axis=1), "")  # a date alone is no midnight where the time of day lacks
+    table = pd.DataFrame({"time": parse_times(when, where), "split": ""})
+    if split_column:
+        table["split"] = (split := cells[split_column].str.lower()).map(SPLIT_NAMES)
+        wrong = (table["split"].isna() & (split != "")).to_numpy()
+        _refuse(wrong, cells[split_column], where, "which is no split. Write train, val or test, or leave it empty.")
     if rules.kind != "scalar":
         folder = address.rpartition("/")[0] if "://" in address else path.parent
-        names = cells[columns[0]].str.strip() if columns else table["time"].astype(str)
+        names = cells[columns[0]] if columns else table["time"].astype(str)
         join = (lambda name: f"{folder}/{name}") if "://" in address else (lambda name: str(Path(folder, name)))
         return table.assign(path=[join(name) if name and columns else name for name in names])
     read = _goes if rules.transform == "goes" else _numbers
     values = np.column_stack([read(cells[name], where, rules.when_none) for name in columns])
-    table = pd.concat([table, pd.DataFrame(values, cells.index)], axis=1)
-    return _without_fills(table, columns, rules, where, dropped)
+    table = pd.concat([table, pd.DataFrame(values, cells.index, columns)], axis=1)
+    return _without_fills(table, rules, where, dropped)
 
 
 def _read_csv(path: Path, address: str) -> pd.DataFrame:
-    """All cells as text; a comma at the end of every row is no further column."""
+    """All cells as text, stripped; commas at the end of rows are no further columns, empty lines no rows."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pd.errors.ParserWarning)
-            return pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            names, *rows = ([cell.strip() for cell in row] for row in csv.reader(file))
+        for number, row in enumerate(rows, 2):
+            if row and (len(row) < len(names) or any(row[len(names) :])):
+                raise ValueError(f"row {number} has {len(row)} cells, and the header {len(names)}")
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no label file {address}. Correct labels.path in the config.") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(
             f"The label file {address} cannot be read as a table ({error}). Write a CSV in UTF-8 with a header and one "
             f"row a time; other kinds of file end in {', '.join(NETCDF)}."
         ) from None
+    kept = {number: row[: len(names)] for number, row in enumerate(rows) if row}
+    return pd.DataFrame(list(kept.values()), list(kept), names, dtype=str)
 
 
-def _read_netcdf(path: Path, rules: Any, where: str) -> tuple[pd.DataFrame, list[str]]:
-    """Times and vectors of a NetCDF or HDF5 file, of all splits if it has train_time and the like; and their names."""
+def _read_netcdf(path: Path, rules: Any, where: str) -> pd.DataFrame:
+    """Times and vectors of a NetCDF or HDF5 file, of all splits if it has train_time and the like."""
     tables = []
     try:
         with open_netcdf(path) as file:
@@ -217,28 +226,31 @@ def _read_netcdf(path: Path, rules: Any, where: str) -> tuple[pd.DataFrame, list
             for split in splits or [""]:
                 prefix = f"{split}_" if splits else ""
                 times = read_times(file, f"{prefix}{rules.time_column}")
-                values = [read_values(file, f"{prefix}{name}", rules.unit) for name in rules.value_columns]
-                values = np.column_stack([v.astype(float) for v in values])  # (N, K), or ValueError
-                if len(values) != len(times):
-                    raise FrameError(f"it has {len(times)} times and {len(values)} rows of values")
-                tables.append(pd.DataFrame(values).assign(time=times, split=split))
+                table = {"time": times, "split": split}
+                for name in rules.value_columns:
+                    values = read_values(file, f"{prefix}{name}", rules.unit).astype(float)  # (N,) or (N, K)
+                    if values.ndim not in (1, 2) or len(values) != len(times):
+                        shape = " x ".join(map(str, values.shape))
+                        raise FrameError(f"{prefix}{name} has {shape} values for {len(times)} times")
+                    table |= {name: values} if values.ndim == 1 else {f"{name}[{k}]": v for k, v in enumerate(values.T)}
+                tables.append(pd.DataFrame(table, np.arange(len(times)) - 1))  # the first row is 1: there is no header
     except FrameError as error:
         keys = "labels.path, labels.time_column, labels.value_columns and labels.unit"
         raise ValueError(f"T{where[1:]} cannot be used: {error}. See {keys} in the config.") from None
-    return pd.concat(tables, ignore_index=True), [str(number) for number in range(values.shape[1])]
+    return pd.concat(tables)
 
 
-def _without_fills(
-    table: pd.DataFrame, names: Sequence[str], rules: Any, where: str, dropped: Counter[str]
-) -> pd.DataFrame:
+def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter[str]) -> pd.DataFrame:
     """The rows without a fill value that the configuration names; any other well-known one is a ValueError."""
-    values = table[list(range(len(names)))].to_numpy(np.float32)
+    numbers = table.drop(columns=["time", "split"])
+    values = numbers.to_numpy(np.float32)
     filled = np.isin(values, np.float32(rules.fill_values)).any(axis=1)
     dropped["label is a fill value"] += int(filled.sum())
     for row, column in np.argwhere(np.isin(values, np.float32(KNOWN_FILLS)) & ~filled[:, None])[:1]:
         raise ValueError(
-            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its column {names[column]}, which "
-            f"usually stands for no value. Name it in labels.fill_values to leave such rows out."
+            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its column "
+            f"{numbers.columns[column]}, which usually stands for no value. Name it in labels.fill_values to leave such "
+            f"rows out."
         )
     return table[~filled]
 
@@ -250,7 +262,7 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
     reason = "empty"
     if rules.transform != "none" and not images and not (rules.window_hours and rules.aggregate == "any"):
         if rules.zero == "floor":
-            smallest = np.where(values > 0, values, np.inf).min(axis=0)
+            smallest = np.where(values > 0, values, np.inf).min(axis=0, initial=np.inf)
             values = np.where(values == 0, smallest, values)
         values = np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
         reason = "empty, quiet or not positive, so without a logarithm"
@@ -275,7 +287,7 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
         {why: count for why, count in dropped.items() if count},
         once["split"].to_numpy(str) if (once["split"] != "").any() else None,
         rules.reader,
-        rules.mask_reduce,
+        rules.mask_reduce if rules.kind == "mask" else None,
     )
 
 
@@ -291,7 +303,7 @@ def _numbers(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray
     """Cells as float64; empty ones are NaN."""
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(float)
     wrong = np.isnan(numbers)
-    wrong[wrong] = ~column[wrong].str.strip().str.upper().isin(EMPTY).to_numpy()
+    wrong[wrong] = ~column[wrong].str.upper().isin(EMPTY).to_numpy()
     _refuse(
         wrong | (np.abs(numbers) > LARGEST_NUMBER), column, where, f"which is not a number below {LARGEST_NUMBER:.1e}. "
         f"Correct the row; for flare classes such as M2.5 set labels.transform: goes.",
@@ -301,7 +313,7 @@ def _numbers(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray
 
 def _goes(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray:
     """Flux in W/m^2; NaN for empty cells, and for those of QUIET, unless `when_none` says what class that is."""
-    cells = column.str.strip().str.upper()
+    cells = column.str.upper()
     cells = cells if when_none is None else cells.replace(dict.fromkeys(QUIET, str(when_none).upper()))
     parts = cells.str.extract(r"^([ABCMX])(\d+(?:\.\d*)?)$")
     flux = parts[0].map(GOES_CLASSES).to_numpy(float) * parts[1].to_numpy(float)
@@ -321,12 +333,13 @@ def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -
     """
     own, where = cfg.labels, "labels.when_none and labels.event_at of the config"
     read = _goes if own.transform == "goes" else _numbers
-    columns = list(range(events.shape[1] - 2))
-    events = events.dropna(subset=columns).sort_values("time")
-    starts, values = events["time"].to_numpy(), events[columns].to_numpy()
+    columns = list(events.columns.drop(["time", "split"]))
+    dropped["event without a value"] += len(events) - len(events := events.dropna(subset=columns).sort_values("time"))
+    starts, values = events["time"].to_numpy("datetime64[s]"), events[columns].to_numpy()
     times = sample_grid(cfg)
     begin, end = (times + np.timedelta64(round(3600 * hours), "s") for hours in own.window_hours)
-    known = (begin >= starts[:1]) & (end <= starts[-1:])
+    earliest, latest = starts[[0, -1]] if len(starts) else np.array(ANY_TIME[::-1], "datetime64[s]")
+    known = (begin >= earliest) & (end <= latest)
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
     none = np.full(len(columns), np.nan)
@@ -342,7 +355,9 @@ def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -
 def num_outputs(cfg: Config) -> int:
     """Numbers, or channels of the image, to predict; a pattern or a variable with vectors is counted in the file."""
     own = cfg.labels
-    vectors = any(set(name) & set("*?[") for name in own.value_columns) or str(own.path).lower().endswith(NETCDF)
+    vectors = any(set(name) & set("*?[") for name in own.value_columns) or any(
+        ending in str(own.path).lower() for ending in NETCDF
+    )
     return labels_of(cfg).values.shape[1] if vectors and own.kind == "scalar" else cfg.num_outputs
 
 
@@ -415,6 +430,10 @@ def plan_samples(
     offsets, unmatched, window = list(cfg.data.offsets_minutes), {}, sample_window(cfg)
     published = None if isinstance(labels, FrameTarget) else labels.splits
     if published is None:
+        for name in (name for name in SPLITS if not cfg.split.periods(name)):
+            raise ValueError(
+                f"{cfg.labels.path} brings no splits of its own: split.{name} in the config needs its period."
+            )
         check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, cfg.split.guard_hours)
     if isinstance(labels, FrameTarget):
         offsets.append(labels.offset_minutes)
@@ -523,13 +542,15 @@ def match(
 
 def sample_window(cfg: Config) -> tuple[pd.Timedelta, pd.Timedelta]:
     """First and last moment, relative to the time of a sample, that it may know of."""
-    offsets, labels = cfg.data.offsets_minutes, cfg.labels
-    if labels.kind == "image" and labels.target_channels:
-        late = labels.target_offset_minutes
+    own, minutes = cfg.labels, [0, *cfg.data.offsets_minutes]
+    if own.kind == "image" and own.target_channels:
+        minutes.append(own.target_offset_minutes)
+    elif own.window_hours:
+        minutes += [60 * hours for hours in own.window_hours]
     else:
-        late = labels.lead_minutes + (labels.tolerance_minutes if labels.direction != "backward" else 0)
-        late = 60 * labels.window_hours[1] if labels.window_hours else late + 60 * labels.spans_hours
-    return pd.Timedelta(min(offsets), "min"), pd.Timedelta(max(late, 0, *offsets), "min")
+        tolerance = own.tolerance_minutes if own.direction != "backward" else 0
+        minutes.append(own.lead_minutes + tolerance + 60 * own.spans_hours)
+    return pd.Timedelta(min(minutes), "min"), pd.Timedelta(max(minutes), "min")
 
 
 def check_splits(
