@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of targ
     "image": {"loss": ("mse", "mae", "huber"), "metric": ("rmse", "mae", "correlation", "ssim"), "figure": ("image",)},
 }
 SPLITS = ("train", "val", "test")
+NETCDF = (".nc", ".nc4", ".h5", ".hdf5")
 _OVERLAYS = {"profiles": "profile", "tasks": "task", "experiments": "experiment"}  # block -> the key that chooses
 
 
@@ -648,10 +649,22 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
         yield "labels.window_hours, labels.kind", "a window of events is [first, last] in hours, for scalar labels"
     if own.window_hours and own.lead_minutes:
         yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
-    brings = isinstance(own.path, dict) or c.split.column or str(own.path).endswith((".nc", ".nc4", ".h5", ".hdf5"))
+    netcdf = any(ending in str(own.path).lower() for ending in NETCDF)
+    brings = isinstance(own.path, dict) or c.split.column or netcdf
     files = own.variable or own.reader
     for name in (name for name in SPLITS if not getattr(c.split, name) and (own.window_hours or not brings)):
         yield f"split.{name}, labels.path", "a split needs its period, unless the label file brings its own splits"
+    if own.window_hours and (c.split.column or isinstance(own.path, dict)):
+        yield (
+            "labels.window_hours, split.column, labels.path",
+            "the samples of an event list are split by periods alone",
+        )
+    if not (own.window_hours and own.aggregate == "any") and own.event_at is not None:
+        yield "labels.event_at, labels.aggregate", "event_at is for aggregate: any, in a window of events"
+    if own.aggregate == "any" and not own.window_hours:
+        yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
+    if own.unit and not netcdf:
+        yield "labels.unit, labels.path", "only NetCDF and HDF5 files say what unit their values have"
     if kind == "scalar" and not (own.path and own.value_columns):
         yield "labels.path, labels.value_columns", "scalar labels need a CSV and at least one of its columns"
     if kind != "scalar" and files and not own.path:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from frame_files import physical_frame, write_index, write_netcdf
 
+from helpers.analysis import comparison
 from helpers.channels import CHANNELS, denormalise, load_scalers, normalise, stack_scalers
 from helpers.config import load_config
 from helpers.data import archive
@@ -15,6 +16,9 @@ from helpers.data.archive import Archive, FrameError
 from helpers.data.dataset import SolarDataset, make_loaders, read_mask
 from helpers.data.frames import build_store, open_store, prepare_store
 from helpers.data.labels import FrameTarget, Labels, check_splits, load_labels, match, plan_samples, sample_window
+from helpers.model.checkpoint import CheckpointError
+from helpers.training.loop import fit, predict
+from helpers.training.tracking import start_run
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "tests" / "data"
@@ -439,6 +443,98 @@ def test_workers_read_the_same_as_memory(config):
     assert "1 loader workers" in workers.report and workers.train.multiprocessing_context.get_start_method() != "fork"
     for ours, theirs in zip(memory.train, workers.train, strict=True):
         assert ours["timestamp"] == theirs["timestamp"] and torch.equal(ours["ts"], theirs["ts"])
+
+
+class Line(torch.nn.Module):
+    """Of each channel's mean, or of each pixel's channels."""
+
+    def __init__(self, images: bool) -> None:
+        super().__init__()
+        self.images, self.head = images, torch.nn.Linear(13, 1)
+
+    def forward(self, batch):
+        seen = batch["ts"].mean(2)  # (B, C, H, W)
+        return self.head(seen.movedim(1, -1)).movedim(-1, 1) if self.images else self.head(seen.mean((2, 3)))
+
+
+def masks(folder, change=None, where=(slice(4, 12), slice(6, 8))):
+    """A mask of 32 pixels for each hour, with `where` inside unless `change` of the hour says otherwise."""
+    for hour in range(24):
+        mask = np.zeros((32, 32), np.uint8)
+        mask[where] = 255
+        mask = mask if change is None else change(hour, mask)
+        write_netcdf(folder / f"masks/{hour}.nc", {"region": mask.astype(np.float32)})
+    rows = pd.DataFrame({"timestamp": HOURS, "path": [f"masks/{hour}.nc" for hour in range(24)]})
+    rows.to_csv(folder / "masks.csv", index=False)
+    own = {"labels.kind": "mask", "labels.path": str(folder / "masks.csv"), "labels.variable": "region"}
+    return own | {"target.loss": "bce_dice", "target.metrics": ["iou"], "target.event_threshold": None}
+
+
+QUICK = {"training.epochs": 1, "training.precision": "fp32", "tracking.wandb": "disabled"}
+
+
+def test_thin_masks_that_a_majority_loses_are_reported_with_both_numbers(config, tmp_path):
+    own = masks(tmp_path, where=(slice(0, 32, 2), slice(6, 7)))
+    lost = "WARNING: of 36 pixels inside, 0 are left when the masks are reduced by majority. Set labels.mask_reduce"
+    assert lost in make_loaders(config(**own)).report  # 9 samples x 16 pixels x 1/4
+    for how, inside in (("any", 16), ("mean", 4)):
+        loaders = make_loaders(config(**own | {"labels.mask_reduce": how}))
+        assert "WARNING" not in loaders.report and loaders.val.dataset.target(0).sum() == inside
+    assert "WARNING" not in make_loaders(config(**masks(tmp_path / "wide"))).report
+
+
+def test_a_validation_split_of_empty_masks_cannot_choose_an_epoch(config, tmp_path):
+    cfg = config(**masks(tmp_path, lambda hour, mask: mask * (hour < 14)), **QUICK)
+    loaders = make_loaders(cfg)
+    with pytest.raises(ValueError, match="The validation iou is not a number, so it cannot choose .* split.val"):
+        fit(Line(images=True), loaders, cfg)
+    found = predict(Line(images=True), loaders, "val", cfg)
+    assert np.isnan(found.values["iou"])
+
+
+def test_a_mask_that_is_none_is_refused_wherever_it_lies(config, tmp_path):
+    cfg = config(**masks(tmp_path, lambda hour, mask: mask * (0.7 if hour == 16 else 1)))
+    with pytest.raises(FrameError, match="16.nc cannot be used: it holds values from 0 to 178.5, but a mask is 0"):
+        list(make_loaders(cfg).val)
+
+
+@pytest.mark.parametrize("hour", [3, 15, 22])
+@pytest.mark.parametrize("kind", ["scalar", "mask"])
+def test_a_corrected_label_is_another_fingerprint_and_ends_resume_and_comparison(config, tmp_path, kind, hour, capsys):
+    """In any split: a number in the table, or a mask file under its old name."""
+
+    def leave(changed):
+        values = np.arange(24.0)
+        values[hour] += 0.5 * changed
+        pd.DataFrame({"timestamp": HOURS, "value": values}).to_csv(tmp_path / "labels.csv", index=False)
+        shift = masks(tmp_path, lambda h, mask: np.roll(mask, 2 * (changed and h == hour)))
+        numbers = {"labels.path": str(tmp_path / "labels.csv"), "target.metrics": ["rmse"]}
+        return shift if kind == "mask" else numbers
+
+    def settings(**more):
+        return config(**leave(False), **QUICK, **{"paths.runs": str(tmp_path / "runs")} | more)
+
+    cfg = settings()
+    with start_run(cfg) as run:
+        fit(Line(kind == "mask"), loaders := make_loaders(cfg), cfg, run)
+        predict(Line(kind == "mask"), loaders, "test", cfg).table().to_csv(
+            run.folder / "predictions_test.csv", index=False
+        )
+        run.summary({"test_rmse": 1.0, comparison.SAMPLES: 9, "seconds": 1.0})
+    again = settings(**{"training.resume": run.name})
+    fit(Line(kind == "mask"), make_loaders(again), again)  # nothing is left to do
+    assert comparison.find_run(cfg) == run.name and len(comparison.compare_runs(cfg)[0].columns) == 1
+    leave(True)
+    with pytest.raises(
+        CheckpointError, match=f"The run {run.name} .* cannot be continued, because it had other frames or labels"
+    ):
+        fit(Line(kind == "mask"), make_loaders(again), again)
+    capsys.readouterr()
+    assert comparison.find_run(cfg) is None
+    assert capsys.readouterr().out.startswith(f"Not compared: {run.name}, whose labels or frames were others than now")
+    assert comparison.compare_runs(cfg)[0].empty and f"Not compared: {run.name}" in capsys.readouterr().out
+    leave(False)
+    assert comparison.find_run(cfg) == run.name
 
 
 def test_limits_count_apart(config):

@@ -254,7 +254,8 @@ def make_loaders(cfg: Config) -> Loaders:
         if table.empty:
             periods = ", ".join(map(" to ".join, cfg.split.periods(name))) or "as the label file has it"
             raise ValueError(
-                f"Not one sample is left of split.{name}, {periods}:\n{plan}\nThere is: {store}. Build more frames (`make cache`), or correct the splits or section labels of the config."
+                f"Not one sample is left of split.{name}, {periods}:\n{plan}\nThere is: {store}. Build more frames "
+                f"(`make cache`), or correct the splits or section labels of the config."
             )
     sets = make_datasets(plan, store, cfg)
     masks = sum(len(data) for data in sets.values() if data.targets is None) * store.side**2 * 4

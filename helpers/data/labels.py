@@ -21,14 +21,13 @@ import numpy as np
 import pandas as pd
 
 from helpers.channels import GOES_CLASSES
-from helpers.config import SPLITS, Config, periods_of
+from helpers.config import NETCDF, SPLITS, Config, periods_of
 from helpers.data.archive import Archive, FrameError, open_netcdf, parse_times, read_times, read_values
 from helpers.shared import download
 
 QUIET = ("FQ", "A0", "A0.0", "NONE")  # no flare, hence no flux to take a logarithm of
 EMPTY = ("", "NAN", "NA")
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
-NETCDF = (".nc", ".nc4", ".h5", ".hdf5")
 # What stands for no value in the files of OMNI (runs of nines), CDAWeb and NetCDF.
 KNOWN_FILLS = [float(f"{'9' * n}.{'9' * m}") for n in range(1, 9) for m in range(4) if n + m > 3]
 KNOWN_FILLS += [-999, -999.9, -9999, -9999.9, -99999, -99999.9, -32768, -(2.0**31), -(2.0**63), 9.969209968386869e36]
@@ -151,7 +150,7 @@ def _local_file(address: str, cfg: Config) -> Iterator[Path]:
 def read_table(
     path: Path, rules: Any, dropped: Counter[str], address: str | None = None, split_column: str | None = None
 ) -> pd.DataFrame:
-    """One label file, a row a label: `time`, `split`, `path` of masks, and K numbers by name in the unit of the file.
+    """One label file, a row a label: `time`, `split`, `path` of masks; numbers, `column NAME`, in the unit of the file.
 
     Args:
         rules: the section `labels` of the configuration.
@@ -194,7 +193,7 @@ def read_table(
         return table.assign(path=[join(name) if name and columns else name for name in names])
     read = _goes if rules.transform == "goes" else _numbers
     values = np.column_stack([read(cells[name], where, rules.when_none) for name in columns])
-    table = pd.concat([table, pd.DataFrame(values, cells.index, columns)], axis=1)
+    table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
 
 
@@ -232,7 +231,12 @@ def _read_netcdf(path: Path, rules: Any, where: str) -> pd.DataFrame:
                     if values.ndim not in (1, 2) or len(values) != len(times):
                         shape = " x ".join(map(str, values.shape))
                         raise FrameError(f"{prefix}{name} has {shape} values for {len(times)} times")
-                    table |= {name: values} if values.ndim == 1 else {f"{name}[{k}]": v for k, v in enumerate(values.T)}
+                    names = (
+                        [f"column {name}"]
+                        if values.ndim == 1
+                        else [f"column {name}[{k}]" for k in range(values.shape[1])]
+                    )
+                    table |= dict(zip(names, values.reshape(len(times), -1).T, strict=True))
                 tables.append(pd.DataFrame(table, np.arange(len(times)) - 1))  # the first row is 1: there is no header
     except FrameError as error:
         keys = "labels.path, labels.time_column, labels.value_columns and labels.unit"
@@ -248,9 +252,9 @@ def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter
     dropped["label is a fill value"] += int(filled.sum())
     for row, column in np.argwhere(np.isin(values, np.float32(KNOWN_FILLS)) & ~filled[:, None])[:1]:
         raise ValueError(
-            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its column "
-            f"{numbers.columns[column]}, which usually stands for no value. Name it in labels.fill_values to leave such "
-            f"rows out."
+            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its "
+            f"{numbers.columns[column]}, which usually stands for no value. Name it in labels.fill_values to leave "
+            f"such rows out."
         )
     return table[~filled]
 
