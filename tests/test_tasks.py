@@ -152,7 +152,7 @@ def test_masks_that_are_all_outside_are_refused(config, tmp_path):
 def test_masks_must_be_masks(config, tmp_path):
     write_netcdf(tmp_path / "field.nc", {"active_region": np.full((64, 64), 300, np.float32)})
     pd.DataFrame({"timestamp": HOURS, "path": "field.nc"}).to_csv(tmp_path / "masks.csv", index=False)
-    with pytest.raises(ValueError, match="hold values from 300 to 300, but a mask is 0 outside and 1 inside"):
+    with pytest.raises(ValueError, match="holds values from 300 to 300, but a mask is 0 outside and 1 inside"):
         make_loaders(config("active_region", **{"labels.path": str(tmp_path / "masks.csv")}))
 
 
