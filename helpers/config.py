@@ -35,11 +35,17 @@ Positive = Annotated[float, Field(gt=0)]
 PATH, MACHINE, COMPARED = "path", "machine", "compared"
 # names of the registries in metrics.py, tasks.py and plots.py, or `module:name` of your own
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+EVENT_METRICS = ("tss", "hss", "f1", "precision", "recall", "auc", "average_precision")
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of target; the first figure is the default
     "scalar": {
         "loss": ("mse", "mae", "huber"),
-        "metric": ("rmse", "mae", "mape", "r2", "rrse", "tss", "hss"),
+        "metric": ("rmse", "mae", "mape", "r2", "rrse", *EVENT_METRICS),
         "figure": ("scatter", "spectrum"),
+    },
+    "event": {
+        "loss": ("bce",),
+        "metric": (*EVENT_METRICS, "brier_skill", "log_loss"),
+        "figure": ("event",),
     },
     "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("image",)},
     "image": {"loss": ("mse", "mae", "huber"), "metric": ("rmse", "mae", "correlation", "ssim"), "figure": ("image",)},
@@ -102,7 +108,7 @@ class Data(_Section):
 
 
 class Labels(_Section):
-    kind: Literal["scalar", "mask", "image"]
+    kind: Literal["scalar", "event", "mask", "image"]
     path: Annotated[str | list[str] | dict[Literal[SPLITS], str | list[str]] | None, PATH]
     time_column: str | Annotated[list[str], Field(min_length=1)]
     value_columns: list[str]
@@ -125,6 +131,11 @@ class Labels(_Section):
     mask_reduce: Literal["majority", "any", "mean"]
     reader: Annotated[str, Field(pattern=OWN)] | None
 
+    @property
+    def numbers(self) -> bool:
+        """Whether numbers are predicted (1D), probabilities of events too; else pictures (2D)."""
+        return self.kind in ("scalar", "event")
+
     def physical(self, values: Any) -> Any:
         """From target units to physical values: 10**x where the transform took a logarithm."""
         return values if self.transform == "none" else 10**values
@@ -134,6 +145,7 @@ class Target(_Section):
     name: str
     unit: str
     loss: str
+    weights: Literal["none", "sqrt", "balanced"]
     metrics: Annotated[list[str], Field(min_length=1)]
     plot: str | None
     event_threshold: float | None
@@ -250,6 +262,7 @@ class Compare(_Section):
     baseline_epochs: Count | None
     finetune_epochs: Count | None
     draws: Count
+    block_days: Positive | None
 
 
 class Tracking(_Section):
@@ -305,9 +318,14 @@ class Config(_Section):
         return {"img_size": self.data.image_size, "in_chans": len(self.data.channels), **own}
 
     @property
+    def event_threshold(self) -> float | None:
+        """From which target on a sample is an event, or None."""
+        return 0.5 if self.labels.kind == "event" else self.target.event_threshold
+
+    @property
     def num_outputs(self) -> int:
         """Numbers, or channels of the image, that the model predicts."""
-        return len(self.labels.value_columns) if self.labels.kind == "scalar" else len(self.labels.target_channels) or 1
+        return len(self.labels.value_columns) if self.labels.numbers else len(self.labels.target_channels) or 1
 
 
 # ---- Rules of the model, for the constructors in helpers/model too: what is wrong with the settings, a sentence each
@@ -643,10 +661,11 @@ def _of_model(c: Any) -> Iterator[tuple[str, str]]:
 
 def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
+    numbers = kind in ("scalar", "event")
     if own.lead_minutes and own.direction != "forward":
         yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
-    if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and kind == "scalar"):
-        yield "labels.window_hours, labels.kind", "a window of events is [first, last] in hours, for scalar labels"
+    if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and numbers):
+        yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
     if own.window_hours and own.lead_minutes:
         yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
     netcdf = any(ending in str(own.path).lower() for ending in NETCDF)
@@ -655,19 +674,17 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     for name in (name for name in SPLITS if not getattr(c.split, name) and (own.window_hours or not brings)):
         yield f"split.{name}, labels.path", "a split needs its period, unless the label file brings its own splits"
     if own.window_hours and (c.split.column or isinstance(own.path, dict)):
-        yield (
-            "labels.window_hours, split.column, labels.path",
-            "the samples of an event list are split by periods alone",
-        )
-    if not (own.window_hours and own.aggregate == "any") and own.event_at is not None:
-        yield "labels.event_at, labels.aggregate", "event_at is for aggregate: any, in a window of events"
+        keys = "labels.window_hours, split.column, labels.path"
+        yield keys, "the samples of an event list are split by periods alone"
+    if kind != "event" and not (own.window_hours and own.aggregate == "any") and own.event_at is not None:
+        yield "labels.event_at, labels.kind", "event_at is for labels.kind: event, or for aggregate: any in a window"
     if own.aggregate == "any" and not own.window_hours:
         yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
     if own.unit and not netcdf:
         yield "labels.unit, labels.path", "only NetCDF and HDF5 files say what unit their values have"
-    if kind == "scalar" and not (own.path and own.value_columns):
-        yield "labels.path, labels.value_columns", "scalar labels need a CSV and at least one of its columns"
-    if kind != "scalar" and files and not own.path:
+    if numbers and not (own.path and own.value_columns):
+        yield "labels.path, labels.value_columns", f"{kind} labels need a CSV and at least one of its columns"
+    if not numbers and files and not own.path:
         yield "labels.path, labels.variable", "mask and image files need a CSV that names them"
     if kind == "mask" and not files:
         yield "labels.variable", "masks are read from files: name their variable, or your own reader"
@@ -676,12 +693,12 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     both = sorted(set(c.data.channels) & set(own.target_channels))
     if kind == "image" and both and own.target_offset_minutes in c.data.offsets_minutes:
         yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
-    outputs = 0 if kind == "scalar" else len(own.target_channels) or 1
+    outputs = 0 if numbers else len(own.target_channels) or 1
     if wanted and len(wanted) != outputs:
         yield "head.decoder_channels", f"{len(wanted)} channels for {outputs} image(s) that are predicted"
     if unknown := sorted(set(wanted) - set(c.model.weights_channels)):
         yield "head.decoder_channels, model.weights_channels", f"the checkpoint has no decoder rows of {unknown}"
-    if kind != "scalar" and c.model.nglo:
+    if not numbers and c.model.nglo:
         yield "labels.kind, model.nglo", "images are decoded from the patches alone; set model.nglo: 0"
     if c.model.patch_size % own.reduce:
         yield "labels.reduce, model.patch_size", f"{own.reduce} does not divide the {c.model.patch_size}-pixel patch"
@@ -699,13 +716,17 @@ def _of_target(c: Any) -> Iterator[tuple[str, str]]:
             except Exception as error:  # whatever a module of one's own raises
                 yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
                 continue
-            form, part = ("NumberMetric", "compute") if c.labels.kind == "scalar" else ("ImageMetric", "make")
+            numbers = c.labels.kind in ("scalar", "event")
+            form, part = ("NumberMetric", "compute") if numbers else ("ImageMetric", "make")
             if key == "target.metrics" and not hasattr(own, part):
                 yield key, f"{name} must be a {form}, as in helpers/training/metrics.py"
             if key != "target.metrics" and not callable(own):
                 yield key, f"{name} must be a function"
-    if c.target.event_threshold is None and {"tss", "hss"} & set(c.target.metrics):
-        yield "target.metrics, target.event_threshold", "tss and hss count events: say from which value on"
+    counted = ", ".join(name for name in c.target.metrics if name in EVENT_METRICS)
+    if c.labels.kind == "scalar" and c.target.event_threshold is None and counted:
+        yield "target.metrics, target.event_threshold", f"{counted} count events: say from which value on"
+    if c.labels.kind == "event" and c.target.event_threshold is not None:
+        yield "target.event_threshold, labels.kind", "of events, the threshold is chosen on validation; leave it null"
 
 
 def find_named(name: str, registry: Mapping[str, Any]) -> Any:

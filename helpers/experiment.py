@@ -15,7 +15,7 @@ from helpers.model.heads import linear_baseline, specformer
 from helpers.model.lora import adapt, trainable_summary
 from helpers.shared import find_weights
 from helpers.training.devices import make_accelerator
-from helpers.training.loop import fit, predict, seed_everything, standardise_features
+from helpers.training.loop import fit, predict_splits, seed_everything, standardise_features
 from helpers.training.memory import estimate_memory, recompute_if_needed
 from helpers.training.tracking import start_run
 
@@ -43,13 +43,13 @@ def train_run(cfg: Config) -> str:
     recompute_if_needed(model, next(iter(loaders.val)), cfg)
     with start_run(cfg) if make_accelerator(cfg).is_main_process else nullcontext() as run:
         history = fit(model, loaders, cfg, run=run)
-        for split in ("val", "test"):
-            found = predict(model, loaders, split, cfg)
-            if run is not None:
-                found.table().to_csv(run.folder / f"predictions_{split}.csv", index=False)
-                run.summary({f"{split}_{name}": value for name, value in found.metrics(cfg).items()})
+        found = predict_splits(model, loaders, cfg)
         if run is None:
             return ""
+        for split, p in found.items():
+            p.table().to_csv(run.folder / f"predictions_{split}.csv", index=False)
+            run.summary({f"{split}_{name}": value for name, value in p.metrics(cfg).items()})
+        run.summary({"threshold": found["val"].threshold})
         memory = estimate_memory(model, next(iter(loaders.val)), cfg)
         trained = trainable_summary(model).trainable
         cost = {"seconds": history.table["seconds"].sum(), "trained parameters": trained, "step MB": memory.total / 1e6}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +16,7 @@ import pandas as pd
 from helpers.config import Config, settings_that_matter
 from helpers.data.dataset import fingerprint, make_datasets
 from helpers.data.frames import open_store, store_path
-from helpers.data.labels import labels_of, plan_samples
+from helpers.data.labels import labels_of, plan_samples, sample_window
 from helpers.training.tasks import TASKS, ImagePredictions, Predictions, metrics_of
 from helpers.training.tracking import list_runs
 
@@ -106,7 +107,9 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
 
 def test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePredictions:
     """What a run said of the test split."""
-    return TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))
+    found = TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))
+    found.threshold = json.loads((Path(folder) / "summary.json").read_text())["metrics"].get("threshold")
+    return found
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,15 @@ class Difference:
 
     metric: str  # the first of `target.metrics`
     value: float  # mean over seeds
-    low: float  # 95% bootstrap interval over blocks of test days
+    low: float  # 95% bootstrap interval over blocks of time
     high: float
-    blocks: int  # number of days
+    blocks: int  # how many there are
     spread: float  # standard deviation of the difference over seeds
 
     def __str__(self) -> str:
         measured = (
             f"{self.metric}: {abs(self.value):.3f} (95% interval of the gain {self.low:+.3f} to {self.high:+.3f} over "
-            f"{self.blocks} test days; {self.spread:.3f} between seeds)"
+            f"{self.blocks} blocks of time; {self.spread:.3f} between seeds)"
         )
         if math.isnan(self.value):
             return f"{self.metric} cannot be measured on this test split: it is not a number for one of the models."
@@ -132,20 +135,21 @@ class Difference:
         return f"The fine-tune is {'better' if self.value > 0 else 'WORSE'} than the baseline. {measured}."
 
 
-def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
+def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -> Difference:
     """Fine-tune against baseline on the same test samples, seed by seed, with a bootstrap interval.
 
-    Frames of one day are alike, so whole days are drawn with replacement (block bootstrap, Kuensch 1989), the same days
-    for both models.
+    Frames of one day are alike, and so are labels that look ahead over the same hours: blocks of `compare.block_days`
+    are drawn with replacement (block bootstrap, Kuensch 1989), the same ones for both models.
 
     Args:
         runs: of `list_runs`, with one number of training samples, that differ in experiment and seed alone.
-        cfg: `target.metrics[0]` is compared; `compare.draws` is the number of draws.
+        cfg: `compare.draws` is the number of draws.
+        key: the metric; None for `target.metrics[0]`.
 
     Raises:
         ValueError: no seed has been run in both experiments, or the test samples differ.
     """
-    key = cfg.target.metrics[0]
+    key = key or cfg.target.metrics[0]
     sign = 1 if metrics_of(cfg)[key].higher_is_better else -1
     pairs = []
     for _, group in runs.groupby("seed"):
@@ -156,8 +160,11 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
         raise ValueError("No seed has a finished run of both baseline and finetune with these settings.")
     if not all(p.same_samples(pairs[0][0]) for pair in pairs for p in pair):
         raise ValueError("The runs were tested on different samples; delete the old ones, or train them again.")
-    days = pd.Series(pairs[0][0].timestamps).str[:10]
-    rows = list(days.groupby(days).indices.values())
+    times = pd.to_datetime(pd.Series(pairs[0][0].timestamps))
+    ahead = sample_window(cfg)[1]  # a label of 24 hours looks ahead so far
+    length = pd.Timedelta(cfg.compare.block_days, "D") if cfg.compare.block_days else max(pd.Timedelta("1D"), ahead)
+    blocks = (times - times.min().normalize()) // length
+    rows = list(blocks.groupby(blocks).indices.values())
 
     def gains(chosen: np.ndarray) -> list[float]:
         return [
@@ -166,8 +173,8 @@ def paired_difference(runs: pd.DataFrame, cfg: Config) -> Difference:
 
     rng = np.random.default_rng(cfg.seed)
     drawn = (rng.integers(len(rows), size=len(rows)) for _ in range(cfg.compare.draws))
-    draws = [np.mean(gains(np.concatenate([rows[day] for day in chosen]))) for chosen in drawn]
+    draws = [np.mean(gains(np.concatenate([rows[block] for block in chosen]))) for chosen in drawn]
     low, high = np.nanquantile(draws, [0.025, 0.975])
-    each = gains(np.arange(len(days)))
+    each = gains(np.arange(len(times)))
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
     return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread)

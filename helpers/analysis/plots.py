@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
+from sklearn import metrics as skill
 from torch import Tensor
 
 from helpers.channels import UNITS, colormap, denormalise, stack_scalers
@@ -102,7 +103,7 @@ def plot_sample(physical: Tensor | np.ndarray, sample: Mapping[str, Any], cfg: C
         sample: an item of `SolarDataset`; its `target` and `timestamp` are read.
     """
     target, title, channels = sample["target"], sample["timestamp"][:16], cfg.data.channels
-    if cfg.labels.kind == "scalar":
+    if cfg.labels.numbers:
         numbers = ", ".join([*(f"{value:.3g}" for value in target[:4].tolist()), *["..."][: len(target) > 4]])
         return plot_channels(physical, channels, f"{title}, to predict: {numbers} ({_label(cfg)})")
     images, names = _target_images(target, cfg), _few(_target_names(cfg))
@@ -128,8 +129,8 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
         color = SPLIT_COLORS[split]
         line.plot(series.index, series, ".", ms=4, color=color, label=f"{split} ({len(series)})")
         histogram.hist(series, bins=bins, orientation="horizontal", histtype="step", density=True, color=color)
-    if cfg.target.event_threshold is not None:
-        line.axhline(cfg.target.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
+    if cfg.event_threshold is not None:
+        line.axhline(cfg.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
     means = {"scalar": _label(cfg), "mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
     line.set(ylabel=means[cfg.labels.kind], title="labels against time")
     line.tick_params(axis="x", rotation=20)
@@ -154,9 +155,51 @@ def plot_history(history: History, cfg: Config) -> Figure:
     return fig
 
 
-def plot_predictions(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
-    """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target."""
-    return find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)(found, cfg)
+def plot_predictions(
+    found: Mapping[str, Predictions | ImagePredictions],
+    cfg: Config,
+    references: Mapping[str, Predictions | ImagePredictions] | None = None,
+) -> Figure:
+    """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target.
+
+    Args:
+        references: predictions without a model for the last entry of `found`, which the curves of events show, too.
+    """
+    draw = find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)
+    return draw(found, cfg, references or {}) if draw is plot_events else draw(found, cfg)
+
+
+def plot_events(
+    found: Mapping[str, Predictions], cfg: Config, references: Mapping[str, Predictions] | None = None
+) -> Figure:
+    """Probability of an event against time, and how well it tells events apart at every threshold, of the first output.
+
+    Above, the last entry of `found` with its events and its threshold. Below, hit rate against false-alarm rate (ROC),
+    and precision against hit rate; a point marks the threshold.
+    """
+    fig = plt.figure(figsize=(11, 6.5), layout="constrained")
+    axes = fig.subplot_mosaic([["time", "time"], ["roc", "precision"]], height_ratios=[2, 3])
+    name, p = list(found.items())[-1]
+    times, event = pd.to_datetime(p.timestamps), p.target[:, 0] >= 0.5
+    axes["time"].plot(times, p.prediction[:, 0], ".-", lw=0.8, color=SPLIT_COLORS.get(name), label=f"{name}: forecast")
+    axes["time"].plot(times[event.numpy()], event[event] * 1.03, "k|", label="event")
+    if p.threshold is not None:
+        axes["time"].axhline(p.threshold, color="k", lw=0.8, ls="--", label="threshold, chosen on validation")
+    axes["time"].set(ylabel="probability", ylim=(0, 1.08), title=_title(name, p, cfg))
+    for name, p in {**found, **(references or {})}.items():
+        truth, said = p.target[:, 0] >= 0.5, p.prediction[:, 0]
+        style = {"color": SPLIT_COLORS.get(name), "lw": 1.5} if name in found else {"lw": 0.8, "ls": "--"}
+        false_alarms, hits, levels = skill.roc_curve(truth, said)
+        line = axes["roc"].plot(false_alarms, hits, label=name, **style)[0]
+        if p.threshold is not None:
+            at = np.searchsorted(-levels, -p.threshold, side="right") - 1
+            axes["roc"].plot(false_alarms[at], hits[at], "o", color=line.get_color())
+        axes["precision"].plot(*skill.precision_recall_curve(truth, said)[1::-1], label=name, **style)
+    axes["roc"].plot([0, 1], [0, 1], "k", lw=0.6)
+    axes["roc"].set(xlabel="false-alarm rate", ylabel="hit rate (recall)", aspect="equal")
+    axes["precision"].set(xlabel="hit rate (recall)", ylabel="precision (alarms that come true)", ylim=(0, 1.03))
+    _finish(axes.values())
+    return fig
 
 
 def plot_scatter(found: Mapping[str, Predictions], cfg: Config) -> Figure:
@@ -168,9 +211,9 @@ def plot_scatter(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         axis.plot(ends, ends, color="k", lw=0.8)
         color = SPLIT_COLORS.get(name, "tab:purple")
         axis.scatter(p.target[:, 0], p.prediction[:, 0], s=12, alpha=0.7, color=color)
-        if cfg.target.event_threshold is not None:
-            axis.axvline(cfg.target.event_threshold, color="k", lw=0.6, ls="--")
-            axis.axhline(cfg.target.event_threshold, color="k", lw=0.6, ls="--")
+        if cfg.event_threshold is not None:
+            axis.axvline(cfg.event_threshold, color="k", lw=0.6, ls="--")
+            axis.axhline(cfg.event_threshold, color="k", lw=0.6, ls="--")
         axis.set_title(_title(name, p, cfg), fontsize=9)
         axis.set(xlabel=f"true {_label(cfg)}", aspect="equal")
     axes[0, 0].set_ylabel(f"predicted {_label(cfg)}")
@@ -238,13 +281,13 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
     return fig
 
 
-PLOTS = {"scatter": plot_scatter, "spectrum": plot_spectrum, "image": plot_images}
+PLOTS = {"scatter": plot_scatter, "spectrum": plot_spectrum, "event": plot_events, "image": plot_images}
 
 
 def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
     """One split against time, one line a model: truth and predictions of numbers, the first metric of each image."""
     fig, ((axis,),) = panels(1, 1, width=11, height=3)
-    key, images = cfg.target.metrics[0], cfg.labels.kind != "scalar"
+    key, images = cfg.target.metrics[0], not cfg.labels.numbers
     if not images:
         first = next(iter(found.values()))
         axis.plot(pd.to_datetime(first.timestamps), first.target[:, 0], "k.-", lw=0.8, label="truth")

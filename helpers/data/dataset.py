@@ -319,6 +319,8 @@ def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | floa
         for image in map(data.target, rows):  # (C, H, W), one in memory at a time
             mean, low, high = mean + image / len(rows), min(low, image.min().item()), max(high, image.max().item())
         return {"target_mean": mean, "target_std": torch.ones(1), "target_span": high - low}
+    if kind == "event":
+        return {"target_mean": targets.mean(0), "target_std": torch.ones(targets.shape[1])}
     std = targets.std(0, correction=0)
     span = (targets.max() - targets.min()).item()
     return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0), "target_span": span}

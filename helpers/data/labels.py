@@ -127,6 +127,7 @@ def load_labels(
     """
     rules = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, when_none=None)
     rules |= dict(reader=None, mask_reduce="majority", window_hours=None, aggregate="max", time_column=time_column)
+    rules["event_at"] = None
     rules |= dict(value_columns=value_columns, transform=transform, variable=variable, reduce=reduce)
     rules, dropped = SimpleNamespace(**rules | others), Counter()
     return _labels(read_table(Path(path), rules, dropped), rules, dropped, f"The label file {path}")
@@ -168,7 +169,7 @@ def read_table(
         cells = cells[~absent]
     times = [rules.time_column] if isinstance(rules.time_column, str) else list(rules.time_column)
     columns = []
-    if rules.kind == "scalar":
+    if rules.kind in ("scalar", "event"):
         for name in rules.value_columns:
             columns += sorted({found for found in cells if fnmatchcase(found, name)} - {*columns}) or [name]
     elif not (rules.reader and {"path", "file_path"}.isdisjoint(cells)):
@@ -186,13 +187,14 @@ def read_table(
         table["split"] = (split := cells[split_column].str.lower()).map(SPLIT_NAMES)
         wrong = (table["split"].isna() & (split != "")).to_numpy()
         _refuse(wrong, cells[split_column], where, "which is no split. Write train, val or test, or leave it empty.")
-    if rules.kind != "scalar":
+    if rules.kind not in ("scalar", "event"):
         folder = address.rpartition("/")[0] if "://" in address else path.parent
         names = cells[columns[0]] if columns else table["time"].astype(str)
         join = (lambda name: f"{folder}/{name}") if "://" in address else (lambda name: str(Path(folder, name)))
         return table.assign(path=[join(name) if name and columns else name for name in names])
     read = _goes if rules.transform == "goes" else _numbers
-    values = np.column_stack([read(cells[name], where, rules.when_none) for name in columns])
+    quiet = "A0.1" if rules.kind == "event" and rules.when_none is None else rules.when_none
+    values = np.column_stack([read(cells[name], where, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
 
@@ -261,10 +263,17 @@ def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter
 
 def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) -> Labels:
     """Labels of a table (`read_table`): transformed, sorted, each time once."""
-    images, table = rules.kind != "scalar", table.reset_index(drop=True)
+    images, table = rules.kind not in ("scalar", "event"), table.reset_index(drop=True)
     values = table.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float)  # (N, K)
     reason = "empty"
-    if rules.transform != "none" and not images and not (rules.window_hours and rules.aggregate == "any"):
+    if rules.kind == "event" and not rules.window_hours:
+        values = np.where(np.isnan(values), np.nan, values >= _event_level(rules)) if rules.event_at else values
+        if not np.isin(values[np.isfinite(values)], (0, 1)).all():
+            raise ValueError(
+                f"{where} holds other numbers than 0 and 1 in {', '.join(rules.value_columns)}. Set labels.event_at to "
+                f"the least that is an event, or labels.kind: scalar."
+            )
+    elif rules.kind == "scalar" and rules.transform != "none" and not (rules.window_hours and rules.aggregate == "any"):
         if rules.zero == "floor":
             smallest = np.where(values > 0, values, np.inf).min(axis=0, initial=np.inf)
             values = np.where(values == 0, smallest, values)
@@ -335,7 +344,7 @@ def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -
     That is the largest value, or with `labels.aggregate: any` 1 or 0. A window that reaches beyond the first or the
     last event of the list is left out and counted, because nobody knows what happened there.
     """
-    own, where = cfg.labels, "labels.when_none and labels.event_at of the config"
+    own, where = cfg.labels, "the config"
     read = _goes if own.transform == "goes" else _numbers
     columns = list(events.columns.drop(["time", "split"]))
     dropped["event without a value"] += len(events) - len(events := events.dropna(subset=columns).sort_values("time"))
@@ -350,10 +359,16 @@ def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -
     if own.when_none is not None:
         none[:] = read(pd.Series([str(own.when_none)], name="when_none"), where)
     found = np.array([values[a:b].max(axis=0) if b > a else none for a, b in zip(first, last, strict=True)])
-    if own.aggregate == "any":
-        least = -np.inf if own.event_at is None else read(pd.Series([str(own.event_at)], name="event_at"), where)
-        found = ((found >= least) & (last > first)[:, None]).astype(float)
+    if own.aggregate == "any" or own.kind == "event":
+        found = ((found >= _event_level(own)) & (last > first)[:, None]).astype(float)
     return pd.DataFrame(found[known]).assign(time=times[known], split="")
+
+
+def _event_level(rules: Any) -> float:
+    """`labels.event_at` in the unit of the file."""
+    read = _goes if rules.transform == "goes" else _numbers
+    given = pd.Series(["" if rules.event_at is None else str(rules.event_at)], name="event_at")
+    return np.nan_to_num(read(given, "the config"), nan=-np.inf)[0]
 
 
 def num_outputs(cfg: Config) -> int:
@@ -362,7 +377,7 @@ def num_outputs(cfg: Config) -> int:
     vectors = any(set(name) & set("*?[") for name in own.value_columns) or any(
         ending in str(own.path).lower() for ending in NETCDF
     )
-    return labels_of(cfg).values.shape[1] if vectors and own.kind == "scalar" else cfg.num_outputs
+    return labels_of(cfg).values.shape[1] if vectors and own.numbers else cfg.num_outputs
 
 
 # ---- Planning

@@ -158,7 +158,7 @@ class Specformer1D(FeatureModel):
 
 def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer2D":
     """The model of a configuration on this encoder: Specformer1D for numbers, Specformer2D for masks and images."""
-    if cfg.labels.kind == "scalar":
+    if cfg.labels.numbers:
         return Specformer1D(encoder, num_outputs(cfg), cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
     return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.reduce)
 
@@ -166,7 +166,7 @@ def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer
 def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
     """The linear baseline of a configuration: of channel means for numbers, pixel by pixel for masks and images."""
     in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
-    if cfg.labels.kind != "scalar":
+    if not cfg.labels.numbers:
         return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
     own = [cfg.scalers[name] for name in cfg.data.channels]
     mean, std = [scaler.mean for scaler in own], [scaler.std + scaler.epsilon for scaler in own]

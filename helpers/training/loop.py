@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -124,6 +124,16 @@ def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Pred
     return collector.predictions()
 
 
+def predict_splits(
+    model: nn.Module, loaders: Loaders, cfg: Config, splits: Sequence[str] = ("val", "test")
+) -> dict[str, Predictions | ImagePredictions]:
+    """Predictions of several splits; the threshold of events is chosen on validation and holds for all."""
+    found = {split: predict(model, loaders, split, cfg) for split in splits}
+    for p in found.values():
+        p.threshold = found["val"].choose_threshold(cfg)
+    return found
+
+
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     """What trains, for the optimiser: encoder (adapters too) and head apart; matrices decay, vectors do not.
 
@@ -219,7 +229,9 @@ class Trainer:
         for output, target, batch in _outputs(self.model, loader, self.accelerator):
             total, count = total + self.task.loss(output, target).item() * len(target), count + len(target)
             collector.add(self.task.to_units(output), target, batch)
-        return {"loss": total / count, **collector.predictions().metrics(self.cfg)}
+        found = collector.predictions()
+        found.threshold = found.choose_threshold(self.cfg)
+        return {"loss": total / count, **found.metrics(self.cfg)}
 
     def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
         """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torchmetrics
+from sklearn import metrics as skill
 from torch import Tensor
 from torchmetrics.classification import BinaryAveragePrecision, BinaryF1Score, BinaryJaccardIndex
 from torchmetrics.functional import mean_absolute_error, mean_squared_error, relative_squared_error
@@ -65,35 +68,48 @@ def _varies(target: Tensor) -> bool:
     return bool((target != target[0]).any(0).all())
 
 
-def tss(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """True skill statistic, hit rate minus false-alarm rate (Hanssen & Kuipers 1965); NaN without both kinds."""
-    tp, fp, tn, fn = _contingency(prediction, target, threshold)
-    return tp / (tp + fn) - fp / (fp + tn)
+def of_events(score: Callable[..., float], alarms: bool = True) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """A score of scikit-learn as a metric: of the events, which are targets from the threshold on, and the alarms.
+
+    Alarms are predictions from the threshold on, too; with `alarms=False` the score gets the predictions themselves.
+    NaN where the targets are all events or none is, and where a prediction is NaN, which is neither an alarm nor none.
+    """
+
+    def compute(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
+        said, events = prediction >= threshold if alarms else prediction, target >= threshold  # (N, K)
+        defined = (events.any(0) & ~events.all(0) & ~prediction.isnan().any(0)).tolist()
+        columns = zip(events.T.numpy(), said.T.numpy(), defined, strict=True)
+        return torch.tensor([score(event, alarm) if known else torch.nan for event, alarm, known in columns])
+
+    return compute
 
 
-def hss(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """Heidke skill score: accuracy beyond chance (Heidke 1926; HSS_2 of Bobra & Couvidat, arXiv:1411.1405)."""
-    tp, fp, tn, fn = _contingency(prediction, target, threshold)
-    return 2 * (tp * tn - fn * fp) / ((tp + fn) * (fn + tn) + (tp + fp) * (fp + tn))
+def brier_skill(events: np.ndarray, probability: np.ndarray) -> float:
+    """1 - mean squared error of the probability over that of always saying the share of events (Brier 1950)."""
+    return 1 - ((probability - events) ** 2).mean() / events.var()
 
 
-def _contingency(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
-    """True and false positives, true and false negatives (4, K); an event or alarm is a value from the threshold on."""
-    alarm, event = prediction >= threshold, target >= threshold
-    counts = torch.stack([alarm & event, alarm & ~event, ~alarm & ~event, ~alarm & event]).sum(1).double()
-    # a prediction that is not a number is neither an alarm nor none
-    return counts.where(~prediction.isnan().any(0), torch.nan)
-
-
+# true skill statistic (Hanssen & Kuipers 1965), Heidke skill score (HSS_2 of Bobra & Couvidat, arXiv:1411.1405)
+SCORES = {
+    "tss": partial(skill.balanced_accuracy_score, adjusted=True),
+    "hss": skill.cohen_kappa_score,
+    "f1": partial(skill.f1_score, zero_division=0),
+    "precision": partial(skill.precision_score, zero_division=0),
+    "recall": skill.recall_score,
+}
+RANKS = {"auc": skill.roc_auc_score, "average_precision": skill.average_precision_score}
+PROBABILITIES = {"brier_skill": brier_skill, "log_loss": skill.log_loss}
 NUMBERS = {
     "rmse": NumberMetric(higher_is_better=False, compute=rmse),
     "mae": NumberMetric(higher_is_better=False, compute=mean_absolute_error),
     "mape": NumberMetric(higher_is_better=False, compute=mape, physical=True),
     "r2": NumberMetric(higher_is_better=True, compute=r2),
     "rrse": NumberMetric(higher_is_better=False, compute=rrse),
-    "tss": NumberMetric(higher_is_better=True, compute=tss, of_events=True),
-    "hss": NumberMetric(higher_is_better=True, compute=hss, of_events=True),
 }
+for _name, _score in {**SCORES, **RANKS, **PROBABILITIES}.items():
+    NUMBERS[_name] = NumberMetric(
+        higher_is_better=_name != "log_loss", compute=of_events(_score, _name in SCORES), of_events=True
+    )
 
 
 def compute_metrics(
@@ -102,6 +118,7 @@ def compute_metrics(
     metrics: dict[str, NumberMetric],
     threshold: float | None = None,
     physical: Callable[[Any], Any] = lambda values: values,
+    alarm: float | None = None,
 ) -> dict[str, float]:
     """These metrics of a whole split.
 
@@ -109,6 +126,7 @@ def compute_metrics(
         prediction, target: (N, K) float in target units; several outputs are averaged with equal weight.
         metrics: by name, entries of `NUMBERS`, or your own.
         threshold: what counts as an event, in target units.
+        alarm: from which prediction on an event is forecast; None: `threshold`.
         physical: from target units to physical values, `cfg.labels.physical`.
 
     Raises:
@@ -120,7 +138,10 @@ def compute_metrics(
         )
     prediction, target, found = prediction.double().contiguous(), target.double().contiguous(), {}
     for name, metric in metrics.items():
-        given = [prediction, target, threshold] if metric.of_events else [prediction, target]
+        given = [prediction, target]
+        if metric.of_events:  # moved, so that both thresholds are the same; a probability is judged as it is
+            moved = prediction if alarm is None or name in PROBABILITIES else prediction - alarm + threshold
+            given = [moved, target, threshold]
         given = [physical(values) for values in given] if metric.physical else given
         found[name] = float(metric.compute(*given).double().mean())
     return found

@@ -1,15 +1,15 @@
 """What depends on the kind of target, one object for each kind: `make_task(cfg, loaders)`.
 
-A model learns numbers standardised by the training split, masks as log-odds beyond the share of the training pixels
-that are inside, and images in normalised values. So an output of zero means the mean of the training targets for
-numbers and masks. Predictions of numbers are kept whole; images are judged as they come, a few are kept to be drawn.
+A model learns numbers standardised by the training split, events and masks as log-odds beyond the share of the training
+targets that are 1, and images in normalised values. So an output of zero means the mean of the training targets for
+all but images. Predictions of numbers are kept whole; images are judged as they come, a few are kept to be drawn.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from helpers.config import Config, find_named
 from helpers.data.dataset import Loaders
-from helpers.training.metrics import IMAGES, NUMBERS, compute_metrics
+from helpers.training.metrics import IMAGES, NUMBERS, SCORES, compute_metrics
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
 
@@ -35,16 +35,38 @@ class Predictions:
     prediction: Tensor
     target: Tensor
     timestamps: list[str]
+    threshold: float | None = None  # from this prediction on an event is forecast (`choose_threshold`); None: as events
 
     def metrics(self, cfg: Config) -> dict[str, float]:
-        """The metrics that the configuration names, plus tss and hss where it says what an event is."""
-        units = cfg.target.event_threshold, cfg.labels.physical
-        return compute_metrics(self.prediction, self.target, metrics_of(cfg), *units)
+        """The metrics that the configuration names, plus tss and hss where it says what an event is.
+
+        With a chosen threshold, "tss, as is" is the TSS at the threshold of the events themselves.
+        """
+        found = {name: self.score(name, np.arange(len(self.target)), cfg) for name in metrics_of(cfg)}
+        if self.threshold is not None:
+            plain = replace(self, threshold=None)
+            found["tss, as is"] = plain.score("tss", np.arange(len(self.target)), cfg)
+        return found
 
     def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
         """One metric of some of the samples."""
-        metric, units = {key: metrics_of(cfg)[key]}, (cfg.target.event_threshold, cfg.labels.physical)
-        return compute_metrics(self.prediction[rows], self.target[rows], metric, *units)[key]
+        units = cfg.event_threshold, cfg.labels.physical, self.threshold
+        return compute_metrics(self.prediction[rows], self.target[rows], {key: metrics_of(cfg)[key]}, *units)[key]
+
+    def choose_threshold(self, cfg: Config) -> float | None:
+        """The prediction from which on an event is best forecast here, by the first metric that depends on it.
+
+        That is for the validation split: the others are then judged at its threshold. None where there are no events
+        to tell apart, or the configuration does not say what an event is.
+        """
+        events = self.target >= (math.nan if cfg.event_threshold is None else cfg.event_threshold)
+        if not events.any() or events.all() or self.prediction.isnan().any():
+            return None
+        key = next((name for name in cfg.target.metrics if name in SCORES), "tss")
+        said = self.prediction.double().unique()
+        between = ((said[1:] + said[:-1]) / 2).quantile(torch.linspace(0, 1, 100).double()) if len(said) > 1 else said
+        scores = [replace(self, threshold=level).score(key, np.arange(len(events)), cfg) for level in between.tolist()]
+        return between[int(np.argmax(scores))].item()
 
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
@@ -74,6 +96,10 @@ class ImagePredictions:
     values: dict[str, float]  # the metrics over the whole split
     scores: pd.DataFrame  # one row an image: timestamp, the metrics of this image alone, and the mean of its target
     examples: list[dict[str, Any]] = field(default_factory=list)  # items of the dataset, with the `prediction`
+    threshold: None = None  # that of masks is target.mask_threshold
+
+    def choose_threshold(self, cfg: Config) -> None:
+        """Nothing to choose."""
 
     @property
     def timestamps(self) -> list[str]:
@@ -180,15 +206,30 @@ def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
 
     Source: soft Dice of V-Net (arXiv:1606.04797), one term an image.
     """
-    weight = torch.tensor(((1 - share) / share) ** 0.5, device=output.device)
+    weight = torch.as_tensor(((1 - share) / share) ** 0.5, device=output.device)
     cross_entropy = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
     inside = output.sigmoid()
     both, sizes = (inside * target).sum((1, 2, 3)), (inside + target).sum((1, 2, 3))
     return cross_entropy + (1 - (2 * both + 1) / (sizes + 1)).mean()
 
 
-# functions of output and target in the units of learning; of masks also of the share of training pixels inside
-LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce_dice": bce_dice}
+def bce(output: Tensor, target: Tensor, share: Tensor, weights: str) -> Tensor:
+    """Cross-entropy of events; weighted ones start, as plain ones do, where the model says the share for every sample.
+
+    Args:
+        output: (B, K) logits of the probability.
+        target: (B, K), 0 or 1.
+        share: (K,) of the training samples that are events.
+        weights: by how much an event counts for more than its number: none, sqrt((1 - share) / share), or balanced,
+            (1 - share) / share. The logits of the weighted loss are higher by the logarithm of it, so that `output`
+            stays a probability.
+    """
+    weight = ((1 - share) / share) ** {"none": 0, "sqrt": 0.5, "balanced": 1}[weights]
+    return F.binary_cross_entropy_with_logits(output + weight.log(), target, pos_weight=weight)
+
+
+# functions of output and target in the units of learning; of masks and events also of the share of training targets
+LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce": bce, "bce_dice": bce_dice}
 
 
 # ---- Tasks
@@ -249,34 +290,44 @@ class ImageTask(Task):
         return ImageCollector(metrics, samples, masks=self.cfg.labels.kind == "mask")
 
 
-class MaskTask(ImageTask):
-    """Masks, (B, 1, H, W): learned as log-odds beyond the share of pixels inside, judged as probabilities."""
+class Odds(Task):
+    """What is learned as log-odds beyond the share of the training targets that are 1, and judged as probabilities."""
 
     @cached_property
-    def share(self) -> float:
-        """Of the training pixels that are inside."""
-        share = self.loaders.target_mean.mean().item()
-        if not 0 < share < 1:
-            where = "outside" if share == 0 else "inside"
+    def share(self) -> Tensor:
+        """Of the training targets that are 1: of events for each output (K,), of pixels for all together."""
+        share = self.loaders.target_mean.float()
+        share = share if share.ndim == 1 else share.mean()
+        if not ((share > 0) & (share < 1)).all():
+            what, where = ("Every pixel", "outside") if share.ndim == 0 else ("Every label", "0")
+            where = where if (share == 0).any() else {"outside": "inside", "0": "1"}[where]
             raise ValueError(
-                f"Every pixel of the training masks is {where}, so there is nothing to tell apart. Look at "
-                f"labels.path; thin structures vanish in reduced masks, unless labels.mask_reduce is any or mean."
+                f"{what} of the training {'masks' if share.ndim == 0 else 'split'} is {where}, so there is nothing to "
+                f"tell apart. Look at labels.path; thin structures vanish in reduced masks, unless labels.mask_reduce "
+                f"is any or mean; rare events need a longer split.train or a larger training.max_train_samples."
             )
         return share
 
-    @property
-    def log_odds(self) -> float:
-        """Of the share: what an output of zero means."""
-        return math.log(self.share / (1 - self.share))
-
     def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        return output + self.log_odds, target, self.share
+        return output + self.share.to(output.device).logit(), target, self.share.to(output.device)
 
     def to_units(self, output: Tensor) -> Tensor:
-        return (output + self.log_odds).sigmoid()
+        return (output + self.share.to(output.device).logit()).sigmoid()
 
 
-TASKS = {"scalar": NumberTask, "mask": MaskTask, "image": ImageTask}
+class MaskTask(Odds, ImageTask):
+    """Masks, (B, 1, H, W)."""
+
+
+class EventTask(Odds, NumberTask):
+    """Yes or no, (B, K)."""
+
+    def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        weights = (self.cfg.target.weights,) if self.cfg.target.loss == "bce" else ()
+        return *super().learned(output, target), *weights
+
+
+TASKS = {"scalar": NumberTask, "event": EventTask, "mask": MaskTask, "image": ImageTask}
 
 
 def make_task(cfg: Config, loaders: Loaders) -> Task:
@@ -287,7 +338,7 @@ def make_task(cfg: Config, loaders: Loaders) -> Task:
 def metrics_of(cfg: Config) -> dict[str, Any]:
     """The metrics that the configuration names, plus tss and hss where it says what an event of numbers is."""
     registry, names = TASKS[cfg.labels.kind].registry, list(cfg.target.metrics)
-    if "tss" in registry and cfg.target.event_threshold is not None:
+    if "tss" in registry and cfg.event_threshold is not None:
         names += [name for name in ("tss", "hss") if name not in names]
     return {name: find_named(name, registry) for name in names}
 
