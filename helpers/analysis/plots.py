@@ -131,8 +131,8 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
         histogram.hist(series, bins=bins, orientation="horizontal", histtype="step", density=True, color=color)
     if cfg.event_threshold is not None:
         line.axhline(cfg.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
-    means = {"scalar": _label(cfg), "mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
-    line.set(ylabel=means[cfg.labels.kind], title="labels against time")
+    means = {"mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
+    line.set(ylabel=means.get(cfg.labels.kind, _label(cfg)), title="labels against time")
     line.tick_params(axis="x", rotation=20)
     line.legend(fontsize=8, ncols=4)
     histogram.set(title="distribution", xlabel="density")
