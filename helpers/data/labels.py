@@ -267,7 +267,9 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
     values = table.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float)  # (N, K)
     reason = "empty"
     if rules.kind == "event" and not rules.window_hours:
-        values = np.where(np.isnan(values), np.nan, values >= _event_level(rules)) if rules.event_at else values
+        values = (
+            np.where(np.isnan(values), np.nan, values >= _event_level(rules)) if rules.event_at is not None else values
+        )
         if not np.isin(values[np.isfinite(values)], (0, 1)).all():
             raise ValueError(
                 f"{where} holds other numbers than 0 and 1 in {', '.join(rules.value_columns)}. Set labels.event_at to "

@@ -79,7 +79,8 @@ def of_events(score: Callable[..., float], alarms: bool = True) -> Callable[[Ten
         said, events = prediction >= threshold if alarms else prediction, target >= threshold  # (N, K)
         defined = (events.any(0) & ~events.all(0) & ~prediction.isnan().any(0)).tolist()
         columns = zip(events.T.numpy(), said.T.numpy(), defined, strict=True)
-        return torch.tensor([score(event, alarm) if known else torch.nan for event, alarm, known in columns])
+        scores = [score(event, alarm) if known else torch.nan for event, alarm, known in columns]
+        return torch.tensor(scores, dtype=torch.float64)
 
     return compute
 

@@ -64,7 +64,7 @@ class Predictions:
             return None
         key = next((name for name in cfg.target.metrics if name in SCORES), "tss")
         said = self.prediction.double().unique()
-        between = ((said[1:] + said[:-1]) / 2).quantile(torch.linspace(0, 1, 100).double()) if len(said) > 1 else said
+        between = ((said[1:] + said[:-1]) / 2).quantile(torch.linspace(0, 1, 50).double()) if len(said) > 1 else said
         scores = [replace(self, threshold=level).score(key, np.arange(len(events)), cfg) for level in between.tolist()]
         return between[int(np.argmax(scores))].item()
 
