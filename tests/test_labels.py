@@ -517,7 +517,7 @@ def test_the_guard_follows_from_the_window(mine):
     [
         (WINDOW | {"split.column": "part"}, "labels.window_hours, split.column, labels.path"),
         (WINDOW | {"split.val": None}, "split.val, labels.path"),
-        (WINDOW | {"labels.event_at": "M1.0"}, "labels.event_at, labels.aggregate"),
+        (WINDOW | {"labels.event_at": "M1.0"}, "labels.event_at, labels.kind"),
         ({"labels.aggregate": "any"}, "labels.aggregate, labels.window_hours"),
         ({"labels.unit": "km/s"}, "labels.unit, labels.path"),
         (WINDOW | {"labels.window_hours": [24, 0]}, "labels.window_hours, labels.kind"),

@@ -12,7 +12,7 @@ import torch
 from helpers.analysis.plots import PLOTS
 from helpers.config import KINDS, load_config
 from helpers.training import metrics
-from helpers.training.metrics import IMAGES, NUMBERS, NumberMetric
+from helpers.training.metrics import EVENTS, IMAGES, NUMBERS, RANKS, NumberMetric
 from helpers.training.tasks import LOSSES, ImageCollector
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +47,17 @@ def formulas(p: np.ndarray, t: np.ndarray, threshold: float) -> dict[str, float]
         "rrse": np.sqrt(np.sum((p - t) ** 2) / np.sum((t - t.mean()) ** 2)),
         "tss": hits / (hits + misses) - false / (false + quiet),
         "hss": (hits + quiet - by_chance) / (n - by_chance),
+        "f1": 2 * hits / (2 * hits + false + misses),
+        "precision": hits / (hits + false),
+        "recall": hits / (hits + misses),
+        "auc": np.mean([(a > b) + 0.5 * (a == b) for a in p[event] for b in p[~event]]),
+        "average_precision": average_precision(p, event),
     }
+
+
+def average_precision(p: np.ndarray, event: np.ndarray) -> float:
+    """Precision at the prediction of each event, averaged over the events."""
+    return np.mean([(event & (p >= level)).sum() / (p >= level).sum() for level in p[event]])
 
 
 @pytest.mark.parametrize(("outputs", "offset", "scale"), [(1, 0, 1), (3, 0, 1), (2, -5.5, 0.4), (2, 410, 95)])
@@ -79,8 +89,9 @@ def test_the_threshold_itself_is_an_event():
 def test_the_direction_of_better_is_right():
     target = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
     close, far = (compute_metrics(target + error, target, ALL, 0.3) for error in (0.05, 1.0))
-    for name in ALL:
-        assert (close[name] > far[name]) is NUMBERS[name].higher_is_better, name
+    for name in set(ALL) - {"recall"}:  # whoever always warns has the best one
+        better = close[name] > far[name] if NUMBERS[name].higher_is_better else close[name] < far[name]
+        assert better or name in RANKS and close[name] == far[name] == 1, name  # which a shift does not change
     prediction, target = images()
     for name, metric in IMAGES.items():
         close, far = (
@@ -119,7 +130,8 @@ def test_predictions_that_are_not_numbers_are_not_hidden():
 def test_an_output_that_cannot_be_judged_is_not_hidden_by_the_others():
     target = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])  # the second has no spread, and no quiet time
     found = compute_metrics(target + 0.5, target, ALL, 2.5)
-    assert {name for name, value in found.items() if math.isnan(value)} == {"r2", "rrse", "tss", "hss"}
+    undefined = {"r2", "rrse", *EVENTS} - {"brier_skill", "log_loss"}
+    assert {name for name, value in found.items() if math.isnan(value)} == undefined
     prediction = torch.tensor([[1.0, 1.0], [2.0, float("nan")], [3.0, 3.0]])
     assert all(math.isnan(value) for value in compute_metrics(prediction, target, ALL, 2.5).values())
 
@@ -257,7 +269,7 @@ def test_a_constant_image_has_no_likeness():
 
 
 def test_the_names_that_the_config_allows_are_those_there_are():
-    assert set(KINDS["scalar"]["metric"]) == set(NUMBERS)
+    assert set(KINDS["scalar"]["metric"]) == set(NUMBERS) and set(KINDS["event"]["metric"]) == set(EVENTS)
     assert {*KINDS["mask"]["metric"], *KINDS["image"]["metric"]} == set(IMAGES)
     for allowed in KINDS.values():
         assert set(allowed["loss"]) <= set(LOSSES) and set(allowed["figure"]) <= set(PLOTS)

@@ -100,17 +100,18 @@ SCORES = {
 }
 RANKS = {"auc": skill.roc_auc_score, "average_precision": skill.average_precision_score}
 PROBABILITIES = {"brier_skill": brier_skill, "log_loss": skill.log_loss}
+EVENTS = {  # what yes or no is judged by
+    name: NumberMetric(higher_is_better=name != "log_loss", compute=of_events(score, name in SCORES), of_events=True)
+    for name, score in (SCORES | RANKS | PROBABILITIES).items()
+}
 NUMBERS = {
     "rmse": NumberMetric(higher_is_better=False, compute=rmse),
     "mae": NumberMetric(higher_is_better=False, compute=mean_absolute_error),
     "mape": NumberMetric(higher_is_better=False, compute=mape, physical=True),
     "r2": NumberMetric(higher_is_better=True, compute=r2),
     "rrse": NumberMetric(higher_is_better=False, compute=rrse),
+    **{name: metric for name, metric in EVENTS.items() if name not in PROBABILITIES},
 }
-for _name, _score in {**SCORES, **RANKS, **PROBABILITIES}.items():
-    NUMBERS[_name] = NumberMetric(
-        higher_is_better=_name != "log_loss", compute=of_events(_score, _name in SCORES), of_events=True
-    )
 
 
 def compute_metrics(

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from helpers.config import Config, find_named
 from helpers.data.dataset import Loaders
-from helpers.training.metrics import IMAGES, NUMBERS, SCORES, compute_metrics
+from helpers.training.metrics import EVENTS, IMAGES, NUMBERS, SCORES, compute_metrics
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
 
@@ -321,6 +321,8 @@ class MaskTask(Odds, ImageTask):
 
 class EventTask(Odds, NumberTask):
     """Yes or no, (B, K)."""
+
+    registry = EVENTS
 
     def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         weights = (self.cfg.target.weights,) if self.cfg.target.loss == "bce" else ()
