@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from helpers.config import Config, load_config
 from helpers.data.dataset import Loaders
+from helpers.data.labels import Labels
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (2, 1, 8, 8)  # C, T, H, W
@@ -36,11 +37,12 @@ class Numbers(Dataset):
 
     def __init__(self, times, outputs: int = 1, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
-        self.samples = pd.DataFrame({"time": times})
+        self.samples = pd.DataFrame({"time": times, "label": range(len(times)), "label_time": times})
         self.ts = torch.randn(len(times), *SHAPE, generator=generator)
         self.ts += 2 * torch.randn(len(times), 2, 1, 1, 1, generator=generator)
         a, b = self.ts.mean((2, 3, 4)).T
         self.targets = torch.stack([400 + 50 * a - 30 * b, 20 * b], 1)[:, :outputs]
+        self.labels = Labels(times.to_numpy("datetime64[s]"), self.targets.double().numpy())
 
     def __len__(self):
         return len(self.samples)
