@@ -118,6 +118,8 @@ def test_recurrence_knows_a_sun_that_repeats_itself(config):
     labels, cfg = Labels(times, 400 + 100 * np.sin(2 * np.pi * phase)[:, None]), config(**LEAD)
     table = metrics_table(reference_predictions(loaders_of(labels, cfg), "test", cfg), cfg)
     assert table.loc["recurrence", "rmse"] < 1 < 40 < table.loc["persistence", "rmse"]
+    month = cfg.model_copy(update={"labels": cfg.labels.model_copy(update={"spans_hours": 720.0})})
+    assert "recurrence" not in reference_predictions(loaders_of(labels, cfg), "test", month)  # not over yet
     short = {"split.train": ["2014-01-01", "2014-01-10"], "split.val": ["2014-01-11", "2014-01-14"]}
     short = config(**short, **{"split.test": ["2014-01-15", "2014-01-24"]})
     assert "recurrence" not in reference_predictions(loaders_of(labels, short), "test", short)
@@ -171,15 +173,18 @@ def test_past_activity_gains_on_the_mean_where_labels_remember(config, kind):
 
 @pytest.mark.parametrize("kind", ["scalar", "event"])
 def test_past_activity_is_fitted_without_the_labels_of_later_steps(config, kind):
-    """Training goes on after the test split, so that its history would reach into validation and test."""
+    """Training and validation go on after the test split, so that their history would reach into it."""
     periods = {"split.train": [["2014-01-01", "2014-03-01"], ["2014-05-15", "2014-07-01"]]}
-    periods |= {"split.val": ["2014-03-05", "2014-04-01"], "split.test": ["2014-04-05", "2014-05-10"]}
+    periods |= {"split.val": [["2014-03-05", "2014-04-01"], ["2014-05-12", "2014-05-13"]]}
+    periods |= {"split.test": ["2014-04-05", "2014-05-10"]}
     labels, cfg = series(kind), config(kind, **SPANS, **periods)
     loaders = loaders_of(labels, cfg)
     rows = {name: getattr(loaders, name).dataset.samples["label"].to_numpy() for name in ("val", "test")}
     without_test = loaders_of(spoiled(labels, rows["test"], kind), cfg)
     one, other = (reference_predictions(given, "val", cfg)["past activity"] for given in (loaders, without_test))
-    assert torch.equal(one.prediction, other.prediction)
+    earlier = torch.tensor((loaders.val.dataset.samples["time"] < "2014-04-05").tolist())
+    assert torch.equal(one.prediction[earlier], other.prediction[earlier])
+    assert not torch.equal(one.prediction[~earlier], other.prediction[~earlier])  # they may go by what is known
     both = loaders_of(spoiled(labels, np.concatenate(list(rows.values())), kind), cfg)
     hidden = pd.concat([loaders.val.dataset.samples, loaders.test.dataset.samples])
     mean = loaders.target_mean.numpy()

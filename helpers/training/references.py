@@ -22,7 +22,6 @@ from helpers.training.tasks import ImagePredictions, Predictions, make_task, met
 
 ROTATION = np.timedelta64(round(27.27 * 86400), "s")  # of the Sun, as the Earth sees it (synodic)
 WINDOWS = 24, 72, 27 * 24  # hours that "past activity" looks back
-MOST_OUTPUTS = 20  # each has its own "past activity"; beyond so many there is none
 PENALTIES = 0.01, 1, 100, 10_000  # of the weights of "past activity"
 
 
@@ -36,7 +35,7 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
         "mean of training": the mean of the training targets (of events their share, of images the mean image).
         "persistence": the last label known at the time of the sample; of channels of later frames, those of that time.
         Of numbers and events also "recurrence": the label known one solar rotation (27.27 days, within an hour) before
-        that of the sample; and "past activity", as below, unless training knows but one class of events.
+        that of the sample; and "past activity", as below, of at most 20 outputs and where training has both classes.
     """
     data, mean = getattr(loaders, split).dataset, loaders.target_mean.numpy()
     predictions, times = {}, [time.isoformat() for time in data.samples["time"]]
@@ -54,11 +53,11 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
     before = pd.DatetimeIndex(data.samples["label_time"].to_numpy("datetime64[s]") - ROTATION)
     again = 1 + pd.DatetimeIndex(data.labels.times).get_indexer(before, "nearest", tolerance=pd.Timedelta("1h"))
     found = {"mean of training": np.tile(mean, (len(data), 1))}
-    for name, count in {"persistence": known, "recurrence": np.where(again <= known, again, 0)}.items():
-        if np.mean(count > 0) >= 0.5:
-            found[name] = np.concatenate([mean[None], data.labels.values])[count]  # the last of so many labels, (N, K)
+    values = np.vstack([mean, data.labels.values])  # (1 + labels, K), so row n is the last of n labels
+    rows = {"persistence": known, "recurrence": np.where(again <= known, again, 0)}
+    found |= {name: values[row] for name, row in rows.items() if np.mean(row > 0) >= 0.5}
     one_class = cfg.labels.kind == "event" and np.isin(loaders.train.dataset.targets.mean(0), (0, 1)).any()
-    if "persistence" in found and len(mean) <= MOST_OUTPUTS and not one_class:
+    if "persistence" in found and len(mean) <= 20 and not one_class:
         found["past activity"] = past_activity(loaders, data, cfg)
     said = {name: Predictions(torch.tensor(p, dtype=torch.float32), data.targets, times) for name, p in found.items()}
     chosen = said if split == "val" else reference_predictions(loaders, "val", cfg)
@@ -70,8 +69,8 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
 def known_labels(labels: Labels, samples: pd.DataFrame, cfg: Config) -> np.ndarray:
     """How many labels, counted from the first, are known at the time of each sample, (N,).
 
-    What a label speaks of must be over: it is known from its own time on, or `labels.spans_hours` or the end of
-    `labels.window_hours` later. The label of the sample itself, or a later one, never counts.
+    What a label speaks of must be over (`labels.spans_hours`, or the end of `labels.window_hours`, after its own time).
+    The label of the sample itself, or a later one, never counts.
     """
     hours = cfg.labels.window_hours[1] if cfg.labels.window_hours else cfg.labels.spans_hours
     over = labels.times + np.timedelta64(round(3600 * hours), "s")
@@ -114,8 +113,7 @@ def history(data: SolarDataset, hidden: pd.DataFrame, mean: np.ndarray, cfg: Con
     parts = [values, *(window.mean() for window in windows), *(window.max() for window in windows)]
     if cfg.labels.kind == "event":
         now = times.astype(float)[:, None] / 3600
-        since = now - np.maximum.accumulate(np.where(values == 1, now, -np.inf))
-        parts.append(np.minimum(since, WINDOWS[-1]))
+        parts.append(np.minimum(now - np.maximum.accumulate(np.where(values == 1, now, -np.inf)), WINDOWS[-1]))
     return np.stack(parts, axis=2)[known_labels(labels, data.samples, cfg)]
 
 
