@@ -57,7 +57,7 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
         The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
     """
     runs = on_the_same_data(list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile), cfg)
-    columns, found = {}, {}
+    columns, found, budgets = {}, {}, set()
     for run in reversed(runs.groupby("experiment").tail(1).to_dict("records")):
         if not (run["folder"] / "predictions_test.csv").exists():
             continue
@@ -66,10 +66,26 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
             found[run["experiment"]] = predictions
             scores = {key: value for key, value in run.items() if key.startswith("test_")}
             columns[f"{run['experiment']} ({run['name']})"] = scores
+            budgets.add((run["seed"], run["settings"]["training"]["max_train_samples"]))
         else:
             print(f"Not compared: {run['name']}, tested on other frames or labels than the latest run. Run it again.")
+    if len(budgets) > 1:
+        print(f"No equals: these runs differ in seed and training.max_train_samples: {', '.join(map(str, budgets))}.")
     metrics = pd.DataFrame(columns).sort_index(axis="columns").astype(float).round(3)
     return metrics, dict(sorted(found.items()))
+
+
+def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
+    """A sentence on a table of test metrics (of `compare_runs`): which run is better, by all metrics or only by some."""
+    best: dict[str, list[str]] = {}
+    for name, metric in metrics_of(cfg).items():
+        row = scores.loc[f"test_{name}"].dropna() if f"test_{name}" in scores.index else scores.iloc[:0]
+        if len(row) > 1 and row.nunique() > 1:
+            best.setdefault((row if metric.higher_is_better else -row).idxmax(), []).append(name)
+    if len(best) < 2:
+        return f"{next(iter(best))} is better by every metric." if best else "There is nothing to compare with yet."
+    split = "; ".join(f"by {', '.join(names)} it is {run}" for run, names in best.items())
+    return f"The metrics DISAGREE on which run is better: {split}. Decide beforehand which one counts for your question."
 
 
 def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
