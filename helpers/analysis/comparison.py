@@ -76,7 +76,7 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
 
 
 def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
-    """A sentence on a table of test metrics (of `compare_runs`): which run is better, by all metrics or only by some."""
+    """A sentence on a table of test metrics (of `compare_runs`): which run is better, by all or by some metrics."""
     best: dict[str, list[str]] = {}
     for name, metric in metrics_of(cfg).items():
         row = scores.loc[f"test_{name}"].dropna() if f"test_{name}" in scores.index else scores.iloc[:0]
@@ -85,7 +85,7 @@ def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
     if len(best) < 2:
         return f"{next(iter(best))} is better by every metric." if best else "There is nothing to compare with yet."
     split = "; ".join(f"by {', '.join(names)} it is {run}" for run, names in best.items())
-    return f"The metrics DISAGREE on which run is better: {split}. Decide beforehand which one counts for your question."
+    return f"The metrics DISAGREE on which run is better: {split}. Decide beforehand which of them counts for you."
 
 
 def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
