@@ -15,7 +15,6 @@ import os
 import random
 import stat
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -355,14 +354,11 @@ class BuildReport:
     unreadable: dict[str, str] = field(default_factory=dict)
     lost: set[np.datetime64] = field(default_factory=set)
     given_up: int = 0
-    seconds: float = 0.0
-    bytes_read: int = 0
     samples: Plan | None = None
     needs: str = ""
 
     def __str__(self) -> str:
-        speed = f" in {self.seconds:.0f} s, {self.bytes_read / 1e6 / self.seconds:.0f} MB/s" if self.built else ""
-        counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not in the archive"
+        counts = f"{self.built} built, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
         lines += [f"  {self.given_up} that could not be made before: `make cache` looks again"] * bool(self.given_up)
         lines += [f"  unreadable: {url}: {reason}" for url, reason in self.unreadable.items()]
@@ -407,7 +403,7 @@ def build_store(
     path, archive, report = Path(path), archive or Archive(), report or BuildReport(Path(path))
     if not (path / "zarr.json").is_file():
         create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
-    store, started = open_store(path, channels, reduce, native_size, scalers), time.perf_counter() - report.seconds
+    store = open_store(path, channels, reduce, native_size, scalers)
     remove_leftovers(path / "frames")
     remove_leftovers(path.parent, f".{path.name}.*")
     remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
@@ -423,39 +419,35 @@ def build_store(
         urls = [archive.url(when) for when in lacking]
         # after an error in one of them, `map` begins no other
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
-        bar = tqdm(zip(lacking, urls, made, strict=True), "frames", len(lacking), unit="frame", disable=not progress)
-        for when, url, (size, error) in bar:
-            report.bytes_read += size
-            report.seconds = time.perf_counter() - started
-            bar.set_postfix_str(f"{report.bytes_read / 1e6 / report.seconds:.0f} MB/s", refresh=False)
-            report.built += size > 0
-            report.already += not (size or error)
-            if isinstance(error, MissingFrameError):
-                report.missing += 1
-            elif error:
-                report.unreadable[url] = str(error)
-            report.lost |= {when} if error else set()
+        made = tqdm(made, "frames", len(lacking), unit="frame", disable=not progress)
+        for when, url, outcome in zip(lacking, urls, made, strict=True):
+            report.built += outcome is True
+            report.already += outcome is False
+            if isinstance(outcome, FrameError):
+                report.lost.add(when)
+                if isinstance(outcome, MissingFrameError):
+                    report.missing += 1
+                else:
+                    report.unreadable[url] = str(outcome)
     return report
 
 
-def build_frame(
-    store: FrameStore, archive: Archive, when: np.datetime64, url: str | None
-) -> tuple[int, FrameError | None]:
-    """Make one frame unless it is there by now; return how many bytes were read, or why it cannot be made."""
+def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str | None) -> bool | FrameError:
+    """Make one frame; return True, or False if it is there already, or why it cannot be made."""
     if when in store:
-        return 0, None
+        return False
     if url is None:
-        return 0, MissingFrameError("the index does not have it")
+        return MissingFrameError("the index does not have it")
     try:
         with archive.local_copy(url) as path:
-            size, reduce, native_size = path.stat().st_size, store.attributes["reduce"], store.attributes["native_size"]
+            reduce, native_size = store.attributes["reduce"], store.attributes["native_size"]
             codes = reduce_frame(path, store.codings, reduce, store.scalers, native_size)
     except FrameError as error:
-        return 0, error
+        return error
     with disk_errors(store.path):
         zarr.open_array(store.path / "frames", mode="r+")[_row(when)] = codes
     share(store.file(when))
-    return size, None
+    return True
 
 
 def channels_needed(cfg: Config) -> tuple[str, ...]:
@@ -518,11 +510,11 @@ def prepare_store(
     """
     data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
     labels, report, there = labels_of(cfg) if times is None else None, BuildReport(path), np.array([], "datetime64[s]")
-    history = {"lost": [], "seconds_a_frame": None}
+    known = []  # times of frames that earlier calls could not make
     with suppress(OSError, ValueError):
-        history |= json.loads(path.with_name(f"{path.name}.builds.json").read_text())
+        known = json.loads(path.with_name(f"{path.name}.lost.json").read_text())
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in history["lost"]}
+    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in known}
     report.given_up = len(lost)
 
     def may_be_had(frames: np.ndarray) -> np.ndarray:
@@ -551,8 +543,6 @@ def prepare_store(
             f"to build: {len(lacking)} frames; {read_gb:.1f} GB to read, {store_gb:.2f} GB to store "
             f"({free_space(path) / GB:.1f} GB free)"
         )
-        if speed := history["seconds_a_frame"]:
-            report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
         if plan_only and times is None:
             limits = dict.fromkeys(("max_train_samples", "max_val_samples", "max_test_samples"))
             whole = cfg.model_copy(update={"training": cfg.training.model_copy(update=limits)})
@@ -581,11 +571,9 @@ def prepare_store(
         settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
         report.store = path
         build_store(lacking, path, channels, data.reduce, **settings, report=report)
-        history["lost"] = sorted({*history["lost"]} - {*map(str, lacking)} | {*map(str, report.lost)})
-        if report.built:
-            history["seconds_a_frame"] = report.seconds / report.built
-        with atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
-            temporary.write_text(json.dumps(history))
+        known = sorted({*known} - {*map(str, lacking)} | {*map(str, report.lost)})
+        with atomic_write(path.with_name(f"{path.name}.lost.json")) as temporary:
+            temporary.write_text(json.dumps(known))
         if times is not None or report.lost <= lost:
             return report
         lost |= report.lost

@@ -15,6 +15,6 @@ def dropout_linear(x: Tensor, weight: Tensor, p: float) -> Tensor:
 
 
 def drop_mask(x: Tensor, p: float) -> Tensor:
-    """Where x is dropped, with probability p: bool of its shape, from 16 random bits an element that come 64 at once."""
+    """Where x is dropped, with probability p: bool of its shape, from 16 random bits an element, drawn 64 at once."""
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device).random_(-(2**63), None)
     return (bits.view(torch.int16)[: x.numel()] < round((p - 0.5) * 2**16)).view(x.shape)
