@@ -4,8 +4,6 @@ Layers are laid over each other (see the head of config.yaml), every value remem
 are reported in one error: unknown keys and wrong types, and once these are mended, values that contradict each other.
 """
 
-from __future__ import annotations
-
 import difflib
 import importlib
 import json

@@ -4,8 +4,6 @@ What we make goes into the subfolder `surya-course` of the shared folder; weight
 standard cache layout in `hub` beside it, so that what others have downloaded is found.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import shlex

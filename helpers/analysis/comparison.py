@@ -1,7 +1,5 @@
 """Baseline against fine-tune, from the runs on disk: spread over seeds, paired differences, samples, cost."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """Looking into a model, what its input becomes on the way; and into its training, curve by curve."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack

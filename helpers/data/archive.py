@@ -4,8 +4,6 @@ Two kinds of trouble are kept apart. A FrameError is about one file, which a bui
 ArchiveError is about none of them in particular (no network, no such profile): the build stops at the first frame.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ once. Inside a shard there is one chunk a channel (at 4096 pixels, of 1024 x 102
 compared at reading. Values are 16-bit fixed-point codes of signed-log values (`Coding` in channels.py).
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os
@@ -22,7 +20,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -152,7 +150,7 @@ class FrameStore:
         rows = sorted(int(name.split(".")[1]) for name in names if name.endswith(".0.0.0"))
         return START + np.array(rows, int) * CADENCE.astype("timedelta64[s]")
 
-    def select(self, channels: Sequence[str]) -> FrameStore:
+    def select(self, channels: Sequence[str]) -> Self:
         """The same store, frames in memory included, with other channels; ValueError when it lacks one."""
         if absent := [name for name in channels if name not in self.stored_channels]:
             raise ValueError(

@@ -3,8 +3,6 @@
 The executed notebook and its HTML go to `runs/<name>/`, also when a cell fails; then the cell and its error come last.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """Metrics on top of TorchMetrics: errors and event skill of numbers, overlap of masks, likeness of images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """What is to beat without any model: the mean of the training targets, and persistence."""
 
-from __future__ import annotations
-
 from helpers.config import Config
 from helpers.data.dataset import Loaders
 from helpers.training.tasks import ImagePredictions, Predictions, make_task

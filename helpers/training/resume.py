@@ -4,8 +4,6 @@ Accelerate's `save_state` writes a folder, and a folder cannot take the place of
 a kill at any moment leaves the old state or the new one, whole.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 The local files are the record; Weights & Biases (https://docs.wandb.ai) gets a copy and may fail without harm.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -79,7 +77,7 @@ class Run:
             table.to_csv(path, mode="a", header=not path.exists(), index=False)
         self._online(lambda run: run.log(row, step=step))
 
-    def figure(self, name: str, figure: Figure) -> Path:
+    def figure(self, name: str, figure: "Figure") -> Path:
         """Save a figure as `<name>.png` in the run's folder; returns the file."""
         path = self.folder / f"{name}.png"
         with atomic_write(path) as temporary:
