@@ -335,25 +335,17 @@ def create_store(
 
 @dataclass
 class BuildReport:
-    """What a build did; prints as a few lines.
-
-    Attributes:
-        built, already, missing: numbers of frames that were made, were there, and are not in the archive.
-        unreadable: address of a file that could not be used -> why.
-        lost: times of the frames that are missing or unreadable.
-        given_up: how many frames were not looked for, because an earlier build could not make them.
-        samples, needs: of `prepare_store`: which samples there are, and what building their frames takes, as text.
-    """
+    """What a build did; prints as a few lines."""
 
     store: Path
-    built: int = 0
-    already: int = 0
-    missing: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)
-    lost: set[np.datetime64] = field(default_factory=set)
-    given_up: int = 0
-    samples: Plan | None = None
-    needs: str = ""
+    built: int = 0  # frames that were made
+    already: int = 0  # that were there
+    missing: int = 0  # that are not in the archive
+    unreadable: dict[str, str] = field(default_factory=dict)  # address of a file that could not be used -> why
+    lost: set[np.datetime64] = field(default_factory=set)  # times of the frames that are missing or unreadable
+    given_up: int = 0  # frames that were not looked for, because an earlier build could not make them
+    samples: Plan | None = None  # of `prepare_store`: which there are
+    needs: str = ""  # of `prepare_store`: what building their frames takes, as text
 
     def __str__(self) -> str:
         counts = f"{self.built} built, {self.already} there already, {self.missing} not in the archive"
