@@ -671,7 +671,7 @@ def _of_target(c: Config) -> Iterator[tuple[str, str]]:
                 yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
                 continue
             if not (hasattr(own, "higher_is_better") if key == "target.metrics" else callable(own)):
-                yield key, f"{name} must be a function, or where metrics are named one of helpers/training/metrics.py"
+                yield key, f"{name} must be a function, or of metrics a NumberMetric or ImageMetric"
     if c.target.event_threshold is None and {"tss", "hss"} & set(c.target.metrics):
         yield "target.metrics, target.event_threshold", "tss and hss count events: say from which value on"
 

@@ -358,32 +358,22 @@ class BuildReport:
 def build_store(
     times: Iterable,
     path: str | Path,
-    channels: Sequence[str] = CHANNELS,
-    reduce: int = 4,
+    channels: Sequence[str] = CHANNELS,  # what to keep, by name; a store that is there already keeps those it has
+    reduce: int = 4,  # side of the squares of physical pixels that are averaged
     *,
-    archive: Archive | None = None,
-    native_size: int = 4096,
+    archive: Archive | None = None,  # where the frames come from; None for NASA's bucket
+    native_size: int = 4096,  # side of the images before
     scalers: dict[str, Scaler] | None = None,
-    workers: int = 1,
-    executor: Executor | None = None,
-    reserve_gb: float = 2.0,
+    workers: int = 1,  # processes of this machine that make frames
+    executor: Executor | None = None,  # makes them instead, such as Dask's `Client(...).get_executor()` on these disks
+    reserve_gb: float = 2.0,  # free space that must remain on the disk
     progress: bool = True,
-    report: BuildReport | None = None,
+    report: BuildReport | None = None,  # of an earlier build, to go on counting
 ) -> BuildReport:
     """Build the frames of these times that the store does not have yet; call it again after anything went wrong.
 
     Any number of processes and people may build one store at once: each makes what is missing in an order of its own,
     and looks again before each frame.
-
-    Args:
-        channels: what to keep, by name. A store that is there already keeps the channels it has.
-        reduce: side of the squares of physical pixels that are averaged; `native_size` is the side of the images.
-        archive: where the frames come from; None for NASA's bucket.
-        workers: how many processes of this machine make frames.
-        executor: makes the frames instead, for example `Client(...).get_executor()` of a Dask cluster whose workers see
-            the same disks.
-        reserve_gb: free space that must remain on the disk.
-        report: of an earlier build, to go on counting.
 
     Raises:
         ValueError: a time is not in the calendar, or the store was built with other settings.
