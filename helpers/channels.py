@@ -9,8 +9,6 @@ The store keeps y as 16-bit whole numbers: y = code * step + offset, with a step
 Constants: `scalers.yaml` of the release nasa-ibm-ai4science/Surya-1.0, copied to helpers/data/ (arXiv:2508.14112).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path

@@ -1,20 +1,16 @@
 """One typed, strict configuration for every notebook, read from `config.yaml`.
 
-Layers are laid over each other (see the head of config.yaml), every value remembers which layer set it, and all
-mistakes are reported in one error: unknown keys, wrong types, and values that contradict each other.
+Layers are laid over each other (see the head of config.yaml), every value remembers which layer set it, and mistakes
+are reported in one error: unknown keys and wrong types, and once these are mended, values that contradict each other.
 """
-
-from __future__ import annotations
 
 import difflib
 import importlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
@@ -398,24 +394,16 @@ def load_config(
     sources += [("notebook parameters", _nested(parameters or {})), ("overrides=", _nested(overrides or {}))]
     problems = [problem for origin, tree in sources for problem in _unknown_keys(tree, origin)]
     chosen = {"profile": profile, "task": task, "experiment": experiment}
-    wrong_choices = []
+    choices_exist = True
     for block, key in _OVERLAYS.items():
         if chosen[key] is None:
             chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
         names = sorted({str(name) for _, tree in sources for name in _block(tree, block)})
         if chosen[key] not in names:
-            wrong_choices.append(key)
+            choices_exist = False
             there = ", ".join(names) or "nothing"
             problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}")
-
-    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
-    for origin, tree in sources:
-        for where, layer in _layers(tree, chosen, origin):
-            values.update({key: (value, where) for key, value in leaves(layer) if key in _SCHEMA})
-    values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
-    for key in wrong_choices:
-        del values[key]
-    config = _validated(values, problems, path.parent, complete=not wrong_choices)
+    config = _validated(sources, chosen, problems, path.parent) if choices_exist else None
     if problems or config is None:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise ConfigError("\n  - ".join([f"The configuration in {path.parent} has {count}:", *problems]))
@@ -548,10 +536,15 @@ def _nearest(key: str) -> str:
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"
 
 
-def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Path, complete: bool) -> Config | None:
-    """The checked configuration; mistakes are added to `problems`, contradictions only when all values are there."""
+def _validated(sources: Sequence[tuple[str, dict]], chosen: dict, problems: list[str], root: Path) -> Config | None:
+    """The checked configuration of these files (name, contents); None where a mistake was added to `problems`."""
+    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
+    for origin, tree in sources:
+        for where, layer in _layers(tree, chosen, origin):
+            values.update({key: (value, where) for key, value in leaves(layer) if key in _SCHEMA})
+    values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
     plain = {key: value for key, (value, _) in values.items()}
-    shared = scalers = config = None
+    shared = scalers = None
     written, located = {}, {}
     try:
         setting = plain.get("paths.shared")
@@ -561,33 +554,27 @@ def _validated(values: dict[str, tuple[Any, str]], problems: list[str], root: Pa
         scalers = load_scalers(own and shared.to_read(own))
     except (OSError, ValueError) as error:
         problems.append(f"{'data.scalers' if shared else 'paths.shared'}: {error}")
-    tree = _nested(plain | located)
     extras = {"root": root, "shared": shared, "scalers": scalers, "written": written}
-    faulty = set()
     try:
-        config = Config.model_validate({**tree, **extras})
+        config = Config.model_validate({**_nested(plain | located), **extras})
     except ValidationError as error:
+        told = {*extras}  # why these are not there is in the list already
         for mistake in error.errors():
             key = ".".join(str(part) for part in mistake["loc"] if isinstance(part, str))
-            if (kind := next((known for known in _SCHEMA if key.startswith(f"{known}.")), None)) in faulty:
-                continue  # what it would have to be to be of another of several types
-            faulty.add(key := kind or key)
-            unset = mistake["type"] == "missing" or mistake["input"] is None
-            if key in extras or (unset and not complete):
-                continue  # the cause is in the list already
+            known = next((known for known in _SCHEMA if key.startswith(f"{known}.")), key)
+            if known in told:
+                continue
+            if known != key:  # it may be of several types, and the mistake in one of them is enough
+                told.add(known)
             item = "".join(f"[{part}]" for part in mistake["loc"] if isinstance(part, int))
-            where = f" ({values[key][1]})" if key in values else ""
+            where = f" ({values[known][1]})" if known in values else ""
             got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
-            problems.append(f"{key}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
-    if complete:
-        known = _nested({key: value for key, value in (plain | located).items() if key not in faulty})
-        sections = {name: SimpleNamespace(**keys) for name, keys in known.items() if isinstance(keys, dict)}
-        absent = (AttributeError, TypeError) if faulty else ()  # a key that is faulty itself is not there
-        for rules in (_of_frames, _of_model, _of_labels, _of_target):
-            with suppress(*absent):
-                for keys, sentence in rules(SimpleNamespace(**sections)):
-                    origins = dict.fromkeys(values[key][1] for key in keys.split(", ") if key in values)
-                    problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
+            problems.append(f"{known}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
+        return None
+    for rules in (_of_frames, _of_model, _of_labels, _of_target):
+        for keys, sentence in rules(config):
+            origins = dict.fromkeys(values[key][1] for key in keys.split(", ") if key in values)
+            problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
     return config
 
 
@@ -626,7 +613,7 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 # ---- Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
-def _of_frames(c: Any) -> Iterator[tuple[str, str]]:
+def _of_frames(c: Config) -> Iterator[tuple[str, str]]:
     offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
     if len(offsets) != c.model.time_dim:
         yield "data.offsets_minutes, model.time_dim", f"{len(offsets)} offset(s) for {c.model.time_dim} input frame(s)"
@@ -640,17 +627,15 @@ def _of_frames(c: Any) -> Iterator[tuple[str, str]]:
         yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
 
 
-def _of_model(c: Any) -> Iterator[tuple[str, str]]:
+def _of_model(c: Config) -> Iterator[tuple[str, str]]:
     weights, held = c.model.weights or "", c.training.frozen_dtype
     if weights.startswith("hf://") and weights.count("/") < 4:
         yield "model.weights", f"an address on the hub is hf://owner/name/file, got {weights}"
     if held not in ("fp32", c.training.precision):
         yield "training.frozen_dtype, training.precision", f"weights held in {held} are computed with in {held}"
     if c.data.native_size % c.data.reduce == 0:
-        blocks = c.training.recompute_blocks
-        settings = {**vars(c.model), "recompute_blocks": () if blocks == "auto" else blocks}
-        for problem in encoder_problems(c.data.native_size // c.data.reduce, **settings):
-            keys = {name: f"model.{name}" for name in vars(c.model)}
+        for problem in encoder_problems(**c.encoder_arguments()):
+            keys = {name: f"model.{name}" for name in Model.model_fields}
             keys |= {"img_size": "data.native_size, data.reduce", "recompute_blocks": "training.recompute_blocks"}
             yield ", ".join(keys[name] for name in re.findall(r"\w+", problem) if name in keys), problem
     for problem in pooling_problems(c.head.pooling, c.model.nglo):
@@ -659,12 +644,11 @@ def _of_model(c: Any) -> Iterator[tuple[str, str]]:
         yield "lora.targets, lora.qkv", "qkv is a target but none of q, k, v is chosen"
 
 
-def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
+def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
     own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
-    numbers = kind in ("scalar", "event")
     if own.lead_minutes and own.direction != "forward":
         yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
-    if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and numbers):
+    if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and own.numbers):
         yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
     if own.window_hours and own.lead_minutes:
         yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
@@ -682,9 +666,9 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
         yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
     if own.unit and not netcdf:
         yield "labels.unit, labels.path", "only NetCDF and HDF5 files say what unit their values have"
-    if numbers and not (own.path and own.value_columns):
+    if own.numbers and not (own.path and own.value_columns):
         yield "labels.path, labels.value_columns", f"{kind} labels need a CSV and at least one of its columns"
-    if not numbers and files and not own.path:
+    if not own.numbers and files and not own.path:
         yield "labels.path, labels.variable", "mask and image files need a CSV that names them"
     if kind == "mask" and not files:
         yield "labels.variable", "masks are read from files: name their variable, or your own reader"
@@ -693,18 +677,18 @@ def _of_labels(c: Any) -> Iterator[tuple[str, str]]:
     both = sorted(set(c.data.channels) & set(own.target_channels))
     if kind == "image" and both and own.target_offset_minutes in c.data.offsets_minutes:
         yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
-    outputs = 0 if numbers else len(own.target_channels) or 1
+    outputs = 0 if own.numbers else c.num_outputs
     if wanted and len(wanted) != outputs:
         yield "head.decoder_channels", f"{len(wanted)} channels for {outputs} image(s) that are predicted"
     if unknown := sorted(set(wanted) - set(c.model.weights_channels)):
         yield "head.decoder_channels, model.weights_channels", f"the checkpoint has no decoder rows of {unknown}"
-    if not numbers and c.model.nglo:
+    if not own.numbers and c.model.nglo:
         yield "labels.kind, model.nglo", "images are decoded from the patches alone; set model.nglo: 0"
     if c.model.patch_size % own.reduce:
         yield "labels.reduce, model.patch_size", f"{own.reduce} does not divide the {c.model.patch_size}-pixel patch"
 
 
-def _of_target(c: Any) -> Iterator[tuple[str, str]]:
+def _of_target(c: Config) -> Iterator[tuple[str, str]]:
     asked = {"target.loss": [c.target.loss], "target.metrics": c.target.metrics, "target.plot": [c.target.plot]}
     for (key, names), there in zip(asked.items(), KINDS[c.labels.kind].values(), strict=True):
         for name in (name for name in names if name not in (None, *there)):
@@ -716,12 +700,8 @@ def _of_target(c: Any) -> Iterator[tuple[str, str]]:
             except Exception as error:  # whatever a module of one's own raises
                 yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
                 continue
-            numbers = c.labels.kind in ("scalar", "event")
-            form, part = ("NumberMetric", "compute") if numbers else ("ImageMetric", "make")
-            if key == "target.metrics" and not hasattr(own, part):
-                yield key, f"{name} must be a {form}, as in helpers/training/metrics.py"
-            if key != "target.metrics" and not callable(own):
-                yield key, f"{name} must be a function"
+            if not (hasattr(own, "higher_is_better") if key == "target.metrics" else callable(own)):
+                yield key, f"{name} must be a function, or of metrics a NumberMetric or ImageMetric"
     counted = ", ".join(name for name in c.target.metrics if name in EVENT_METRICS)
     if c.labels.kind == "scalar" and c.target.event_threshold is None and counted:
         yield "target.metrics, target.event_threshold", f"{counted} count events: say from which value on"

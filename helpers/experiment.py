@@ -1,7 +1,5 @@
 """What the two main notebooks do, as functions: build a model, train it, judge it, leave a finished run."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 from torch import nn

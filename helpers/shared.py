@@ -4,14 +4,12 @@ What we make goes into the subfolder `surya-course` of the shared folder; weight
 standard cache layout in `hub` beside it, so that what others have downloaded is found.
 """
 
-from __future__ import annotations
-
 import errno
 import os
+import shlex
 import shutil
 import time
 import uuid
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -184,32 +182,16 @@ def ensure_space(path: str | Path, size: float, reserve_gb: float, what: str = "
     """Refuse to begin writing `size` bytes at `path` when less than `reserve_gb` GB would be left on its disk.
 
     Raises:
-        DiskFullError: with the numbers, and the biggest folders nearby that could be freed.
+        DiskFullError: with the numbers, and a command that shows which folders could be freed.
     """
     free = free_space(path)
     if size + reserve_gb * GB > free:
         ours = next((folder for folder in Path(path).absolute().parents if folder.name == SUBFOLDER), Path(path))
-        places = (f"{folder} ({used / GB:.2f} GB)" for folder, used in biggest_folders(_existing(ours.parent)))
+        nearby = shlex.quote(str(_existing(ours.parent)))
         raise DiskFullError(
             f"Writing {what} takes {size / GB:.2f} GB, but the disk of {path} has {free / GB:.2f} GB free, of which "
-            f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). The biggest folders nearby: {'; '.join(places)}."
+            f"{reserve_gb:.2f} GB are to remain (paths.reserve_gb). What takes the room: `du -hd 3 {nearby} | sort -h`"
         )
-
-
-def biggest_folders(root: str | Path, count: int = 5, seconds: float = 3.0) -> list[tuple[Path, int]]:
-    """The biggest folders three levels below `root` (what lies higher counts there), as (path, bytes).
-
-    Stops looking after `seconds`, with what was seen by then.
-    """
-    root, end, sizes = Path(root), time.monotonic() + seconds, Counter()
-    for folder, _, files in os.walk(root):
-        place = root.joinpath(*Path(folder).relative_to(root).parts[:3])
-        for name in files:
-            with suppress(OSError):
-                sizes[place] += os.lstat(os.path.join(folder, name)).st_blocks * 512
-        if time.monotonic() > end:
-            break
-    return sizes.most_common(count)
 
 
 @contextmanager

@@ -444,7 +444,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_baseline_is_saved_whole(tmp_path: Path):
-    model = LinearBaseline1D(3, mean=[1.0, 2.0, 3.0], std=[1.0, 1.0, 2.0])
+    model = LinearBaseline1D(3).fit_features([{"ts": torch.randn(4, 3, 1, 8, 8)}])
     nn.init.normal_(model.head.weight)
     path = save_adapter(tmp_path / "baseline.pt", model, {}, "none")
     other = LinearBaseline1D(3)

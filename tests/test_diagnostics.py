@@ -133,7 +133,7 @@ from test_diagnostics import model_and_batch, estimate_memory
 from helpers.training.memory import forward_and_backward
 small, batch, cfg = model_and_batch(1, **{{"data.native_size": 128}})
 forward_and_backward(small, batch, "fp32")  # what libraries allocate once
-model, batch, cfg = model_and_batch(3)
+model, batch, cfg = model_and_batch(5)
 before = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 forward_and_backward(model.train(), batch, "fp32")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
@@ -141,7 +141,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
 
 
 def test_the_estimate_is_what_the_process_grows_by():
-    model, batch, cfg = model_and_batch(3)
+    model, batch, cfg = model_and_batch(5)
     estimate = estimate_memory(model, batch, cfg).step
     code = RESIDENT.format(tests=str(Path(__file__).parent))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

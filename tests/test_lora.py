@@ -12,7 +12,7 @@ from helpers.config import POOLINGS
 from helpers.model.checkpoint import save_adapter
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
-from helpers.model.kernels import keep_mask
+from helpers.model.kernels import drop_mask
 from helpers.model.lora import LoRALinear, apply_lora, lora_state_dict, merge_lora, trainable_summary
 
 
@@ -115,15 +115,15 @@ def test_dropout_touches_the_adapter_alone():
 def test_the_mask_drops_its_share_everywhere(share: float):
     torch.manual_seed(0)
     x = torch.randn(1001, 333)
-    mask = keep_mask(x, share)
-    assert set(mask.unique().tolist()) == {0, -1} and mask.shape == x.shape
-    assert (mask == 0).double().mean().item() == pytest.approx(share, abs=0.002)
-    along, across = (mask == 0).double().mean(0), (mask == 0).double().mean(1)
+    mask = drop_mask(x, share)
+    assert mask.dtype == torch.bool and mask.shape == x.shape
+    assert mask.double().mean().item() == pytest.approx(share, abs=0.002)
+    along, across = mask.double().mean(0), mask.double().mean(1)
     assert (along - share).abs().max() < 0.06 and (across - share).abs().max() < 0.1  # no row or column is spared
-    assert not torch.equal(mask, keep_mask(x, share))
+    assert not torch.equal(mask, drop_mask(x, share))
 
 
-def test_gradients_go_through_what_the_dropout_keep_mask():
+def test_gradients_go_through_what_the_dropout_keeps():
     """Against the same layer written out, with the very mask that the layer draws."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(40, 24), rank=2, alpha=6, dropout=0.3).train()
@@ -136,7 +136,7 @@ def test_gradients_go_through_what_the_dropout_keep_mask():
     found = [x.grad, layer.lora_A.grad, layer.lora_B.grad]
     layer.zero_grad()
     torch.manual_seed(2)
-    mask = (keep_mask(other.flatten(0, -2), 0.3) == -1).view(other.shape)
+    mask = ~drop_mask(other.flatten(0, -2), 0.3).view(other.shape)
     low = nn.functional.linear(other * mask / 0.7, layer.lora_A)
     expected = nn.functional.linear(other, layer.weight, layer.bias) + 3 * nn.functional.linear(low, layer.lora_B)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,6 @@ from helpers import shared
 from helpers.shared import (
     DiskFullError,
     atomic_write,
-    biggest_folders,
     ensure_space,
     find_shared,
     find_weights,
@@ -187,18 +187,21 @@ def test_downloads_and_what_stands_in_their_way(find, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- space
-def test_the_biggest_folders_are_named_before_anything_is_written(tmp_path):
-    for name, size in {"frames/a.zarr": 300_000, "frames/b.zarr": 200_000, "synthetic/sun": 100_000}.items():
+def test_too_little_space_is_said_before_anything_is_written(tmp_path):
+    store = tmp_path / "surya-course/frames/c.zarr"
+    for name, size in {"frames/a.zarr": 300_000, "synthetic/sun": 100_000}.items():
         (tmp_path / "surya-course" / name / "c").mkdir(parents=True)
         (tmp_path / "surya-course" / name / "c/data").write_bytes(os.urandom(size))
-    names = [str(folder.relative_to(tmp_path / "surya-course")) for folder, _ in biggest_folders(tmp_path)]
-    assert names == ["frames/a.zarr", "frames/b.zarr", "synthetic/sun"]
     with pytest.raises(
         DiskFullError, match=r"Writing 9 frames takes 5\.00 GB, .* 1000000\.00 GB are to remain"
     ) as error:
-        ensure_space(tmp_path / "surya-course/frames/c.zarr", 5e9, 1e6, what="9 frames")
-    assert "frames/a.zarr (0.00 GB)" in str(error.value) and error.value.errno == errno.ENOSPC
-    ensure_space(tmp_path / "surya-course/frames/c.zarr", 1, 0)
+        ensure_space(store, 5e9, 1e6, what="9 frames")
+    assert error.value.errno == errno.ENOSPC and not store.exists()
+    command = re.search("`(.*)`", str(error.value))[1]
+    listed = subprocess.check_output(command, shell=True, text=True).splitlines()
+    assert listed[-1].split()[1] == str(tmp_path)  # the largest last
+    assert str(tmp_path / "surya-course/frames/a.zarr") in [line.split()[1] for line in listed]
+    ensure_space(store, 1, 0)
 
 
 # ---------------------------------------------------------------------------------------------------- atomic files

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import xarray as xr
+from benchmarks.pretrain_tiny import pretrain
 from torch.nn import functional as F
 
 from helpers.channels import CHANNELS, UNITS, load_scalers, normalise, stack_scalers
@@ -26,7 +27,6 @@ from helpers.model.checkpoint import load_filtered
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import Specformer2D
 from helpers.shared import DiskFullError
-from helpers.tools.pretrain_tiny import pretrain
 
 ROOT = Path(__file__).parents[1]
 CHANNEL = {name: c for c, name in enumerate(CHANNELS)}

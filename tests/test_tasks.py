@@ -296,7 +296,7 @@ def test_a_loss_metric_and_figure_of_ones_own_are_found_by_name(config, tmp_path
     from helpers.analysis.plots import plot_predictions
 
     assert plot_predictions({}, cfg) == "drawn"
-    with pytest.raises(ConfigError, match="my_task_for_a_test:absolute must be a ImageMetric"):
+    with pytest.raises(ConfigError, match="my_task_for_a_test:absolute must be .* of metrics .* ImageMetric"):
         config("translation", **{"target.metrics": [f"{mine}absolute"]})
     with pytest.raises(ConfigError, match="my_task_for_a_test:nothing cannot be imported: .*no attribute 'nothing'"):
         config("translation", **{"target.loss": f"{mine}nothing"})

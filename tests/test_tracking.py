@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from helpers import shared
 from helpers.config import load_config
+from helpers.shared import DiskFullError
 from helpers.training import tracking
 from helpers.training.tracking import claim_run, list_runs, start_run, wandb_mode
 
@@ -217,14 +218,17 @@ def test_one_damaged_record_is_left_out_and_named(cfg, capsys):
     assert "runs/empty" in said and "runs/cut" in said and "runs/unset" in said
 
 
-def test_a_disk_that_stays_full_hides_no_error_and_leaves_no_run_running(cfg, monkeypatch):
+def test_a_disk_that_stays_full_hides_no_error_and_the_run_is_not_listed(cfg, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ZeroDivisionError), start_run(cfg, "full") as run:
         monkeypatch.setattr(shared.os, "replace", full)
         raise ZeroDivisionError
-    assert json.loads((run.folder / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((run.folder / "summary.json").read_text())["status"] == "running"
+    assert list_runs(cfg.paths.runs).empty
+    with pytest.raises(DiskFullError), start_run(cfg, "unfinished"):
+        pass
 
 
 def test_a_run_says_which_code_data_and_weights_made_it(cfg, tmp_path):

@@ -1,7 +1,5 @@
 """Baseline against fine-tune, from the runs on disk: spread over seeds, paired differences, samples, cost."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -37,7 +35,8 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
 
 def find_run(cfg: Config) -> str | None:
     """The newest finished run of exactly these settings that says what it cost (those of `train_run` do), or None."""
-    runs = on_the_same_data(list_runs(cfg.runs_folder, cfg.experiment, cfg.task, cfg.profile), cfg)
+    same = {"experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
+    runs = on_the_same_data(list_runs(cfg.runs_folder, **same), cfg)
     wanted = settings_that_matter(cfg, "resume")
     names = [
         run["name"]

@@ -1,7 +1,5 @@
 """Looking into a model, what its input becomes on the way; and into its training, curve by curve."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -34,43 +32,37 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
     """
     found: dict[str, tuple[Tensor, str]] = {"pixels": (batch["ts"], "(b c t h w)")}
 
-    def note(name: str, how: str) -> Any:
-        # the features are the input of a baseline's only layer
-        return lambda _, inputs, output: found.update({name: (inputs[0] if name == "features" else output, how)})
+    def note(name: str, module: nn.Module, how: str, of_input: bool = False) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            found[name] = inputs[0] if of_input else output, how
+
+        hooks.enter_context(module.register_forward_hook(hook))
 
     with ExitStack() as hooks, torch.no_grad():
-        for name, module, how in _stages(model):
-            hooks.enter_context(module.register_forward_hook(note(name, how)))
+        if isinstance(model, LinearBaseline1D):
+            note("features", model.head, "b c t h w -> b (c t), the mean over h and w", of_input=True)
+        elif isinstance(model, LinearBaseline2D):
+            note("features", model.head, "b c t h w -> b h w (c t)", of_input=True)
+        else:
+            encoder, blocks = model.encoder, model.encoder.backbone
+            p, grid = encoder.patch_size, encoder.grid
+            how = f"b c t (gy {p}) (gx {p}) -> b (gy gx) (c t {p} {p}), then a linear map to d"
+            note("patches", encoder.embedding.patch_embed.proj, how)
+            note("tokens", encoder.embedding, f"+ position on the {grid} x {grid} grid")
+            if spectral := len(blocks.blocks_spectral_gating):
+                how = f"b (gy gx) d -> b gy gx d, Fourier filter, and back; {spectral} blocks"
+                note("spectral blocks", blocks.blocks_spectral_gating[-1], how)
+            note("attention blocks", encoder, f"long-short attention; {len(blocks.blocks_attention)} blocks")
+        if isinstance(model, Specformer2D):
+            u = model.unembed.unembed[0].upscale
+            how = f"a linear map to (c {u} {u}), then b (gy gx) (c {u} {u}) -> b c (gy {u}) (gx {u})"
+            note("decoder", model.unembed.unembed[0], how)
+        if isinstance(model, Specformer1D):
+            note(f"{model.pooling} pooling", model.pool, "b l d -> b d")
         output = model(batch)
     found["output"] = output, "(b k)" if output.ndim == 2 else "(b c h w)"
     table = {name: (tuple(x.shape), how, x[0].numel()) for name, (x, how) in found.items()}
     return pd.DataFrame.from_dict(table, orient="index", columns=["shape", "how", "numbers a sample"])
-
-
-def _stages(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
-    """Modules of a model whose outputs are worth a row: name, module, and how its output comes about."""
-    if isinstance(model, LinearBaseline1D):
-        return [("features", model.head, "b c t h w -> b (c t), the mean over h and w")]
-    if isinstance(model, LinearBaseline2D):
-        return [("features", model.head, "b c t h w -> b h w (c t)")]
-    encoder = model.encoder
-    p, grid, blocks = encoder.patch_size, encoder.grid, encoder.backbone
-    cut = f"b c t (gy {p}) (gx {p}) -> b (gy gx) (c t {p} {p}), then a linear map to d"
-    stages = [
-        ("patches", encoder.embedding.patch_embed.proj, cut),
-        ("tokens", encoder.embedding, f"+ position on the {grid} x {grid} grid"),
-    ]
-    if spectral := len(blocks.blocks_spectral_gating):
-        how = f"b (gy gx) d -> b gy gx d, Fourier filter, and back; {spectral} blocks"
-        stages.append(("spectral blocks", blocks.blocks_spectral_gating[-1], how))
-    stages.append(("attention blocks", encoder, f"long-short attention; {len(blocks.blocks_attention)} blocks"))
-    if isinstance(model, Specformer2D):
-        u = model.unembed.unembed[0].upscale
-        how = f"a linear map to (c {u} {u}), then b (gy gx) (c {u} {u}) -> b c (gy {u}) (gx {u})"
-        stages.append(("decoder", model.unembed.unembed[0], how))
-    if isinstance(model, Specformer1D):
-        stages.append((f"{model.pooling} pooling", model.pool, "b l d -> b d"))
-    return stages
 
 
 # ---- Learning rates, read off curves

@@ -1,7 +1,5 @@
 """The figures of the notebooks. Functions return the Figure; nothing is shown or saved here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Two kinds of trouble are kept apart. A FrameError is about one file, which a bui
 ArchiveError is about none of them in particular (no network, no such profile): the build stops at the first frame.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Iterator
@@ -54,23 +52,15 @@ class ArchiveError(ConnectionError):
 
 @dataclass(frozen=True)
 class Archive:
-    """Files by time, in `folder/YYYY/MM/YYYYMMDD_HHMM.nc`, or where an index says.
+    """Files by time, in `folder/YYYY/MM/YYYYMMDD_HHMM.nc`, or where an index says."""
 
-    Attributes:
-        folder: s3://bucket or a folder of this machine.
-        index: the path of every present frame by its time (`read_index`), or None: then paths follow from the time.
-        anonymous, endpoint_url: of the S3 server.
-        retries, pause_s: how often a download is tried again, and the mean pause before that; it doubles each time.
-        scratch: where downloads lie until they are reduced; None for the disk of the temporary files.
-    """
-
-    folder: str = "s3://nasa-surya-bench"
-    index: pd.Series | None = None
-    anonymous: bool = True
-    endpoint_url: str | None = None
-    retries: int = 4
-    pause_s: float = 0.5
-    scratch: str | None = None
+    folder: str = "s3://nasa-surya-bench"  # s3://bucket or a folder of this machine
+    index: pd.Series | None = None  # path of every present frame by its time (`read_index`); None: as above
+    anonymous: bool = True  # on the S3 server
+    endpoint_url: str | None = None  # of the S3 server
+    retries: int = 4  # how often a download is tried again
+    pause_s: float = 0.5  # the mean pause before that; it doubles each time
+    scratch: str | None = None  # where downloads lie until they are reduced; None: the disk of the temporary files
 
     def __post_init__(self) -> None:
         if "://" in self.folder and not self.folder.startswith("s3://"):

@@ -4,8 +4,6 @@ A sample at time t reads the frames at t + offsets and the label of the time t +
 which samples there are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import multiprocessing
@@ -166,7 +164,7 @@ class SolarDataset(Dataset):
         """The target of one sample without its input: (K,) or (C, H, W)."""
         return self._images.read(row) if self.targets is None else self.targets[row]
 
-    def at_offset(self, minutes: int) -> SolarDataset:
+    def at_offset(self, minutes: int) -> "SolarDataset":
         """The same samples, but the target channels are those of the frame at sample time + `minutes`."""
         moved = replace(self.labels, offset_minutes=minutes)
         return SolarDataset(self.store, moved, self.samples, self.offsets_minutes)

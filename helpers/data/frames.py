@@ -7,15 +7,12 @@ once. Inside a shard there is one chunk a channel (at 4096 pixels, of 1024 x 102
 compared at reading. Values are 16-bit fixed-point codes of signed-log values (`Coding` in channels.py).
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os
 import random
 import stat
 import tempfile
-import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,7 +20,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -153,7 +150,7 @@ class FrameStore:
         rows = sorted(int(name.split(".")[1]) for name in names if name.endswith(".0.0.0"))
         return START + np.array(rows, int) * CADENCE.astype("timedelta64[s]")
 
-    def select(self, channels: Sequence[str]) -> FrameStore:
+    def select(self, channels: Sequence[str]) -> Self:
         """The same store, frames in memory included, with other channels; ValueError when it lacks one."""
         if absent := [name for name in channels if name not in self.stored_channels]:
             raise ValueError(
@@ -338,31 +335,20 @@ def create_store(
 
 @dataclass
 class BuildReport:
-    """What a build did; prints as a few lines.
-
-    Attributes:
-        built, already, missing: numbers of frames that were made, were there, and are not in the archive.
-        unreadable: address of a file that could not be used -> why.
-        lost: times of the frames that are missing or unreadable.
-        given_up: how many frames were not looked for, because an earlier build could not make them.
-        samples, needs: of `prepare_store`: which samples there are, and what building their frames takes, as text.
-    """
+    """What a build did; prints as a few lines."""
 
     store: Path
-    built: int = 0
-    already: int = 0
-    missing: int = 0
-    unreadable: dict[str, str] = field(default_factory=dict)
-    lost: set[np.datetime64] = field(default_factory=set)
-    given_up: int = 0
-    seconds: float = 0.0
-    bytes_read: int = 0
-    samples: Plan | None = None
-    needs: str = ""
+    built: int = 0  # frames that were made
+    already: int = 0  # that were there
+    missing: int = 0  # that are not in the archive
+    unreadable: dict[str, str] = field(default_factory=dict)  # address of a file that could not be used -> why
+    lost: set[np.datetime64] = field(default_factory=set)  # times of the frames that are missing or unreadable
+    given_up: int = 0  # frames that were not looked for, because an earlier build could not make them
+    samples: Plan | None = None  # of `prepare_store`: which there are
+    needs: str = ""  # of `prepare_store`: what building their frames takes, as text
 
     def __str__(self) -> str:
-        speed = f" in {self.seconds:.0f} s, {self.bytes_read / 1e6 / self.seconds:.0f} MB/s" if self.built else ""
-        counts = f"{self.built} built{speed}, {self.already} there already, {self.missing} not in the archive"
+        counts = f"{self.built} built, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
         lines += [f"  {self.given_up} that could not be made before: `make cache` looks again"] * bool(self.given_up)
         lines += [f"  unreadable: {url}: {reason}" for url, reason in self.unreadable.items()]
@@ -372,32 +358,22 @@ class BuildReport:
 def build_store(
     times: Iterable,
     path: str | Path,
-    channels: Sequence[str] = CHANNELS,
-    reduce: int = 4,
+    channels: Sequence[str] = CHANNELS,  # what to keep, by name; a store that is there already keeps those it has
+    reduce: int = 4,  # side of the squares of physical pixels that are averaged
     *,
-    archive: Archive | None = None,
-    native_size: int = 4096,
+    archive: Archive | None = None,  # where the frames come from; None for NASA's bucket
+    native_size: int = 4096,  # side of the images before
     scalers: dict[str, Scaler] | None = None,
-    workers: int = 1,
-    executor: Executor | None = None,
-    reserve_gb: float = 2.0,
+    workers: int = 1,  # processes of this machine that make frames
+    executor: Executor | None = None,  # makes them instead, such as Dask's `Client(...).get_executor()` on these disks
+    reserve_gb: float = 2.0,  # free space that must remain on the disk
     progress: bool = True,
-    report: BuildReport | None = None,
+    report: BuildReport | None = None,  # of an earlier build, to go on counting
 ) -> BuildReport:
     """Build the frames of these times that the store does not have yet; call it again after anything went wrong.
 
     Any number of processes and people may build one store at once: each makes what is missing in an order of its own,
     and looks again before each frame.
-
-    Args:
-        channels: what to keep, by name. A store that is there already keeps the channels it has.
-        reduce: side of the squares of physical pixels that are averaged; `native_size` is the side of the images.
-        archive: where the frames come from; None for NASA's bucket.
-        workers: how many processes of this machine make frames.
-        executor: makes the frames instead, for example `Client(...).get_executor()` of a Dask cluster whose workers see
-            the same disks.
-        reserve_gb: free space that must remain on the disk.
-        report: of an earlier build, to go on counting.
 
     Raises:
         ValueError: a time is not in the calendar, or the store was built with other settings.
@@ -407,7 +383,7 @@ def build_store(
     path, archive, report = Path(path), archive or Archive(), report or BuildReport(Path(path))
     if not (path / "zarr.json").is_file():
         create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
-    store, started = open_store(path, channels, reduce, native_size, scalers), time.perf_counter() - report.seconds
+    store = open_store(path, channels, reduce, native_size, scalers)
     remove_leftovers(path / "frames")
     remove_leftovers(path.parent, f".{path.name}.*")
     remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
@@ -423,39 +399,35 @@ def build_store(
         urls = [archive.url(when) for when in lacking]
         # after an error in one of them, `map` begins no other
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
-        bar = tqdm(zip(lacking, urls, made, strict=True), "frames", len(lacking), unit="frame", disable=not progress)
-        for when, url, (size, error) in bar:
-            report.bytes_read += size
-            report.seconds = time.perf_counter() - started
-            bar.set_postfix_str(f"{report.bytes_read / 1e6 / report.seconds:.0f} MB/s", refresh=False)
-            report.built += size > 0
-            report.already += not (size or error)
-            if isinstance(error, MissingFrameError):
-                report.missing += 1
-            elif error:
-                report.unreadable[url] = str(error)
-            report.lost |= {when} if error else set()
+        made = tqdm(made, "frames", len(lacking), unit="frame", disable=not progress)
+        for when, url, outcome in zip(lacking, urls, made, strict=True):
+            report.built += outcome is True
+            report.already += outcome is False
+            if isinstance(outcome, FrameError):
+                report.lost.add(when)
+                if isinstance(outcome, MissingFrameError):
+                    report.missing += 1
+                else:
+                    report.unreadable[url] = str(outcome)
     return report
 
 
-def build_frame(
-    store: FrameStore, archive: Archive, when: np.datetime64, url: str | None
-) -> tuple[int, FrameError | None]:
-    """Make one frame unless it is there by now; return how many bytes were read, or why it cannot be made."""
+def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str | None) -> bool | FrameError:
+    """Make one frame; return True, or False if it is there already, or why it cannot be made."""
     if when in store:
-        return 0, None
+        return False
     if url is None:
-        return 0, MissingFrameError("the index does not have it")
+        return MissingFrameError("the index does not have it")
     try:
         with archive.local_copy(url) as path:
-            size, reduce, native_size = path.stat().st_size, store.attributes["reduce"], store.attributes["native_size"]
+            reduce, native_size = store.attributes["reduce"], store.attributes["native_size"]
             codes = reduce_frame(path, store.codings, reduce, store.scalers, native_size)
     except FrameError as error:
-        return 0, error
+        return error
     with disk_errors(store.path):
         zarr.open_array(store.path / "frames", mode="r+")[_row(when)] = codes
     share(store.file(when))
-    return size, None
+    return True
 
 
 def channels_needed(cfg: Config) -> tuple[str, ...]:
@@ -518,11 +490,11 @@ def prepare_store(
     """
     data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
     labels, report, there = labels_of(cfg) if times is None else None, BuildReport(path), np.array([], "datetime64[s]")
-    history = {"lost": [], "seconds_a_frame": None}
+    known = []  # times of frames that earlier calls could not make
     with suppress(OSError, ValueError):
-        history |= json.loads(path.with_name(f"{path.name}.builds.json").read_text())
+        known = json.loads(path.with_name(f"{path.name}.lost.json").read_text())
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in history["lost"]}
+    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in known}
     report.given_up = len(lost)
 
     def may_be_had(frames: np.ndarray) -> np.ndarray:
@@ -551,8 +523,6 @@ def prepare_store(
             f"to build: {len(lacking)} frames; {read_gb:.1f} GB to read, {store_gb:.2f} GB to store "
             f"({free_space(path) / GB:.1f} GB free)"
         )
-        if speed := history["seconds_a_frame"]:
-            report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
         if plan_only and times is None:
             limits = dict.fromkeys(("max_train_samples", "max_val_samples", "max_test_samples"))
             whole = cfg.model_copy(update={"training": cfg.training.model_copy(update=limits)})
@@ -581,11 +551,9 @@ def prepare_store(
         settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
         report.store = path
         build_store(lacking, path, channels, data.reduce, **settings, report=report)
-        history["lost"] = sorted({*history["lost"]} - {*map(str, lacking)} | {*map(str, report.lost)})
-        if report.built:
-            history["seconds_a_frame"] = report.seconds / report.built
-        with atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
-            temporary.write_text(json.dumps(history))
+        known = sorted({*known} - {*map(str, lacking)} | {*map(str, report.lost)})
+        with atomic_write(path.with_name(f"{path.name}.lost.json")) as temporary:
+            temporary.write_text(json.dumps(known))
         if times is not None or report.lost <= lost:
             return report
         lost |= report.lost

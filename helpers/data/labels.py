@@ -4,8 +4,6 @@ Labels decide. A label at time L makes a sample at the frame time t nearest to L
 t + offsets. What finds no partner is dropped and counted. A plan needs no frame: it can be made before any is there.
 """
 
-from __future__ import annotations
-
 import csv
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence

@@ -8,8 +8,6 @@ as NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES c
 Surya's four released tasks: the real files, only smaller.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -187,7 +185,7 @@ class SyntheticSun:
         # rounded to about the noise, as an instrument would: what is finer only swells the files
         return np.round(out / _STEPS) * _STEPS if noise_scale else out
 
-    def _active(self, hour: float, disk: _Disk) -> tuple[dict[str, np.ndarray], dict[tuple[bool, float], np.ndarray]]:
+    def _active(self, hour: float, disk: "_Disk") -> tuple[dict[str, np.ndarray], dict[tuple[bool, float], np.ndarray]]:
         """What HMI would see without noise (gauss, m/s), and the brightness of the visible regions.
 
         The brightness is given for hot and for cool plasma and each power that a channel responds with.
@@ -222,7 +220,7 @@ class SyntheticSun:
                 inside[box] |= loops > MASK_EDGE
         return inside & disk.on
 
-    def _bipole(self, i: int, longitude: float, latitude: float, disk: _Disk) -> tuple[tuple, np.ndarray, ...]:
+    def _bipole(self, i: int, longitude: float, latitude: float, disk: "_Disk") -> tuple[tuple, np.ndarray, ...]:
         """Box of pixels around region i, and there its loops, leading and following polarity, each at most 1."""
         width, half = self.size[i], self.separation[i] / 2
         box, u, v = disk.tangent(longitude, latitude, self.tilt[i], 5 * (width + 2 * half))

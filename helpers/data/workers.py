@@ -1,7 +1,5 @@
 """Processes for work that threads cannot share, such as decompressing NetCDF files."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import threading

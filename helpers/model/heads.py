@@ -7,7 +7,7 @@ Every model takes the batch dict, reads batch["ts"] (B, C, T, H, W) in normalise
 The class token follows arXiv:2010.11929.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Self
 
@@ -168,9 +168,7 @@ def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
     in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
     if not cfg.labels.numbers:
         return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
-    own = [cfg.scalers[name] for name in cfg.data.channels]
-    mean, std = [scaler.mean for scaler in own], [scaler.std + scaler.epsilon for scaler in own]
-    return LinearBaseline1D(in_chans, num_outputs(cfg), frames, mean, std)
+    return LinearBaseline1D(in_chans, num_outputs(cfg), frames)
 
 
 class PixelDecoder(nn.Conv2d):
@@ -214,26 +212,15 @@ class Specformer2D(nn.Module):
 
 
 class LinearBaseline1D(FeatureModel):
-    """A linear map of the mean of each channel over the image, in signed-log space, for all T frames: C*T features.
+    """A linear map of the mean of each channel over the image, in normalised values, for all T frames: C*T features.
 
-    The batch holds normalised values z, and signed-log values are y = z * std + mean; the mean over the image commutes
-    with that map. Call `fit_features(train_loader)` before training, because the channels differ in scale.
+    Signed-log values would make the same model: they are a linear map of normalised ones, which commutes with the mean
+    over the image. Call `fit_features(train_loader)` before training, because the means differ in scale.
     """
 
-    def __init__(
-        self,
-        in_chans: int,
-        num_outputs: int = 1,
-        time_dim: int = 1,
-        mean: Sequence[float] | None = None,  # (C,) of each channel in signed-log space; None: stay normalised
-        std: Sequence[float] | None = None,  # (C,), plus epsilon, as in the scalers
-    ):
+    def __init__(self, in_chans: int, num_outputs: int = 1, time_dim: int = 1):
         super().__init__(in_chans * time_dim)
         self.shape = (in_chans, time_dim)
-        mean = torch.zeros(in_chans) if mean is None else torch.as_tensor(mean, dtype=torch.float32)
-        std = torch.ones(in_chans) if std is None else torch.as_tensor(std, dtype=torch.float32)
-        self.register_buffer("signed_log_mean", mean)
-        self.register_buffer("signed_log_std", std)
         self.head = nn.Linear(in_chans * time_dim, num_outputs)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -241,9 +228,7 @@ class LinearBaseline1D(FeatureModel):
     def features(self, batch: Batch) -> Tensor:
         ts = _images(batch, self)
         _check_channels_and_frames(ts, self.shape)
-        normalised = reduce(ts.float(), "b c t h w -> b c t", "mean")
-        signed_log = normalised * self.signed_log_std[:, None] + self.signed_log_mean[:, None]
-        return rearrange(signed_log, "b c t -> b (c t)")
+        return reduce(ts.float(), "b c t h w -> b (c t)", "mean")
 
 
 class LinearBaseline2D(nn.Module):

@@ -1,7 +1,5 @@
 """Fill the store with the frames that a configuration needs, or say what that takes: `make cache`, `make plan`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

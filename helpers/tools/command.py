@@ -1,7 +1,5 @@
 """What the commands share: where the course lies, which notebooks there are, and how a command ends."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -3,8 +3,6 @@
 `make` calls it before every target. It uses the standard library only: nothing else is there before it has run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json

@@ -5,8 +5,6 @@ own, nbdime 4.0 reports a conflict, but marks none, where one side added cells b
 it fails, and writes nothing, where both added cells at the same place.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

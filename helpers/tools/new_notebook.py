@@ -1,7 +1,5 @@
 """Copy a notebook to a place that no update touches: `make new-notebook FROM=finetune NAME=my_ribbons`."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

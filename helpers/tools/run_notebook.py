@@ -3,8 +3,6 @@
 The executed notebook and its HTML go to `runs/<name>/`, also when a cell fails; then the cell and its error come last.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re
@@ -32,17 +30,10 @@ from helpers.training.tracking import STATE, claim_run, how_to_go_on
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Run one notebook of `root/notebooks`.
+    """Run one notebook of `root/notebooks`, with `root/config.yaml`; None as `argv` is the process's own command line.
 
-    Args:
-        argv: the command line; None takes the process's own.
-        root: the folder of config.yaml and notebooks/.
-
-    Returns:
-        The exit code: 0, 1 if a cell failed, 130 after an interrupt.
-
-    Raises:
-        Refusal, ConfigError: the request makes no sense; nothing was run.
+    Returns the exit code: 0, 1 if a cell failed, 130 after an interrupt. Raises Refusal or ConfigError where the
+    request makes no sense, and nothing was run.
     """
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", nargs="?", default="", help="name of a notebook in notebooks/")

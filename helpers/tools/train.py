@@ -4,8 +4,6 @@ Under `accelerate launch`, or `torchrun` on the CPU, each process computes its s
 the record of the run.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 

@@ -3,8 +3,6 @@
 It is `git fetch` and `git merge`; what it adds is what to do when these stop.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import shutil

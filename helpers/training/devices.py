@@ -1,7 +1,5 @@
 """Which device computes, in which precision, and how much memory it has."""
 
-from __future__ import annotations
-
 import os
 from contextlib import suppress
 from functools import cache

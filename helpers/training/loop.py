@@ -3,8 +3,6 @@
 Read `fit` and `Trainer.train_epoch`: they are the loop. What lets a training stop and go on stands in `resume.py`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -5,8 +5,6 @@ numbers (https://docs.pytorch.org/docs/main/torch.compiler_fake_tensor.html). So
 knows what frozen weights, adapters, mixed precision and recomputed layers save.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Metrics on top of TorchMetrics: errors and event skill of numbers, overlap of masks, likeness of images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,15 +28,12 @@ class NumberMetric:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageMetric:
-    """A metric of masks and images.
-
-    Attributes:
-        make: a function of the mask threshold and of the span of the training targets (largest minus smallest value)
-            that makes a TorchMetrics metric. That one is given prediction and target (B, C, H, W) batch by batch,
-            because a split of images does not fit into memory, and pools all their pixels; of masks the target is int.
-    """
+    """A metric of masks and images."""
 
     higher_is_better: bool
+    # of the mask threshold and the span of the training targets (largest minus smallest value): a TorchMetrics metric,
+    # which is given prediction and target (B, C, H, W) batch by batch, because a split of images does not fit into
+    # memory, and pools all their pixels; of masks the target is int
     make: Callable[[float, float], torchmetrics.Metric]
 
 
@@ -115,24 +110,16 @@ NUMBERS = {
 
 
 def compute_metrics(
-    prediction: Tensor,
+    prediction: Tensor,  # (N, K) float in target units; several outputs are averaged with equal weight
     target: Tensor,
-    metrics: dict[str, NumberMetric],
-    threshold: float | None = None,
-    physical: Callable[[Any], Any] = lambda values: values,
-    alarm: float | None = None,
+    metrics: dict[str, NumberMetric],  # by name, entries of `NUMBERS` or `EVENTS`, or your own
+    threshold: float | None = None,  # what counts as an event, in target units
+    physical: Callable[[Any], Any] = lambda values: values,  # from target units to physical ones, `cfg.labels.physical`
+    alarm: float | None = None,  # from which prediction on an event is forecast; None: `threshold`
 ) -> dict[str, float]:
     """These metrics of a whole split.
 
-    Args:
-        prediction, target: (N, K) float in target units; several outputs are averaged with equal weight.
-        metrics: by name, entries of `NUMBERS`, or your own.
-        threshold: what counts as an event, in target units.
-        alarm: from which prediction on an event is forecast; None: `threshold`.
-        physical: from target units to physical values, `cfg.labels.physical`.
-
-    Raises:
-        ValueError: shapes differ: a (N,) target against (N, 1) would broadcast to N x N without a word.
+    Raises ValueError where shapes differ: a (N,) target against (N, 1) would broadcast to N x N without a word.
     """
     if prediction.shape != target.shape or prediction.ndim != 2:
         raise ValueError(

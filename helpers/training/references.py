@@ -1,7 +1,5 @@
 """What is to beat without looking at the Sun: the references that a forecaster would ask for."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

@@ -4,8 +4,6 @@ Accelerate's `save_state` writes a folder, and a folder cannot take the place of
 a kill at any moment leaves the old state or the new one, whole.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,22 +50,15 @@ class Progress:
 
 
 class RunState:
-    """All that a later process needs to go on as if the training had never stopped.
-
-    Args:
-        path: the file that keeps it; None in a training without a run, and in all processes but the first.
-        parts: objects with a state_dict, by name: optimizer, schedule and loss scaler.
-        generator: of the shuffled training loader.
-        origin: what must be the same in the run that goes on (see `origin_of`).
-    """
+    """All that a later process needs to go on as if the training had never stopped."""
 
     def __init__(
         self,
-        path: Path | None,
+        path: Path | None,  # that keeps it; None in a training without a run, and in all processes but the first
         model: nn.Module,
-        parts: Mapping[str, Any],
-        generator: torch.Generator,
-        origin: Mapping[str, Any],
+        parts: Mapping[str, Any],  # objects with a state_dict, by name: optimizer, schedule and loss scaler
+        generator: torch.Generator,  # of the shuffled training loader
+        origin: Mapping[str, Any],  # what must be the same in the run that goes on (see `origin_of`)
     ) -> None:
         self.path, self.model, self.parts, self.generator, self.origin = path, model, parts, generator, origin
         self.history, self.score, self.best = History(), -math.inf, {}
@@ -100,13 +91,9 @@ class RunState:
         self.saved = f"the last good state is {self.path} ({self.progress})"
 
     def load(self, path: Path, process: int, processes: int) -> None:
-        """Take everything from the file of another run.
+        """Take everything from the file of another run; this is the process of that number, of so many.
 
-        Args:
-            process, processes: the number of this process, and how many there are.
-
-        Raises:
-            CheckpointError: no such file, or one of another model, configuration, data or number of processes.
+        Raises CheckpointError: no such file, or one of another model, configuration, data or number of processes.
         """
         if not path.is_file():
             there = sorted(found.parent.name for found in path.parents[1].glob(f"*/{STATE}"))

@@ -5,13 +5,11 @@ targets that are 1, and images in normalised values. So an output of zero means 
 all but images. Predictions of numbers are kept whole; images are judged as they come, a few are kept to be drawn.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -76,7 +74,7 @@ class Predictions:
         return pd.DataFrame(columns)
 
     @classmethod
-    def from_table(cls, table: pd.DataFrame) -> Predictions:
+    def from_table(cls, table: pd.DataFrame) -> Self:
         """The way back from `table()`."""
         prediction, target = (
             torch.tensor(table.filter(regex=rf"^{name}_\d+$").to_numpy(), dtype=torch.float32)
@@ -84,7 +82,7 @@ class Predictions:
         )
         return cls(prediction, target, table["timestamp"].astype(str).tolist())
 
-    def same_samples(self, other: Predictions) -> bool:
+    def same_samples(self, other: Self) -> bool:
         """Whether both were judged on the same times and targets."""
         return self.timestamps == other.timestamps and torch.allclose(self.target, other.target)
 
@@ -119,11 +117,11 @@ class ImagePredictions:
         return self.scores
 
     @classmethod
-    def from_table(cls, table: pd.DataFrame) -> ImagePredictions:
+    def from_table(cls, table: pd.DataFrame) -> Self:
         """The scores of each image again; metrics of the split and images are not in a table."""
         return cls({}, table.astype({"timestamp": str}))
 
-    def same_samples(self, other: ImagePredictions) -> bool:
+    def same_samples(self, other: Self) -> bool:
         """Whether both were judged on the same times and targets."""
         mine, others = (p.scores["target_mean"].to_numpy() for p in (self, other))
         return self.timestamps == other.timestamps and np.allclose(mine, others, rtol=1e-4, atol=1e-6)

@@ -3,8 +3,6 @@
 The local files are the record; Weights & Biases (https://docs.wandb.ai) gets a copy and may fail without harm.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -13,7 +11,7 @@ import subprocess
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
@@ -79,7 +77,7 @@ class Run:
             table.to_csv(path, mode="a", header=not path.exists(), index=False)
         self._online(lambda run: run.log(row, step=step))
 
-    def figure(self, name: str, figure: Figure) -> Path:
+    def figure(self, name: str, figure: "Figure") -> Path:
         """Save a figure as `<name>.png` in the run's folder; returns the file."""
         path = self.folder / f"{name}.png"
         with atomic_write(path) as temporary:
@@ -112,16 +110,9 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
+        # what ended the run is to be read, not that the disk is full
+        with suppress(OSError) if kind else nullcontext():
             self.finish("failed" if kind else "finished")
-        except OSError:
-            if kind is None:
-                raise
-            # the disk is full: what ended the run is to be read, not this; and a word of the same length needs no space
-            with open(self.folder / "summary.json", "r+", encoding="utf-8") as file:
-                text = file.read().replace('"running"', '"failed" ')
-                file.seek(0)
-                file.write(text)
 
     def _write_summary(self, status: str) -> None:
         content = {**self._about, "status": status, "metrics": self._metrics}
@@ -174,32 +165,28 @@ def claim_run(runs: Path, prefix: str) -> Path:
             return folder
 
 
-def list_runs(
-    runs: Path, experiment: str | None = None, task: str | None = None, profile: str | None = None
-) -> pd.DataFrame:
-    """The finished runs in the folder `runs` of this experiment, task and profile (None: any), oldest first.
+def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
+    """The finished runs in the folder `runs`, oldest first. A run whose record cannot be read is left out and named.
 
-    A run whose record cannot be read is left out and named.
+    Args:
+        wanted: an experiment, task or profile, of which alone runs are listed.
 
     Returns:
         The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), data_fingerprint, and
         the metrics.
     """
-    columns, rows = ["name", "experiment", "task", "profile", "finished"], []
-    wanted = {"experiment": experiment, "task": task, "profile": profile}
+    columns = ["name", "experiment", "task", "profile", "finished", "seed", "folder", "settings", "data_fingerprint"]
+    rows = []
     for path in Path(runs).glob("*/summary.json"):
         try:
-            summary = json.loads(path.read_text(encoding="utf-8"))
-            fits = all(value in (None, summary[key]) for key, value in wanted.items())
-            if fits and summary["status"] == "finished":
-                settings = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-                own = {"seed": settings["seed"], "folder": path.parent, "settings": settings}
-                own["data_fingerprint"] = summary.get("data_fingerprint")
-                rows.append({**{key: summary[key] for key in columns}, **own, **summary["metrics"]})
+            run = {"data_fingerprint": None, "folder": path.parent, **json.loads(path.read_text(encoding="utf-8"))}
+            if run["status"] == "finished" and all(run[key] == value for key, value in wanted.items()):
+                run["settings"] = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+                run["seed"] = run["settings"]["seed"]
+                rows.append({**{key: run[key] for key in columns}, **run["metrics"]})
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             print(f"Left out: {path.parent}, whose record is damaged ({type(error).__name__}: {error}).")
-    table = pd.DataFrame(rows, columns=None if rows else [*columns, "seed", "folder", "settings", "data_fingerprint"])
-    return table.sort_values("finished", ignore_index=True)
+    return pd.DataFrame(rows, columns=None if rows else columns).sort_values("finished", ignore_index=True)
 
 
 def how_to_go_on(name: str, cfg: Config) -> str:

@@ -1,4 +1,4 @@
-"""Make the tiny Surya checkpoint: `python -m helpers.tools.pretrain_tiny helpers/data/surya.tiny.pt`."""
+"""Make the tiny checkpoint again, by ARGS=helpers/data/surya.tiny.pt (a quarter of an hour)."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _forecast_error(model: Specformer2D, samples: Tensor) -> float:
 
 
 def main() -> None:
-    """Make the tiny checkpoint again: `python -m helpers.tools.pretrain_tiny helpers/data/surya.tiny.pt`."""
+    """Make the tiny checkpoint again: `python tests/benchmarks/pretrain_tiny.py helpers/data/surya.tiny.pt`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("path", type=Path, help="the checkpoint to write")
     report = pretrain(load_config(profile="tiny"), parser.parse_args().path)
