@@ -35,13 +35,12 @@ def project(tmp_path, section):
 
 def test_the_files_of_the_section_are_complete_tasks(project, monkeypatch):
     monkeypatch.syspath_prepend(project)
-    names = {
-        path.name for path in (project / "config.local.yaml", project / "helpers/my_hot_corona.py") if path.exists()
-    }
-    assert names == {"config.local.yaml", "my_hot_corona.py"}
+    for name in ("config.local.yaml", "helpers/my_hot_corona.py", "helpers/my_masks.py"):
+        assert (project / name).is_file(), name
     cfg = load_config(project / "config.yaml", {"target.loss": "mse"}, task="my_hot_corona")
     assert cfg.data.channels == ["aia171", "aia193", "aia211"] and cfg.num_outputs == 1
-    assert load_config(project / "config.yaml", task="my_wind").labels.lead_minutes == 5760
+    flares = load_config(project / "config.yaml", task="my_flares")
+    assert flares.labels.window_hours == [0, 24] and len(flares.split.periods("train")) == 2
 
 
 @pytest.mark.notebook
