@@ -51,7 +51,7 @@ def test_it_says_what_was_found_and_what_was_done(cells):
     said = texts(cells)
     assert "the environment variable SURYA_SHARED" in said
     assert re.search(r"\d+ frames present, \d+ missing, from 2014-01-01", said)
-    assert re.search(r"\b[1-9]\d* built in .*, 0 there already", said)
+    assert re.search(r"\b[1-9]\d* built, 0 there already", said)
     assert re.search(r"\b0 built, [1-9]\d* there already", said)
     assert float(re.search(r"largest difference to a fresh reduction: (\S+)", said)[1]) < ERROR_BOUND
     assert float(re.search(r"tensor .* ms: (\d+) times faster", said)[1]) > 1
@@ -61,7 +61,9 @@ def test_it_says_what_was_found_and_what_was_done(cells):
 def test_it_fails_on_purpose_with_sentences(cells):
     said = texts(cells)
     assert "The windows of split.train and split.val overlap by" in said
-    assert "Writing a store that cannot fit takes" in said and "iggest folders" in said
+    assert "Writing a store that cannot fit takes" in said and "`du -hd 3 " in said
+    # and that command shows who takes the room
+    assert re.search(r"^[\d.]+[KMG]\s+/\S+/surya-course\s", said, re.MULTILINE)
     assert "Traceback" not in said and "Warning" not in said
 
 
