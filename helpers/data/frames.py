@@ -13,6 +13,7 @@ import os
 import random
 import stat
 import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -339,6 +340,7 @@ class BuildReport:
 
     store: Path
     built: int = 0  # frames that were made
+    seconds: float = 0.0  # that it took
     already: int = 0  # that were there
     missing: int = 0  # that are not in the archive
     unreadable: dict[str, str] = field(default_factory=dict)  # address of a file that could not be used -> why
@@ -348,7 +350,8 @@ class BuildReport:
     needs: str = ""  # of `prepare_store`: what building their frames takes, as text
 
     def __str__(self) -> str:
-        counts = f"{self.built} built, {self.already} there already, {self.missing} not in the archive"
+        took = f" in {self.seconds:.0f} s" if self.built else ""
+        counts = f"{self.built} built{took}, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
         lines += [f"  {self.given_up} that could not be made before: `make cache` looks again"] * bool(self.given_up)
         lines += [f"  unreadable: {url}: {reason}" for url, reason in self.unreadable.items()]
@@ -383,7 +386,7 @@ def build_store(
     path, archive, report = Path(path), archive or Archive(), report or BuildReport(Path(path))
     if not (path / "zarr.json").is_file():
         create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
-    store = open_store(path, channels, reduce, native_size, scalers)
+    store, started = open_store(path, channels, reduce, native_size, scalers), time.perf_counter()
     remove_leftovers(path / "frames")
     remove_leftovers(path.parent, f".{path.name}.*")
     remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
@@ -409,6 +412,7 @@ def build_store(
                     report.missing += 1
                 else:
                     report.unreadable[url] = str(outcome)
+    report.seconds += time.perf_counter() - started
     return report
 
 
@@ -490,11 +494,11 @@ def prepare_store(
     """
     data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
     labels, report, there = labels_of(cfg) if times is None else None, BuildReport(path), np.array([], "datetime64[s]")
-    known = []  # times of frames that earlier calls could not make
+    history = {"lost": [], "seconds a frame": None}  # of earlier calls: times of frames that cannot be made, and speed
     with suppress(OSError, ValueError):
-        known = json.loads(path.with_name(f"{path.name}.lost.json").read_text())
+        history |= json.loads(path.with_name(f"{path.name}.builds.json").read_text())
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in known}
+    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in history["lost"]}
     report.given_up = len(lost)
 
     def may_be_had(frames: np.ndarray) -> np.ndarray:
@@ -523,6 +527,8 @@ def prepare_store(
             f"to build: {len(lacking)} frames; {read_gb:.1f} GB to read, {store_gb:.2f} GB to store "
             f"({free_space(path) / GB:.1f} GB free)"
         )
+        if speed := history["seconds a frame"]:
+            report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
         if plan_only and times is None:
             limits = dict.fromkeys(("max_train_samples", "max_val_samples", "max_test_samples"))
             whole = cfg.model_copy(update={"training": cfg.training.model_copy(update=limits)})
@@ -551,9 +557,11 @@ def prepare_store(
         settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
         report.store = path
         build_store(lacking, path, channels, data.reduce, **settings, report=report)
-        known = sorted({*known} - {*map(str, lacking)} | {*map(str, report.lost)})
-        with atomic_write(path.with_name(f"{path.name}.lost.json")) as temporary:
-            temporary.write_text(json.dumps(known))
+        history["lost"] = sorted({*history["lost"]} - {*map(str, lacking)} | {*map(str, report.lost)})
+        if report.built:
+            history["seconds a frame"] = report.seconds / report.built
+        with atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
+            temporary.write_text(json.dumps(history))
         if times is not None or report.lost <= lost:
             return report
         lost |= report.lost
