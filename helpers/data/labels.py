@@ -193,7 +193,8 @@ def read_table(
         join = (lambda name: f"{folder}/{name}") if "://" in address else (lambda name: str(Path(folder, name)))
         return table.assign(path=[join(name) if name and columns else name for name in names])
     read = _goes if rules.transform == "goes" else _numbers
-    quiet = "A0.1" if rules.kind == "event" and rules.when_none is None else rules.when_none
+    none = "A0.1" if rules.kind == "event" and not rules.window_hours else None  # FQ is no event, not a missing row
+    quiet = none if rules.when_none is None else rules.when_none
     values = np.column_stack([read(cells[name], where, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
