@@ -124,7 +124,7 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     fig, (line, histogram) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=[3, 1], sharey=True, layout="constrained")
     first = {split: table.iloc[:, 0] for split, table in targets.items()}
     values = np.concatenate(list(first.values()))
-    bins = np.linspace(values.min(), values.max(), 24)
+    bins = np.histogram_bin_edges(values, 23)  # of equal values, too
     for split, series in first.items():
         color = SPLIT_COLORS[split]
         line.plot(series.index, series, ".", ms=4, color=color, label=f"{split} ({len(series)})")
