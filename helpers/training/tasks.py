@@ -59,13 +59,16 @@ class Predictions:
         That is for the validation split: the others are then judged at its threshold. None where a column has no events
         to tell apart, or the configuration does not say what an event is.
         """
-        if cfg.event_threshold is None:
+        events = self.target >= (math.nan if cfg.event_threshold is None else cfg.event_threshold)
+        if not events.any():
             return None
         counting = {name: metric for name, metric in metrics_of(cfg).items() if metric.of_events}
         key = next(name for name in counting if name not in RANKS | PROBABILITIES)  # tss is always there
         sign = 1 if counting[key].higher_is_better else -1
-        said = self.prediction.double().unique()
-        between = ((said[1:] + said[:-1]) / 2).quantile(torch.linspace(0, 1, 50).double()) if len(said) > 1 else said
+        said, best = self.prediction.double().unique(), self.prediction[events].double().unique()
+        # scores are best right below the prediction of an event, of which there may be few among many others
+        below = torch.searchsorted(said, best.quantile(torch.linspace(0, 1, 50).double(), interpolation="nearest"))
+        between = (said[below] + said[(below - 1).clamp(0)]) / 2
         scores = [
             replace(self, threshold=level).score(key, np.arange(len(self.target)), cfg) for level in between.tolist()
         ]
