@@ -662,6 +662,8 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
         yield keys, "the samples of an event list are split by periods alone"
     if kind != "event" and not (own.window_hours and own.aggregate == "any") and own.event_at is not None:
         yield "labels.event_at, labels.kind", "event_at is for labels.kind: event, or for aggregate: any in a window"
+    if kind == "event" and own.transform == "log10":
+        yield "labels.transform, labels.kind", "event_at is in the unit of the file, so events need no logarithm: none"
     if own.aggregate == "any" and not own.window_hours:
         yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
     if own.unit and not netcdf:
@@ -705,6 +707,8 @@ def _of_target(c: Config) -> Iterator[tuple[str, str]]:
     counted = ", ".join(name for name in c.target.metrics if name in EVENT_METRICS)
     if c.labels.kind == "scalar" and c.target.event_threshold is None and counted:
         yield "target.metrics, target.event_threshold", f"{counted} count events: say from which value on"
+    if c.target.weights != "none" and c.target.loss != "bce":
+        yield "target.weights, target.loss", f"{c.target.weights} weights are of bce; a loss of your own gets the share"
     if c.labels.kind == "event" and c.target.event_threshold is not None:
         yield "target.event_threshold, labels.kind", "of events, the threshold is chosen on validation; leave it null"
 

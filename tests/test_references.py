@@ -27,8 +27,8 @@ ROTATION = pd.Timedelta(27.27, "D")
 @pytest.fixture
 def config(tmp_path):
     def make(kind="scalar", **overrides):
-        cfg = small_config(tmp_path, **(NOWCAST | DAYS | overrides))
-        return cfg.model_copy(update={"labels": cfg.labels.model_copy(update={"kind": kind})})
+        event = {"labels.kind": "event", "target.loss": "bce", "target.metrics": ["log_loss"]}
+        return small_config(tmp_path, **(NOWCAST | DAYS | (event if kind == "event" else {}) | overrides))
 
     return make
 

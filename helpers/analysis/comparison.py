@@ -81,8 +81,13 @@ def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
         row = scores.loc[f"test_{name}"].dropna() if f"test_{name}" in scores.index else scores.iloc[:0]
         if len(row) > 1 and row.nunique() > 1:
             best.setdefault((row if metric.higher_is_better else -row).idxmax(), []).append(name)
-    if len(best) < 2:
-        return f"{next(iter(best))} is better by every metric." if best else "There is nothing to compare with yet."
+    if not best:
+        return (
+            "No metric tells these runs apart." if len(scores.columns) > 1 else "There is nothing to compare with yet."
+        )
+    if len(best) == 1:
+        ((run, names),) = best.items()
+        return f"{run} is better, by every metric that tells them apart: {', '.join(names)}."
     split = "; ".join(f"by {', '.join(names)} it is {run}" for run, names in best.items())
     return f"The metrics DISAGREE on which run is better: {split}. Decide beforehand which of them counts for you."
 
@@ -137,6 +142,7 @@ class Difference:
     high: float
     blocks: int  # how many there are
     spread: float  # standard deviation of the difference over seeds
+    lost: float = 0.0  # share of the draws in which the metric is not a number, because they hold no event, say
 
     def __str__(self) -> str:
         measured = (
@@ -145,6 +151,9 @@ class Difference:
         )
         if math.isnan(self.value):
             return f"{self.metric} cannot be measured on this test split: it is not a number for one of the models."
+        if self.blocks < 2 or self.lost > 0.5:
+            why = f"{self.metric} is not a number in {self.lost:.0%} of the draws from {self.blocks} block(s) of time"
+            return f"The difference CANNOT BE TOLD FROM NOISE: {why}. Test on a longer split.test, with more events."
         if self.low <= 0 <= self.high or abs(self.value) <= self.spread:
             return f"The difference is WITHIN NOISE. {measured}."
         return f"The fine-tune is {'better' if self.value > 0 else 'WORSE'} than the baseline. {measured}."
@@ -189,7 +198,8 @@ def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -
     rng = np.random.default_rng(cfg.seed)
     drawn = (rng.integers(len(rows), size=len(rows)) for _ in range(cfg.compare.draws))
     draws = [np.mean(gains(np.concatenate([rows[block] for block in chosen]))) for chosen in drawn]
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    lost = float(np.isnan(draws).mean())
+    low, high = np.nanquantile(draws, [0.025, 0.975]) if lost < 1 else (math.nan, math.nan)
     each = gains(np.arange(len(times)))
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
-    return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread)
+    return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread, lost)

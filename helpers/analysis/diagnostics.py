@@ -102,7 +102,7 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
 class Verdict:
     """What a training curve says: a word for it, what was measured with the limits, and what to do next."""
 
-    word: str  # healthy, too small (flat), too large (erratic), diverged or overfitting
+    word: str  # healthy, too small (flat), too large (erratic), diverged, overfitting or below zero
     measured: str
     advice: str
 
@@ -122,7 +122,14 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
         cfg: `diagnostics` has the limits.
         diverged: the run stopped because the loss was no longer finite.
     """
-    limits = cfg.diagnostics
+    limits, lowest = cfg.diagnostics, float(table[["train_loss", "val_loss"]].min().min())
+    if lowest < 0:
+        advice = (
+            "No squared or absolute error is, nor a cross-entropy, unless targets are not 0 and 1: look at the labels."
+        )
+        return Verdict(
+            "below zero", f"the loss fell to {lowest:.3g}", f"{advice} These rules cannot judge such a loss."
+        )
     train, val = (table[name] / table[name].iloc[0] for name in ("train_loss", "val_loss"))
     rise = math.inf if diverged else float(train.max())
     jumps = float(train.iloc[1:].diff().clip(lower=0).mean()) if len(train) > 2 else 0.0
@@ -135,8 +142,10 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     elif fall < limits.flat:
         word, advice = "too small (flat)", "Triple training.lr, or train longer."
     elif turn > limits.overfitting:
-        word = "overfitting"
-        advice = "Keep the best epoch; raise lora.dropout or weight_decay, lower lora.rank, or get more samples."
+        word, regime = "overfitting", cfg.training.regime if cfg.experiment == "finetune" else "probe"
+        decay = "training.head_weight_decay" if regime == "probe" else "training.weight_decay"
+        raised = f"lora.dropout or {decay}, lower lora.rank" if regime == "lora" else decay
+        advice = f"Keep the best epoch; raise {raised}, or get more samples."
     else:
         word, advice = "healthy", "Nothing to mend."
     measured = (

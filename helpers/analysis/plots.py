@@ -122,13 +122,13 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     fig, (line, histogram) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=[3, 1], sharey=True, layout="constrained")
     first = {split: table.iloc[:, 0] for split, table in targets.items()}
     values = np.concatenate(list(first.values()))
-    bins = np.linspace(values.min(), values.max(), 24)
+    bins = np.histogram_bin_edges(values, 23)  # of equal values, too
     for split, series in first.items():
         color = SPLIT_COLORS[split]
         line.plot(series.index, series, ".", ms=4, color=color, label=f"{split} ({len(series)})")
         histogram.hist(series, bins=bins, orientation="horizontal", histtype="step", density=True, color=color)
-    if cfg.event_threshold is not None:
-        line.axhline(cfg.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
+    if cfg.target.event_threshold is not None:
+        line.axhline(cfg.target.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
     means = {"mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
     line.set(ylabel=means.get(cfg.labels.kind, _label(cfg)), title="labels against time")
     line.tick_params(axis="x", rotation=20)
@@ -144,7 +144,8 @@ def plot_history(history: History, cfg: Config) -> Figure:
     loss, metric = axes[0]
     loss.plot(table.index, table["train_loss"], ".-", color=SPLIT_COLORS["train"], label="train")
     loss.plot(table.index, table["val_loss"], ".-", color=SPLIT_COLORS["val"], label="validation")
-    loss.set(yscale="log", xlabel="epoch", ylabel=f"loss ({cfg.target.loss}, standardised)")
+    units = ", standardised" if cfg.labels.kind == "scalar" else ""
+    loss.set(yscale="log", xlabel="epoch", ylabel=f"loss ({cfg.target.loss}{units})")
     loss.axvline(kept, color="k", lw=0.8, ls="--", label=f"kept: epoch {kept}")
     metric.plot(table.index, table[f"val_{cfg.target.metrics[0]}"], ".-", color=SPLIT_COLORS["val"])
     metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]}")
@@ -173,26 +174,35 @@ def plot_events(
     """Probability of an event against time, and how well it tells events apart at every threshold, of the first output.
 
     Above, the last entry of `found` with its events and its threshold. Below, hit rate against false-alarm rate (ROC),
-    and precision against hit rate; a point marks the threshold.
+    and precision against hit rate; a point marks the threshold. What has one class only has no curves.
     """
     fig = plt.figure(figsize=(11, 6.5), layout="constrained")
     axes = fig.subplot_mosaic([["time", "time"], ["roc", "precision"]], height_ratios=[2, 3])
+    drawn, left_out = {**found, **(references or {})}, []
+    colors = {name: f"C{3 + number % 7}" for number, name in enumerate(drawn)} | SPLIT_COLORS
     name, p = list(found.items())[-1]
     times, event = pd.to_datetime(p.timestamps), p.target[:, 0] >= 0.5
-    axes["time"].plot(times, p.prediction[:, 0], ".-", lw=0.8, color=SPLIT_COLORS.get(name), label=f"{name}: forecast")
+    axes["time"].plot(times, p.prediction[:, 0], ".-", lw=0.8, color=colors[name], label=f"{name}: forecast")
     axes["time"].plot(times[event.numpy()], event[event] * 1.03, "k|", label="event")
     if p.threshold is not None:
         axes["time"].axhline(p.threshold, color="k", lw=0.8, ls="--", label="threshold, chosen on validation")
     axes["time"].set(ylabel="probability", ylim=(0, 1.08), title=_title(name, p, cfg))
-    for name, p in {**found, **(references or {})}.items():
-        truth, said = p.target[:, 0] >= 0.5, p.prediction[:, 0]
-        style = {"color": SPLIT_COLORS.get(name), "lw": 1.5} if name in found else {"lw": 0.8, "ls": "--"}
-        false_alarms, hits, levels = skill.roc_curve(truth, said)
-        line = axes["roc"].plot(false_alarms, hits, label=name, **style)[0]
-        if p.threshold is not None:
-            at = np.searchsorted(-levels, -p.threshold, side="right") - 1
-            axes["roc"].plot(false_alarms[at], hits[at], "o", color=line.get_color())
-        axes["precision"].plot(*skill.precision_recall_curve(truth, said)[1::-1], label=name, **style)
+    for name, p in drawn.items():
+        truth, said = p.target[:, 0].numpy() >= 0.5, p.prediction[:, 0].numpy()
+        if truth.all() or not truth.any():
+            left_out.append(name)
+            continue
+        style = {"color": colors[name], **({"lw": 1.5} if name in found else {"lw": 0.8, "ls": "--"})}
+        axes["roc"].plot(*skill.roc_curve(truth, said)[:2], label=name, **style)
+        # steps: no forecast lies on a line between two points
+        curve = skill.precision_recall_curve(truth, said)[1::-1]
+        axes["precision"].plot(*curve, label=name, drawstyle="steps-post", **style)
+        if p.threshold is not None and (alarm := said >= p.threshold).any():
+            hits = alarm[truth].mean()
+            axes["roc"].plot(alarm[~truth].mean(), hits, "o", color=style["color"])
+            axes["precision"].plot(hits, truth[alarm].mean(), "o", color=style["color"])
+    if left_out:
+        axes["roc"].set_title(f"one class only, so no curve: {', '.join(left_out)}", fontsize=9)
     axes["roc"].plot([0, 1], [0, 1], "k", lw=0.6)
     axes["roc"].set(xlabel="false-alarm rate", ylabel="hit rate (recall)", aspect="equal")
     axes["precision"].set(xlabel="hit rate (recall)", ylabel="precision (alarms that come true)", ylim=(0, 1.03))
@@ -211,7 +221,7 @@ def plot_scatter(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         axis.scatter(p.target[:, 0], p.prediction[:, 0], s=12, alpha=0.7, color=color)
         if cfg.event_threshold is not None:
             axis.axvline(cfg.event_threshold, color="k", lw=0.6, ls="--")
-            axis.axhline(cfg.event_threshold, color="k", lw=0.6, ls="--")
+            axis.axhline(cfg.event_threshold if p.threshold is None else p.threshold, color="k", lw=0.6, ls="--")
         axis.set_title(_title(name, p, cfg), fontsize=9)
         axis.set(xlabel=f"true {_label(cfg)}", aspect="equal")
     axes[0, 0].set_ylabel(f"predicted {_label(cfg)}")

@@ -125,8 +125,7 @@ def load_labels(
     """
     rules = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, when_none=None)
     rules |= dict(reader=None, mask_reduce="majority", window_hours=None, aggregate="max", time_column=time_column)
-    rules["event_at"] = None
-    rules |= dict(value_columns=value_columns, transform=transform, variable=variable, reduce=reduce)
+    rules |= dict(event_at=None, value_columns=value_columns, transform=transform, variable=variable, reduce=reduce)
     rules, dropped = SimpleNamespace(**rules | others), Counter()
     return _labels(read_table(Path(path), rules, dropped), rules, dropped, f"The label file {path}")
 
@@ -191,7 +190,8 @@ def read_table(
         join = (lambda name: f"{folder}/{name}") if "://" in address else (lambda name: str(Path(folder, name)))
         return table.assign(path=[join(name) if name and columns else name for name in names])
     read = _goes if rules.transform == "goes" else _numbers
-    quiet = "A0.1" if rules.kind == "event" and rules.when_none is None else rules.when_none
+    none = "A0.1" if rules.kind == "event" and not rules.window_hours else None  # FQ is no event, not a missing row
+    quiet = none if rules.when_none is None else rules.when_none
     values = np.column_stack([read(cells[name], where, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
@@ -265,9 +265,8 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
     values = table.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float)  # (N, K)
     reason = "empty"
     if rules.kind == "event" and not rules.window_hours:
-        values = (
-            np.where(np.isnan(values), np.nan, values >= _event_level(rules)) if rules.event_at is not None else values
-        )
+        if rules.event_at is not None:
+            values = np.where(np.isnan(values), np.nan, values >= _event_level(rules))
         if not np.isin(values[np.isfinite(values)], (0, 1)).all():
             raise ValueError(
                 f"{where} holds other numbers than 0 and 1 in {', '.join(rules.value_columns)}. Set labels.event_at to "

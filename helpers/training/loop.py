@@ -247,9 +247,10 @@ class Trainer:
             )
         if epoch == 0 and math.isnan(value):
             raise ValueError(
-                f"The validation {self.key} is not a number, so it cannot choose the best epoch: tss and hss need "
-                "events and quiet times, r2 and rrse targets that differ, mape targets other than zero, iou and dice a "
-                "mask with a pixel inside. Put another metric first in target.metrics, or lengthen split.val."
+                f"The validation {self.key} is not a number, so it cannot choose the best epoch: those of events need "
+                "events and quiet times in every column, r2 and rrse targets that differ, mape targets other than "
+                "zero, iou and dice a mask with a pixel inside. Put another metric first in target.metrics, lengthen "
+                "split.val, or raise training.max_val_samples."
             )
         if value * self.sign > state.score:
             state.score, state.history.best_epoch = value * self.sign, epoch

@@ -90,7 +90,7 @@ SCORES = {
     "tss": partial(skill.balanced_accuracy_score, adjusted=True),
     "hss": skill.cohen_kappa_score,
     "f1": partial(skill.f1_score, zero_division=0),
-    "precision": partial(skill.precision_score, zero_division=0),
+    "precision": partial(skill.precision_score, zero_division=np.nan),  # of no alarm at all
     "recall": skill.recall_score,
 }
 RANKS = {"auc": skill.roc_auc_score, "average_precision": skill.average_precision_score}

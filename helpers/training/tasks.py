@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from helpers.config import Config, find_named
 from helpers.data.dataset import Loaders
-from helpers.training.metrics import EVENTS, IMAGES, NUMBERS, SCORES, compute_metrics
+from helpers.training.metrics import EVENTS, IMAGES, NUMBERS, PROBABILITIES, RANKS, compute_metrics
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
 
@@ -54,17 +54,23 @@ class Predictions:
     def choose_threshold(self, cfg: Config) -> float | None:
         """The prediction from which on an event is best forecast here, by the first metric that depends on it.
 
-        That is for the validation split: the others are then judged at its threshold. None where there are no events
+        That is for the validation split: the others are then judged at its threshold. None where a column has no events
         to tell apart, or the configuration does not say what an event is.
         """
         events = self.target >= (math.nan if cfg.event_threshold is None else cfg.event_threshold)
-        if not events.any() or events.all() or self.prediction.isnan().any():
+        if not events.any():
             return None
-        key = next((name for name in cfg.target.metrics if name in SCORES), "tss")
-        said = self.prediction.double().unique()
-        between = ((said[1:] + said[:-1]) / 2).quantile(torch.linspace(0, 1, 50).double()) if len(said) > 1 else said
-        scores = [replace(self, threshold=level).score(key, np.arange(len(events)), cfg) for level in between.tolist()]
-        return between[int(np.argmax(scores))].item()
+        counting = {name: metric for name, metric in metrics_of(cfg).items() if metric.of_events}
+        key = next(name for name in counting if name not in RANKS | PROBABILITIES)  # tss is always there
+        sign = 1 if counting[key].higher_is_better else -1
+        said, best = self.prediction.double().unique(), self.prediction[events].double().unique()
+        # scores are best right below the prediction of an event, of which there may be few among many others
+        below = torch.searchsorted(said, best.quantile(torch.linspace(0, 1, 50).double(), interpolation="nearest"))
+        between = (said[below] + said[(below - 1).clamp(0)]) / 2
+        scores = [
+            replace(self, threshold=level).score(key, np.arange(len(self.target)), cfg) for level in between.tolist()
+        ]
+        return None if np.isnan(scores).all() else between[int(np.nanargmax(sign * np.array(scores)))].item()
 
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
@@ -296,14 +302,14 @@ class Odds(Task):
         """Of the training targets that are 1: of events for each output (K,), of pixels for all together."""
         share = self.loaders.target_mean.float()
         share = share if share.ndim == 1 else share.mean()
-        if not ((share > 0) & (share < 1)).all():
-            what, where = ("Every pixel", "outside") if share.ndim == 0 else ("Every label", "0")
-            where = where if (share == 0).any() else {"outside": "inside", "0": "1"}[where]
-            raise ValueError(
-                f"{what} of the training {'masks' if share.ndim == 0 else 'split'} is {where}, so there is nothing to "
-                f"tell apart. Look at labels.path; thin structures vanish in reduced masks, unless labels.mask_reduce "
-                f"is any or mean; rare events need a longer split.train or a larger training.max_train_samples."
-            )
+        for k in np.flatnonzero((share <= 0) | (share >= 1))[:1]:
+            what, names = "Every pixel of the training masks", ("outside", "inside")
+            mend = "thin structures vanish in reduced masks, unless labels.mask_reduce is any or mean"
+            if share.ndim:
+                what, names = f"Every label of column {k + 1} of {len(share)} in the training split", ("0", "1")
+                mend = "rare events need a longer split.train, a larger training.max_train_samples or another event_at"
+            found = names[int(share.reshape(-1)[k])]
+            raise ValueError(f"{what} is {found}, so there is nothing to tell apart. Look at labels.path; {mend}.")
         return share
 
     def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
