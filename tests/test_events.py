@@ -237,7 +237,7 @@ def test_the_threshold_is_that_of_validation_whatever_the_test_split_holds(confi
     assert not torch.equal(again["test"].prediction, first["test"].prediction)
     assert again["test"].threshold == first["val"].threshold
     if kind == "scalar":  # in target units, near what is an event
-        assert 350 < first["val"].threshold < 500 and "tss, as is" in first["test"].metrics(cfg)
+        assert 350 < first["val"].threshold < 500 and "tss" in first["test"].metrics(cfg)
     relabel_val = loaders.val.dataset
     relabel_val.targets = relabel_val.targets.flip(0)
     assert predict_splits(model, loaders, cfg)["test"].threshold != first["val"].threshold

@@ -38,10 +38,10 @@ class Predictions:
     def metrics(self, cfg: Config) -> dict[str, float]:
         """The metrics that the configuration names, plus tss and hss where it says what an event is.
 
-        With a chosen threshold, "tss, as is" is the TSS at the threshold of the events themselves.
+        Of yes or no with a chosen threshold, "tss, as is" is the TSS at 0.5.
         """
         found = {name: self.score(name, np.arange(len(self.target)), cfg) for name in metrics_of(cfg)}
-        if self.threshold is not None:
+        if self.threshold is not None and cfg.labels.kind == "event":
             plain = replace(self, threshold=None)
             found["tss, as is"] = plain.score("tss", np.arange(len(self.target)), cfg)
         return found
