@@ -7,6 +7,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from helpers.config import load_config
+from helpers.data.dataset import make_datasets
 from helpers.data.frames import open_store, prepare_store, store_path
 from helpers.data.synthetic import ensure_synthetic
 from helpers.shared import find_weights
@@ -35,7 +36,9 @@ def main() -> None:
     if asked.verify and store_path(cfg).exists():
         damaged = verify_store(store_path(cfg))
         print("damaged:", ", ".join(damaged) or "none")
-    print(prepare_store(cfg, times, again=True))
+    print(report := prepare_store(cfg, times, again=True))
+    if report.samples:
+        make_datasets(report.samples, open_store(store_path(cfg)), cfg)  # downloads mask files
     if damaged:
         print(prepare_store(cfg, damaged))
     print(open_store(store_path(cfg)))
