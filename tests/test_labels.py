@@ -99,7 +99,7 @@ def test_released_flares_lose_the_samples_whose_window_reaches_into_a_later_spli
             near += any(time + pd.Timedelta(d, "h") in others for d in range(1, 25 + guard))
         assert len(plan.samples[name]) == len(own) - near
         assert plan.dropped[name] == (
-            {f"that see less than {guard} h before what a later split sees": near} if near else {}
+            {f"whose window, with {guard} h of guard, reaches into that of a later split": near} if near else {}
         )
     assert near == 0 and plan.dropped["train"] and plan.dropped["val"]  # nothing is later than the test split
     assert (plan.samples["train"]["time"] == plan.samples["train"]["label_time"]).all()

@@ -130,7 +130,7 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     if cfg.target.event_threshold is not None:
         line.axhline(cfg.target.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
     means = {"mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
-    line.set(ylabel=means.get(cfg.labels.kind, _label(cfg)), title="labels against time")
+    line.set(xlabel="time of the image (UTC)", ylabel=means.get(cfg.labels.kind, _label(cfg)), title="labels")
     line.tick_params(axis="x", rotation=20)
     line.legend(fontsize=8, ncols=4)
     histogram.set(title="distribution", xlabel="density")
@@ -204,8 +204,8 @@ def plot_events(
     if left_out:
         axes["roc"].set_title(f"one class only, so no curve: {', '.join(left_out)}", fontsize=9)
     axes["roc"].plot([0, 1], [0, 1], "k", lw=0.6)
-    axes["roc"].set(xlabel="false-alarm rate", ylabel="hit rate (recall)", aspect="equal")
-    axes["precision"].set(xlabel="hit rate (recall)", ylabel="precision (alarms that come true)", ylim=(0, 1.03))
+    axes["roc"].set(xlabel="false alarms / quiet times (POFD)", ylabel="hits / events (POD, recall)", aspect="equal")
+    axes["precision"].set(xlabel="hits / events (POD, recall)", ylabel="precision (alarms that come true)", ylim=(0, 1.03))
     _finish(axes.values())
     return fig
 
@@ -302,7 +302,7 @@ def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], 
     for name, p in found.items():
         values = p.scores[key] if images else p.prediction[:, 0]
         axis.plot(pd.to_datetime(p.timestamps), values, ".-", lw=0.8, alpha=0.8, label=name)
-    axis.set(ylabel=f"{key} of each image" if images else _label(cfg))
+    axis.set(xlabel="time of the image (UTC)", ylabel=f"{key} of each image" if images else _label(cfg))
     axis.tick_params(axis="x", rotation=20)
     _finish([axis])
     return fig
@@ -327,7 +327,9 @@ def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config)
         means = [np.histogram(said, edges, weights=values)[0][filled] / counts[filled] for values in (said, true)]
         axis.plot(*means, "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
     axis.axline((edges[0], edges[0]), slope=1, color="k", lw=0.8)
-    axis.set(xlabel=f"predicted {_label(cfg)}", ylabel="what was true there, on average")
+    labels = f"predicted {_label(cfg)}", "what was true there, on average"
+    labels = ("predicted probability", "share of these that were events") if cfg.labels.kind == "event" else labels
+    axis.set(xlabel=labels[0], ylabel=labels[1])
     _finish([axis])
     return fig
 

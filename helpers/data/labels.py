@@ -412,7 +412,7 @@ class Plan:
             dropped = self.dropped[name]
             subset = len(table) + sum(dropped.values()) < self.candidates[name]
             line = f"{name}: {len(table)} samples"
-            line += f" (a seeded subset of at most {self.candidates[name]})" if subset else ""
+            line += f" (the first that are complete, of {self.candidates[name]} in a seeded order)" if subset else ""
             lines.append("; ".join([line, *(f"dropped {count} {why}" for why, count in dropped.items())]))
         if isinstance(self.labels, Labels):
             used = sum(len(table) for table in self.samples.values())
@@ -487,7 +487,7 @@ def plan_samples(
         samples[name] = rows.iloc[np.sort(looked_at[complete[looked_at]])].reset_index(drop=True)
         reasons = {
             f"without a frame at {' or '.join(map(str, offsets))} min": int((~complete[looked_at]).sum()),
-            f"that see less than {cfg.split.guard_hours:g} h before what a later split sees": int(
+            f"whose window, with {cfg.split.guard_hours:g} h of guard, reaches into that of a later split": int(
                 (inside[name] & near[name]).sum()
             ),
         }

@@ -115,13 +115,18 @@ def history(data: SolarDataset, hidden: pd.DataFrame, mean: np.ndarray, cfg: Con
     return np.stack(parts, axis=2)[known_labels(labels, data.samples, cfg)]
 
 
-def verdict(found: Predictions | ImagePredictions, references: Mapping[str, Any], cfg: Config) -> str:
-    """A sentence: whether predictions beat every reference on the same samples, by the first metric.
+def verdict(
+    found: Predictions | ImagePredictions, references: Mapping[str, Any], cfg: Config, key: str | None = None
+) -> str:
+    """A sentence: whether predictions beat every reference on the same samples.
 
     Args:
         references: of `reference_predictions`, for the same split.
+        key: the metric; None for the first of the configuration, and for TSS where events can be told apart.
     """
-    key = cfg.target.metrics[0]
+    if key is None and cfg.event_threshold is not None and cfg.target.metrics[0] != "tss":
+        return "\n".join(verdict(found, references, cfg, name) for name in (cfg.target.metrics[0], "tss"))
+    key = key or cfg.target.metrics[0]
     sign = 1 if metrics_of(cfg)[key].higher_is_better else -1
     scores = {name: p.metrics(cfg)[key] for name, p in references.items()}
     name = max(scores, key=lambda name: sign * scores[name] if math.isfinite(scores[name]) else -math.inf)
