@@ -51,7 +51,7 @@ def test_it_says_what_was_found_and_what_was_done(cells):
     said = texts(cells)
     assert "the environment variable SURYA_SHARED" in said
     assert re.search(r"\d+ frames present, \d+ missing, from 2014-01-01", said)
-    assert re.search(r"\b[1-9]\d* built, 0 there already", said)
+    assert re.search(r"\b[1-9]\d* built in .*, 0 there already", said)
     assert re.search(r"\b0 built, [1-9]\d* there already", said)
     assert float(re.search(r"largest difference to a fresh reduction: (\S+)", said)[1]) < ERROR_BOUND
     assert float(re.search(r"tensor .* ms: (\d+) times faster", said)[1]) > 1

@@ -143,16 +143,18 @@ class Difference:
     blocks: int  # how many there are
     spread: float  # standard deviation of the difference over seeds
     lost: float = 0.0  # share of the draws in which the metric is not a number, because they hold no event, say
+    days: float = 1.0  # length of a block
 
     def __str__(self) -> str:
+        blocks = f"{self.blocks} test days" if self.days == 1 else f"{self.blocks} blocks of {self.days:.2g} test days"
         measured = (
             f"{self.metric}: {abs(self.value):.3f} (95% interval of the gain {self.low:+.3f} to {self.high:+.3f} over "
-            f"{self.blocks} blocks of time; {self.spread:.3f} between seeds)"
+            f"{blocks}; {self.spread:.3f} between seeds)"
         )
         if math.isnan(self.value):
             return f"{self.metric} cannot be measured on this test split: it is not a number for one of the models."
         if self.blocks < 2 or self.lost > 0.5:
-            why = f"{self.metric} is not a number in {self.lost:.0%} of the draws from {self.blocks} block(s) of time"
+            why = f"{self.metric} is not a number in {self.lost:.0%} of the draws from {blocks}"
             return f"The difference CANNOT BE TOLD FROM NOISE: {why}. Test on a longer split.test, with more events."
         if self.low <= 0 <= self.high or abs(self.value) <= self.spread:
             return f"The difference is WITHIN NOISE. {measured}."
@@ -202,4 +204,5 @@ def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -
     low, high = np.nanquantile(draws, [0.025, 0.975]) if lost < 1 else (math.nan, math.nan)
     each = gains(np.arange(len(times)))
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
-    return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread, lost)
+    days = length / pd.Timedelta("1D")
+    return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread, lost, days)

@@ -205,7 +205,7 @@ def plot_events(
         axes["roc"].set_title(f"one class only, so no curve: {', '.join(left_out)}", fontsize=9)
     axes["roc"].plot([0, 1], [0, 1], "k", lw=0.6)
     axes["roc"].set(xlabel="false alarms / quiet times (POFD)", ylabel="hits / events (POD, recall)", aspect="equal")
-    axes["precision"].set(xlabel="hits / events (POD, recall)", ylabel="precision (alarms that come true)", ylim=(0, 1.03))
+    axes["precision"].set(xlabel="hits / events (POD, recall)", ylabel="precision (true alarms)", ylim=(0, 1.03))
     _finish(axes.values())
     return fig
 

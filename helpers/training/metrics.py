@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -63,19 +62,32 @@ def _varies(target: Tensor) -> bool:
     return bool((target != target[0]).any(0).all())
 
 
-def of_events(score: Callable[..., float], alarms: bool = True) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """A score of scikit-learn as a metric: of the events, which are targets from the threshold on, and the alarms.
+def _defined(prediction: Tensor, events: Tensor) -> Tensor:
+    """Of each output (K,): whether there are events and quiet times, and every prediction is a number."""
+    return events.any(0) & ~events.all(0) & ~prediction.isnan().any(0)
 
-    Alarms are predictions from the threshold on, too; with `alarms=False` the score gets the predictions themselves.
-    NaN where the targets are all events or none is, and where a prediction is NaN, which is neither an alarm nor none.
+
+def counted(score: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """A score of the numbers of hits, false alarms, misses and correct rejections as a metric; else NaN (`_defined`).
+
+    An event is a target from the threshold on, an alarm a prediction from there on.
     """
 
     def compute(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
-        said, events = prediction >= threshold if alarms else prediction, target >= threshold  # (N, K)
-        defined = (events.any(0) & ~events.all(0) & ~prediction.isnan().any(0)).tolist()
-        columns = zip(events.T.numpy(), said.T.numpy(), defined, strict=True)
-        scores = [score(event, alarm) if known else torch.nan for event, alarm, known in columns]
-        return torch.tensor(scores, dtype=torch.float64)
+        alarm, event = prediction >= threshold, target >= threshold  # (N, K)
+        counts = [(a & e).sum(0).double() for a in (alarm, ~alarm) for e in (event, ~event)]  # each (K,)
+        return score(*counts).where(_defined(prediction, event), torch.nan)
+
+    return compute
+
+
+def ranked(score: Callable[..., float]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """A score of scikit-learn, of the events and the predictions of one output, as a metric; else NaN (`_defined`)."""
+
+    def compute(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
+        events = target >= threshold
+        columns = zip(events.T.numpy(), prediction.T.numpy(), _defined(prediction, events).tolist(), strict=True)
+        return torch.tensor([score(e, p) if known else torch.nan for e, p, known in columns], dtype=torch.float64)
 
     return compute
 
@@ -85,19 +97,22 @@ def brier_skill(events: np.ndarray, probability: np.ndarray) -> float:
     return 1 - ((probability - events) ** 2).mean() / events.var()
 
 
-# true skill statistic (Hanssen & Kuipers 1965), Heidke skill score (HSS_2 of Bobra & Couvidat, arXiv:1411.1405)
+# of hits h, false alarms f, misses m and correct rejections c: true skill statistic (Hanssen & Kuipers 1965), Heidke
+# skill score (HSS_2 of Bobra & Couvidat, arXiv:1411.1405)
 SCORES = {
-    "tss": partial(skill.balanced_accuracy_score, adjusted=True),
-    "hss": skill.cohen_kappa_score,
-    "f1": partial(skill.f1_score, zero_division=0),
-    "precision": partial(skill.precision_score, zero_division=np.nan),  # of no alarm at all
-    "recall": skill.recall_score,
+    "tss": lambda h, f, m, c: h / (h + m) - f / (f + c),
+    "hss": lambda h, f, m, c: 2 * (h * c - f * m) / ((h + m) * (m + c) + (h + f) * (f + c)),
+    "f1": lambda h, f, m, c: 2 * h / (2 * h + f + m),
+    "precision": lambda h, f, m, c: h / (h + f),
+    "recall": lambda h, f, m, c: h / (h + m),
 }
 RANKS = {"auc": skill.roc_auc_score, "average_precision": skill.average_precision_score}
 PROBABILITIES = {"brier_skill": brier_skill, "log_loss": skill.log_loss}
+_COMPUTE = {name: counted(score) for name, score in SCORES.items()}
+_COMPUTE |= {name: ranked(score) for name, score in (RANKS | PROBABILITIES).items()}
 EVENTS = {  # what yes or no is judged by
-    name: NumberMetric(higher_is_better=name != "log_loss", compute=of_events(score, name in SCORES), of_events=True)
-    for name, score in (SCORES | RANKS | PROBABILITIES).items()
+    name: NumberMetric(higher_is_better=name != "log_loss", compute=compute, of_events=True)
+    for name, compute in _COMPUTE.items()
 }
 NUMBERS = {
     "rmse": NumberMetric(higher_is_better=False, compute=rmse),
