@@ -666,6 +666,10 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
         yield "labels.transform, labels.kind", "event_at is in the unit of the file, so events need no logarithm: none"
     if own.aggregate == "any" and not own.window_hours:
         yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
+    if own.window_hours and own.spans_hours:
+        yield "labels.window_hours, labels.spans_hours", "the window says already how far a label looks ahead"
+    if own.event_at is not None and isinstance(own.event_at, str) != (own.transform == "goes"):
+        yield "labels.event_at, labels.transform", "a class such as M1.0 with transform: goes, else a number"
     if own.unit and not netcdf:
         yield "labels.unit, labels.path", "only NetCDF and HDF5 files say what unit their values have"
     if own.numbers and not (own.path and own.value_columns):

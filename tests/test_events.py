@@ -193,12 +193,12 @@ def test_metrics_are_those_of_scikit_learn_at_the_chosen_threshold_and_as_is(con
         "auc": skill.roc_auc_score(truth, probability),
         "average_precision": skill.average_precision_score(truth, probability),
         "brier_skill": 1 - skill.brier_score_loss(truth, probability) / np.mean((truth - truth.mean()) ** 2),
-        "tss, as is": skill.balanced_accuracy_score(truth, probability >= 0.5, adjusted=True),
+        "tss_at_0.5": skill.balanced_accuracy_score(truth, probability >= 0.5, adjusted=True),
     }
     assert found == pytest.approx(expected)
     levels = np.linspace(0.01, 0.99, 500)
     best = max(skill.balanced_accuracy_score(truth, probability >= level, adjusted=True) for level in levels)
-    assert found["tss"] == pytest.approx(best) and found["tss"] > found["tss, as is"]
+    assert found["tss"] == pytest.approx(best) and found["tss"] > found["tss_at_0.5"]
 
 
 @pytest.mark.parametrize("first", ["f1", "hss", "test_events:csi", "test_events:misses"])
@@ -353,8 +353,8 @@ def test_what_is_an_event(read, cells, overrides, expected, empty):
     [
         (["0", "2"], {}, "other numbers than 0 and 1 in value. Set labels.event_at"),
         (["C1.0", "M1.0"], {"labels.transform": "goes"}, "other numbers than 0 and 1"),
-        (["C1.0"], {"labels.event_at": "M1.0"}, "set labels.transform: goes"),
-        (["C1.0"], {"labels.event_at": 1e-5, "labels.transform": "goes"}, "no GOES class"),
+        (["C1.0"], {"labels.event_at": "M1.0"}, "a class such as M1.0 with transform: goes"),
+        (["C1.0"], {"labels.event_at": 1e-5, "labels.transform": "goes"}, "a class such as M1.0"),
         (["0", "yes"], {}, 'has "yes" in its column value'),
     ],
 )

@@ -69,7 +69,7 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
         else:
             print(f"Not compared: {run['name']}, tested on other frames or labels than the latest run. Run it again.")
     if len(budgets) > 1:
-        print(f"No equals: these runs differ in seed and training.max_train_samples: {', '.join(map(str, budgets))}.")
+        print(f"Not a fair comparison: seed and training.max_train_samples are {' and '.join(map(str, budgets))}.")
     metrics = pd.DataFrame(columns).sort_index(axis="columns").astype(float).round(3)
     return metrics, dict(sorted(found.items()))
 
@@ -119,7 +119,9 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
             if labels is None:
                 store, labels = open_store(store_path(cfg)), labels_of(cfg)
             if now(run["seed"], run["settings"]["training"]["max_train_samples"]) != run["data_fingerprint"]:
-                print(f"Not compared: {run['name']}, whose labels or frames were others than now. Train it again.")
+                print(
+                    f"Not compared: {run['name']}, whose labels or frames were others than now. Train it again."
+                )
                 continue
         kept.append(row)
     return runs.loc[kept]
@@ -147,9 +149,10 @@ class Difference:
 
     def __str__(self) -> str:
         blocks = f"{self.blocks} test days" if self.days == 1 else f"{self.blocks} blocks of {self.days:.2g} test days"
+        lost = f"; {self.lost:.0%} of the draws held no event, and were left out" if self.lost else ""
         measured = (
             f"{self.metric}: {abs(self.value):.3f} (95% interval of the gain {self.low:+.3f} to {self.high:+.3f} over "
-            f"{blocks}; {self.spread:.3f} between seeds)"
+            f"{blocks}; {self.spread:.3f} between seeds{lost})"
         )
         if math.isnan(self.value):
             return f"{self.metric} cannot be measured on this test split: it is not a number for one of the models."

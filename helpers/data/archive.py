@@ -279,7 +279,11 @@ def read_times(file: h5py.File, name: str) -> np.ndarray:
     """The times of one variable, (N,) datetime64[s] in UTC: texts, or numbers with CF units (`hours since ...`)."""
     variable = find_variable(file, name, "iufOSU")
     if variable.dtype.kind in "OSU":
-        return parse_times(pd.Series(variable.asstr()[()], name=name), "the file").to_numpy()
+        texts = pd.Series(variable.asstr()[()], name=name)
+        try:
+            return parse_times(texts.rename(lambda number: number - 1), "the file").to_numpy()
+        except ValueError as error:
+            raise FrameError(str(error)) from None
     attributes = {key: str(value) for key in ("units", "calendar") if (value := variable.attrs.get(key)) is not None}
     if " since " not in attributes.get("units", ""):
         raise FrameError(

@@ -277,6 +277,11 @@ def make_loaders(cfg: Config) -> Loaders:
         for name, data in sets.items()
     }
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
+    if cfg.labels.kind == "event":
+        counts = ", ".join(f"{name} {data.targets.sum(0).int().tolist()} of {len(data)}" for name, data in sets.items())
+        report += f"\nevents: {counts}"
+        if not (cfg.labels.spans_hours or cfg.labels.window_hours):
+            report += "; a label is taken to speak of its own time alone (labels.spans_hours is 0)"
     if cfg.labels.kind == "mask" and cfg.labels.mask_reduce == "majority":
         report += lost_by_reducing(sets["train"])
     statistics = _target_statistics(sets["train"], cfg.labels.kind)

@@ -27,7 +27,7 @@ QUIET = ("FQ", "A0", "A0.0", "NONE")  # no flare, hence no flux to take a logari
 EMPTY = ("", "NAN", "NA")
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
 # What stands for no value in the files of OMNI (runs of nines), CDAWeb and NetCDF.
-KNOWN_FILLS = [float(f"{'9' * n}.{'9' * m}") for n in range(1, 9) for m in range(4) if n + m > 3]
+KNOWN_FILLS = [float(f"{'9' * n}.{'9' * m}") for n in range(1, 9) for m in range(4) if 3 < n + m < 8]
 KNOWN_FILLS += [-999, -999.9, -9999, -9999.9, -99999, -99999.9, -32768, -(2.0**31), -(2.0**63), 9.969209968386869e36]
 KNOWN_FILLS += [sign * 10.0**power for sign in (-1, 1) for power in (20, 30, 31, 32, 38)] + [np.inf, -np.inf]
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
@@ -126,6 +126,8 @@ def load_labels(
     rules = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, when_none=None)
     rules |= dict(reader=None, mask_reduce="majority", window_hours=None, aggregate="max", time_column=time_column)
     rules |= dict(event_at=None, value_columns=value_columns, transform=transform, variable=variable, reduce=reduce)
+    if unknown := set(others) - set(rules):
+        raise TypeError(f"load_labels knows no {', '.join(unknown)}; it knows {', '.join(rules)}.")
     rules, dropped = SimpleNamespace(**rules | others), Counter()
     return _labels(read_table(Path(path), rules, dropped), rules, dropped, f"The label file {path}")
 
@@ -168,7 +170,7 @@ def read_table(
     columns = []
     if rules.kind in ("scalar", "event"):
         for name in rules.value_columns:
-            columns += sorted({found for found in cells if fnmatchcase(found, name)} - {*columns}) or [name]
+            columns += [found for found in cells if fnmatchcase(found, name) and found not in columns] or [name]
     elif not (rules.reader and {"path", "file_path"}.isdisjoint(cells)):
         columns = ["file_path" if "file_path" in cells and "path" not in cells else "path"]
     for name in (*times, *columns, *filter(None, [split_column])):
@@ -279,16 +281,20 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
         values = np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
         reason = "empty, quiet or not positive, so without a logarithm"
     usable = (table["path"] != "").to_numpy() if images else np.isfinite(values).all(axis=1)
-    homeless = table["split"].isna().to_numpy()
+    of_none = table["split"].isna().to_numpy()
     rows = pd.DataFrame(values).assign(**table[[name for name in ("time", "split", "path") if name in table]])
-    rows = rows[usable & ~homeless]
+    rows = rows[usable & ~of_none]
     once = rows.drop_duplicates().sort_values("time", kind="stable")
     if (twice := once["time"].duplicated()).any():
+        time = once["time"][twice].iloc[0]
+        splits = once["split"][once["time"] == time].unique()
+        if len(splits) > 1:
+            raise ValueError(f"{where}: {time} is in the splits {' and '.join(splits)}. Remove it from all but one.")
         raise ValueError(
-            f"{where} has two different labels for {once['time'][twice].iloc[0]}. Keep one row a time, for example the "
-            f"largest flare."
+            f"{where} has two different labels for {time}. Keep one row a time, for example the largest flare; for a "
+            f"list of events set labels.window_hours."
         )
-    dropped |= {f"label {reason}": int((~usable).sum()), "label of no split": int((usable & homeless).sum())}
+    dropped |= {f"label {reason}": int((~usable).sum()), "label of no split": int((usable & of_none).sum())}
     dropped["label row repeated"] += len(rows) - len(once)
     return Labels(
         once["time"].to_numpy("datetime64[s]"),
@@ -480,7 +486,8 @@ def plan_samples(
             for minutes in offsets:
                 complete &= np.isin(rows["time"].to_numpy() + np.timedelta64(minutes, "m"), there)
         values = np.zeros((len(rows), 1)) if isinstance(labels, FrameTarget) else labels.values[rows["label"]]
-        order = spread_out(values if name == "train" else values[:, :0], cfg.seed)
+        # runs of other seeds are judged on the same samples
+        order = spread_out(values, cfg.seed) if name == "train" else spread_out(values[:, :0], 0)
         most = getattr(cfg.training, f"max_{name}_samples") or len(rows)
         last = np.searchsorted(complete[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]

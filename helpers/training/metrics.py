@@ -140,11 +140,12 @@ def compute_metrics(
         raise ValueError(
             f"Predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} must both be (samples, outputs)."
         )
+    threshold = threshold if threshold is None else float(np.float32(threshold))  # as the targets are kept
     prediction, target, found = prediction.double().contiguous(), target.double().contiguous(), {}
     for name, metric in metrics.items():
         given = [prediction, target]
         if metric.of_events:  # moved, so that both thresholds are the same; a probability is judged as it is
-            moved = prediction if alarm is None or name in PROBABILITIES else prediction - alarm + threshold
+            moved = prediction if alarm is None or name in RANKS | PROBABILITIES else prediction - alarm + threshold
             given = [moved, target, threshold]
         given = [physical(values) for values in given] if metric.physical else given
         found[name] = float(metric.compute(*given).double().mean())

@@ -38,12 +38,12 @@ class Predictions:
     def metrics(self, cfg: Config) -> dict[str, float]:
         """The metrics that the configuration names, plus tss and hss where it says what an event is.
 
-        Of yes or no with a chosen threshold, "tss, as is" is the TSS at 0.5.
+        Of yes or no with a chosen threshold, "tss_at_0.5" is the TSS at 0.5.
         """
         found = {name: self.score(name, np.arange(len(self.target)), cfg) for name in metrics_of(cfg)}
         if self.threshold is not None and cfg.labels.kind == "event":
             plain = replace(self, threshold=None)
-            found["tss, as is"] = plain.score("tss", np.arange(len(self.target)), cfg)
+            found["tss_at_0.5"] = plain.score("tss", np.arange(len(self.target)), cfg)
         return found
 
     def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
@@ -61,7 +61,9 @@ class Predictions:
         if not events.any():
             return None
         counting = {name: metric for name, metric in metrics_of(cfg).items() if metric.of_events}
-        key = next(name for name in counting if name not in RANKS | PROBABILITIES)  # tss is always there
+        # recall alone would have it always warn, precision hardly ever; tss is always there
+        others = {"recall", "precision", *RANKS, *PROBABILITIES}
+        key = next(name for name in counting if name not in others)
         sign = 1 if counting[key].higher_is_better else -1
         said, best = self.prediction.double().unique(), self.prediction[events].double().unique()
         # scores are best right below the prediction of an event, of which there may be few among many others
