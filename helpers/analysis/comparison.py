@@ -119,9 +119,7 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
             if labels is None:
                 store, labels = open_store(store_path(cfg)), labels_of(cfg)
             if now(run["seed"], run["settings"]["training"]["max_train_samples"]) != run["data_fingerprint"]:
-                print(
-                    f"Not compared: {run['name']}, whose labels or frames were others than now. Train it again."
-                )
+                print(f"Not compared: {run['name']}, whose labels or frames were others than now. Train it again.")
                 continue
         kept.append(row)
     return runs.loc[kept]
