@@ -402,8 +402,10 @@ def build_store(
         urls = [archive.url(when) for when in lacking]
         # after an error in one of them, `map` begins no other
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
-        made = tqdm(made, "frames", len(lacking), unit="frame", disable=not progress)
-        for when, url, outcome in zip(lacking, urls, made, strict=True):
+        bar, size = tqdm(made, "frames", len(lacking), unit="frame", disable=not progress), file_size(native_size)
+        for number, (when, url, outcome) in enumerate(zip(lacking, urls, bar, strict=True), 1):
+            speed = number * size / 1e6 / (time.perf_counter() - started)
+            bar.set_postfix_str(f"about {speed:.0f} MB/s", refresh=False)
             report.built += outcome is True
             report.already += outcome is False
             if isinstance(outcome, FrameError):
@@ -432,6 +434,11 @@ def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: s
         zarr.open_array(store.path / "frames", mode="r+")[_row(when)] = codes
     share(store.file(when))
     return True
+
+
+def file_size(native_size: int) -> float:
+    """Bytes of a file of the archive, about."""
+    return len(CHANNELS) * native_size**2 * FILE_BYTES
 
 
 def channels_needed(cfg: Config) -> tuple[str, ...]:
@@ -519,7 +526,7 @@ def prepare_store(
         wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
         lacking = np.setdiff1d(wanted, there)
         report.already = len(wanted) - len(lacking) - report.built
-        read_each = len(CHANNELS) * data.native_size**2 * FILE_BYTES / GB
+        read_each = file_size(data.native_size) / GB
         read_gb = len(lacking) * read_each
         store_gb = len(lacking) * len(channels) * data.image_size**2 * 2 * COMPRESSED / GB
         report.needs = (
