@@ -128,6 +128,11 @@ class Labels(_Section):
     reader: Annotated[str, Field(pattern=OWN)] | None
 
     @property
+    def netcdf(self) -> bool:
+        """Whether labels come from NetCDF or HDF5 files, which may hold vectors and bring their own splits."""
+        return any(ending in str(self.path).lower() for ending in NETCDF)
+
+    @property
     def numbers(self) -> bool:
         """Whether numbers are predicted (1D), probabilities of events too; else pictures (2D)."""
         return self.kind in ("scalar", "event")
@@ -652,8 +657,7 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
         yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
     if own.window_hours and own.lead_minutes:
         yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
-    netcdf = any(ending in str(own.path).lower() for ending in NETCDF)
-    brings = isinstance(own.path, dict) or c.split.column or netcdf
+    brings = isinstance(own.path, dict) or c.split.column or own.netcdf
     files = own.variable or own.reader
     for name in (name for name in SPLITS if not getattr(c.split, name) and (own.window_hours or not brings)):
         yield f"split.{name}, labels.path", "a split needs its period, unless the label file brings its own splits"
@@ -670,7 +674,7 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
         yield "labels.window_hours, labels.spans_hours", "the window says already how far a label looks ahead"
     if own.event_at is not None and isinstance(own.event_at, str) != (own.transform == "goes"):
         yield "labels.event_at, labels.transform", "a class such as M1.0 with transform: goes, else a number"
-    if own.unit and not netcdf:
+    if own.unit and not own.netcdf:
         yield "labels.unit, labels.path", "only NetCDF and HDF5 files say what unit their values have"
     if own.numbers and not (own.path and own.value_columns):
         yield "labels.path, labels.value_columns", f"{kind} labels need a CSV and at least one of its columns"

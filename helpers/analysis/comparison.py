@@ -110,10 +110,10 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     def data(settings: Config | dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(DATA)}
 
-    kept = []
+    kept, wanted = [], data(cfg)
     store = labels = None
     for row, run in runs.iterrows():
-        if data(run["settings"]) != data(cfg):
+        if data(run["settings"]) != wanted:
             continue
         if run["data_fingerprint"] is not None:
             if labels is None:

@@ -16,7 +16,6 @@ import h5py
 import hdf5plugin  # noqa: F401  (importing it teaches HDF5 the filters LZ4, Zstd and others)
 import numpy as np
 import pandas as pd
-import xarray as xr
 from tenacity import RetryError, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
 from helpers.shared import DiskFullError, causes, disk_errors
@@ -290,6 +289,8 @@ def read_times(file: h5py.File, name: str) -> np.ndarray:
             f"{name} holds no times: neither texts nor numbers with units such as `hours since 2010-01-01`"
         )
     attributes |= {key: variable.attrs[key][0] for key in ("_FillValue",) if np.ndim(variable.attrs.get(key))}
+    import xarray as xr  # here, as only label files of this kind need it and it takes a quarter of a second
+
     times = pd.DatetimeIndex(xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"])
     if times.hasnans:
         raise FrameError(f"{name} lacks its time {int(np.flatnonzero(times.isna())[0]) + 1}")

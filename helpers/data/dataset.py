@@ -284,8 +284,7 @@ def make_loaders(cfg: Config) -> Loaders:
             report += "; a label is taken to speak of its own time alone (labels.spans_hours is 0)"
     if cfg.labels.kind == "mask" and cfg.labels.mask_reduce == "majority":
         report += lost_by_reducing(sets["train"])
-    statistics = _target_statistics(sets["train"], cfg.labels.kind)
-    return Loaders(**loaders, **statistics, report=report)
+    return Loaders(**loaders, **_target_statistics(sets["train"], cfg.labels.kind), report=report)
 
 
 def fingerprint(splits: Iterable[SolarDataset]) -> str:

@@ -233,12 +233,8 @@ def _read_netcdf(path: Path, rules: Any, where: str) -> pd.DataFrame:
                     if values.ndim not in (1, 2) or len(values) != len(times):
                         shape = " x ".join(map(str, values.shape))
                         raise FrameError(f"{prefix}{name} has {shape} values for {len(times)} times")
-                    names = (
-                        [f"column {name}"]
-                        if values.ndim == 1
-                        else [f"column {name}[{k}]" for k in range(values.shape[1])]
-                    )
-                    table |= dict(zip(names, values.reshape(len(times), -1).T, strict=True))
+                    for k, column in enumerate(values.reshape(len(times), -1).T):
+                        table[f"column {name}[{k}]" if values.ndim == 2 else f"column {name}"] = column
                 tables.append(pd.DataFrame(table, np.arange(len(times)) - 1))  # the first row is 1: there is no header
     except FrameError as error:
         keys = "labels.path, labels.time_column, labels.value_columns and labels.unit"
@@ -379,9 +375,7 @@ def _event_level(rules: Any) -> float:
 def num_outputs(cfg: Config) -> int:
     """Numbers, or channels of the image, to predict; a pattern or a variable with vectors is counted in the file."""
     own = cfg.labels
-    vectors = any(set(name) & set("*?[") for name in own.value_columns) or any(
-        ending in str(own.path).lower() for ending in NETCDF
-    )
+    vectors = own.netcdf or any(set(name) & set("*?[") for name in own.value_columns)
     return labels_of(cfg).values.shape[1] if vectors and own.numbers else cfg.num_outputs
 
 

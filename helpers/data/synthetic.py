@@ -408,7 +408,7 @@ def _wind_tables(sun: SyntheticSun, start: pd.Timestamp, last: int) -> dict[str,
 
 def _write_spectra(sun: SyntheticSun, times: pd.DatetimeIndex, hours: np.ndarray, path: Path) -> None:
     """EUV spectra of the whole Sun, (N, 1343) from 6.5 to 33.3 nm: continuum and lines, 2% noise, 1% zeros."""
-    import xarray as xr  # here, as nothing else needs it and it takes a quarter of a second
+    import xarray as xr  # here, as in archive.py
 
     rng, nm = np.random.default_rng([sun.seed, 7]), 6.5 + 0.02 * np.arange(1343)
     emission = np.array([sun.frame(hour, 32, noise_scale=0)[: len(_RESPONSES)].mean((1, 2)) for hour in hours])  # DN

@@ -127,8 +127,9 @@ def predict_splits(
 ) -> dict[str, Predictions | ImagePredictions]:
     """Predictions of several splits; the threshold of events is chosen on validation and holds for all."""
     found = {split: predict(model, loaders, split, cfg) for split in splits}
+    threshold = found["val"].choose_threshold(cfg)
     for p in found.values():
-        p.threshold = found["val"].choose_threshold(cfg)
+        p.threshold = threshold
     return found
 
 

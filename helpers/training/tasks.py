@@ -40,7 +40,8 @@ class Predictions:
 
         Of yes or no with a chosen threshold, "tss_at_0.5" is the TSS at 0.5.
         """
-        found = {name: self.score(name, np.arange(len(self.target)), cfg) for name in metrics_of(cfg)}
+        units = cfg.event_threshold, cfg.labels.physical, self.threshold
+        found = compute_metrics(self.prediction, self.target, metrics_of(cfg), *units)
         if self.threshold is not None and cfg.labels.kind == "event":
             plain = replace(self, threshold=None)
             found["tss_at_0.5"] = plain.score("tss", np.arange(len(self.target)), cfg)
