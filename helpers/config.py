@@ -38,11 +38,7 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of targ
         "metric": ("rmse", "mae", "mape", "r2", "rrse", *EVENT_METRICS),
         "figure": ("scatter", "spectrum"),
     },
-    "event": {
-        "loss": ("bce",),
-        "metric": (*EVENT_METRICS, "brier_skill", "log_loss"),
-        "figure": ("event",),
-    },
+    "event": {"loss": ("bce",), "metric": (*EVENT_METRICS, "brier_skill", "log_loss"), "figure": ("event",)},
     "mask": {"loss": ("bce_dice",), "metric": ("iou", "dice", "average_precision"), "figure": ("image",)},
     "image": {"loss": ("mse", "mae", "huber"), "metric": ("rmse", "mae", "correlation", "ssim"), "figure": ("image",)},
 }
@@ -383,9 +379,6 @@ def load_config(
         profile, task, experiment: choose other blocks than the file does; None keeps the file's choice.
         parameters: dotted keys from papermill (`make run-notebook P="training.lr=1e-3"`).
 
-    Returns:
-        The checked, immutable `Config`. Every path in it is absolute; an address with :// stays as it is.
-
     Raises:
         ConfigError: one message with every mistake, each with its key path and the layer that set it.
     """
@@ -396,20 +389,26 @@ def load_config(
         raise ConfigError(f"There is no configuration file {path}. Start inside the repository, or pass its full path.")
     path = found[0].resolve()
     sources = [(file.name, _read(file)) for file in (path, path.with_name("config.local.yaml")) if file.exists()]
-    sources += [("notebook parameters", _nested(parameters or {})), ("overrides=", _nested(overrides or {}))]
-    problems = [problem for origin, tree in sources for problem in _unknown_keys(tree, origin)]
+    sources += [("notebook parameters", parameters or {}), ("overrides=", overrides or {})]
+    layers, problems = [], []
+    for origin, tree in sources:  # in each of them: profiles, over these tasks, over these experiments
+        layers += sorted(
+            _layers(tree, origin, problems, "", {}),
+            key=lambda layer: [key in layer[0] for key in ("experiment", "task", "profile")],
+        )
     chosen = {"profile": profile, "task": task, "experiment": experiment}
     choices_exist = True
     for block, key in _OVERLAYS.items():
         if chosen[key] is None:
             chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
-        names = sorted({str(name) for _, tree in sources for name in _block(tree, block)})
+        names = sorted({needs[key] for needs, *_ in layers if [*needs] == [key]})
         if chosen[key] not in names:
             choices_exist = False
             there = ", ".join(names) or "nothing"
             problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}")
-    config = _validated(sources, chosen, problems, path.parent) if choices_exist else None
-    if problems or config is None:
+    counting = [(name, values) for needs, name, values in layers if needs.items() <= chosen.items()]
+    config = _validated(counting, chosen, problems, path.parent) if choices_exist else None
+    if problems:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise ConfigError("\n  - ".join([f"The configuration in {path.parent} has {count}:", *problems]))
     return config
@@ -450,21 +449,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"training.lr": 1} -> {"training": {"lr": 1}}; nested dicts may be mixed in."""
+    """{"training.lr": 1, "seed": 2} -> {"training": {"lr": 1}, "seed": 2}."""
     tree: dict[str, Any] = {}
-    for key, value in leaves(dotted):
-        *sections, leaf = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key}: {section} is given both as a value and as a section.")
-        node[leaf] = value
+    for key, value in dotted.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
     return tree
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every entry; `labels.path` may be a dict itself."""
+    """Dotted key and value of every entry, whose own key may be dotted; `labels.path` may be a dict itself."""
     for key, value in tree.items():
         if isinstance(value, dict) and value and f"{prefix}{key}" != "labels.path":
             yield from leaves(value, f"{prefix}{key}.")
@@ -472,22 +466,27 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _layers(tree: dict, chosen: Mapping[str, str | None], origin: str) -> Iterator[tuple[str, dict]]:
-    """The parts of one file in the order in which they are laid over each other, each with a name for messages."""
-    yield origin, tree
-    blocks = [("", tree)]
+def _layers(
+    tree: dict, origin: str, problems: list[str], within: str, needs: dict[str, str]
+) -> Iterator[tuple[dict[str, str], str, dict]]:
+    """The sections of a file, and those in its profiles, tasks and experiments; mistakes are added to `problems`.
+
+    Yields the choices for which a layer counts, such as {"profile": "tiny"}, its name, and its values by dotted key.
+    """
+    values = dict(leaves({key: value for key, value in tree.items() if key not in _OVERLAYS}))
+    problems += [f"{within}{key} ({origin}): {_nearest(key)}" for key in values if key not in _SCHEMA]
+    yield needs, f"{within[:-1]} in {origin}" if within else origin, values
     for block, key in _OVERLAYS.items():
-        for prefix, source in list(blocks):
-            layer = _block(source, block).get(str(chosen[key]))
+        named = tree.get(block) or {}
+        if not isinstance(named, dict):
+            problems.append(f"{within}{block} ({origin}): must hold named sections, got {named!r}; {key}: chooses one")
+            named = {}
+        for name, layer in named.items():
+            where = f"{within}{block}.{name}"
             if isinstance(layer, dict):
-                where = f"{prefix}{block}.{chosen[key]}"
-                yield f"{where} in {origin}", layer
-                blocks.append((f"{where}.", layer))
-
-
-def _block(tree: dict, block: str) -> dict[str, Any]:
-    """The profiles, tasks or experiments of a file; {} where they are no mapping, as `_unknown_keys` tells."""
-    return tree[block] if isinstance(tree.get(block), dict) else {}
+                yield from _layers(layer, origin, problems, f"{where}.", {**needs, key: str(name)})
+            else:
+                problems.append(f"{where} ({origin}): must hold sections such as 'training:', got {layer!r}")
 
 
 def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:
@@ -516,21 +515,6 @@ def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal[
 
 
 # ---- Saying every mistake at once
-def _unknown_keys(tree: dict, origin: str, prefix: str = "") -> Iterator[str]:
-    """Unknown keys anywhere in a file, in the blocks that are not chosen as well."""
-    for key, _ in leaves({name: value for name, value in tree.items() if name not in _OVERLAYS}):
-        if key not in _SCHEMA:
-            yield f"{prefix}{key} ({origin}): {_nearest(key)}"
-    for block, chooser in _OVERLAYS.items():
-        if not isinstance(tree.get(block) or {}, dict):
-            yield f"{prefix}{block} ({origin}): must hold named sections, got {tree[block]!r}; {chooser}: chooses one"
-        for name, layer in _block(tree, block).items():
-            if isinstance(layer, dict):
-                yield from _unknown_keys(layer, origin, f"{prefix}{block}.{name}.")
-            else:
-                yield f"{prefix}{block}.{name} ({origin}): must hold sections such as 'training:', got {layer!r}"
-
-
 def _nearest(key: str) -> str:
     if inside := [known.split(".", 1)[1] for known in _SCHEMA if known.startswith(f"{key}.")]:
         return f"is a section with the keys {', '.join(inside)}, not a value"
@@ -541,14 +525,10 @@ def _nearest(key: str) -> str:
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"
 
 
-def _validated(sources: Sequence[tuple[str, dict]], chosen: dict, problems: list[str], root: Path) -> Config | None:
-    """The checked configuration of these files (name, contents); None where a mistake was added to `problems`."""
-    values: dict[str, tuple[Any, str]] = {}  # dotted key -> (value, the layer that set it)
-    for origin, tree in sources:
-        for where, layer in _layers(tree, chosen, origin):
-            values.update({key: (value, where) for key, value in leaves(layer) if key in _SCHEMA})
-    values.update({key: (value, "chosen by the notebook") for key, value in chosen.items()})
-    plain = {key: value for key, (value, _) in values.items()}
+def _validated(layers: Sequence[tuple[str, dict]], chosen: dict, problems: list[str], root: Path) -> Config | None:
+    """The checked configuration of these layers (name, values); None where a mistake was added to `problems`."""
+    plain = {key: value for _, layer in layers for key, value in layer.items() if key in _SCHEMA} | chosen
+    set_by = {key: name for name, layer in layers for key in layer}  # the last layer counts, here and above
     shared = scalers = None
     written, located = {}, {}
     try:
@@ -556,7 +536,7 @@ def _validated(sources: Sequence[tuple[str, dict]], chosen: dict, problems: list
         shared = find_shared(setting if isinstance(setting, str) else None, root)
         written, located = _paths(plain, root, shared.path, problems)
         own = located.get("data.scalers")
-        scalers = load_scalers(own and shared.to_read(own))
+        scalers = load_scalers(shared.to_read(own) if isinstance(own, str) else None)
     except (OSError, ValueError) as error:
         problems.append(f"{'data.scalers' if shared else 'paths.shared'}: {error}")
     extras = {"root": root, "shared": shared, "scalers": scalers, "written": written}
@@ -572,13 +552,13 @@ def _validated(sources: Sequence[tuple[str, dict]], chosen: dict, problems: list
             if known != key:  # it may be of several types, and the mistake in one of them is enough
                 told.add(known)
             item = "".join(f"[{part}]" for part in mistake["loc"] if isinstance(part, int))
-            where = f" ({values[known][1]})" if known in values else ""
+            where = f" ({set_by[known]})" if known in set_by else ""
             got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
             problems.append(f"{known}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
         return None
     for rules in (_of_frames, _of_model, _of_labels, _of_target):
         for keys, sentence in rules(config):
-            origins = dict.fromkeys(values[key][1] for key in keys.split(", ") if key in values)
+            origins = dict.fromkeys(set_by[key] for key in keys.split(", ") if key in set_by)
             problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
     return config
 
@@ -587,8 +567,6 @@ def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]
     """All settings that are paths: as written, but with {seed}, {synthetic} and {labels} filled in; and absolute."""
     names = {"{labels}": "paths.labels", "{released}": "paths.released"}
     names |= {"{synthetic}": "synthetic.folder", "{seed}": "synthetic.seed"}
-
-    written, located = {}, {}
 
     def fill_in(text: str) -> str:
         for name, source in names.items():
@@ -602,19 +580,17 @@ def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]
     def locate(text: str) -> str:
         return text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
 
+    def each_text(value: Any, change: Callable[[str], str]) -> Any:
+        if isinstance(value, dict):
+            return {name: each_text(item, change) for name, item in value.items()}
+        if isinstance(value, list):
+            return [each_text(item, change) for item in value]
+        return change(value) if isinstance(value, str) else value
+
+    written = {}
     for key in (key for key, marks in _SCHEMA.items() if PATH in marks and values.get(key) is not None):
-        written[key] = _each_text(values[key], fill_in)
-        located[key] = _each_text(written[key], locate)
-    return written, located
-
-
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A text, or a list or dict of texts, with each of them changed."""
-    if isinstance(value, dict):
-        return {key: _each_text(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_each_text(item, change) for item in value]
-    return change(value) if isinstance(value, str) else value
+        written[key] = each_text(values[key], fill_in)
+    return written, each_text(written, locate)
 
 
 # ---- Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
@@ -655,8 +631,9 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
         yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
     if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and own.numbers):
         yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
-    if own.window_hours and own.lead_minutes:
-        yield "labels.window_hours, labels.lead_minutes", "the window says how far ahead the events are: no lead"
+    if own.window_hours and (own.lead_minutes or own.spans_hours):
+        keys = "labels.window_hours, labels.lead_minutes, labels.spans_hours"
+        yield keys, "the window says how far ahead a label looks: leave the other two at 0"
     brings = isinstance(own.path, dict) or c.split.column or own.netcdf
     files = own.variable or own.reader
     for name in (name for name in SPLITS if not getattr(c.split, name) and (own.window_hours or not brings)):
@@ -670,8 +647,6 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
         yield "labels.transform, labels.kind", "event_at is in the unit of the file, so events need no logarithm: none"
     if own.aggregate == "any" and not own.window_hours:
         yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
-    if own.window_hours and own.spans_hours:
-        yield "labels.window_hours, labels.spans_hours", "the window says already how far a label looks ahead"
     if own.event_at is not None and isinstance(own.event_at, str) != (own.transform == "goes"):
         yield "labels.event_at, labels.transform", "a class such as M1.0 with transform: goes, else a number"
     if own.unit and not own.netcdf:

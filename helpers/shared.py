@@ -65,10 +65,10 @@ _announced: set[SharedFolder] = set()
 
 
 def find_shared(setting: str | None, root: Path) -> SharedFolder:
-    """Find the shared folder of this machine, and print once which one it is and why.
+    """Find the shared folder of this machine, the first of the choices below, and print once which it is and why.
 
-    The first of these counts: `setting` (`paths.shared` of the configuration; a relative path starts at `root`),
-    SURYA_SHARED, HF_HOME, /shared and ~/shared where they exist, your own cache.
+    Args:
+        setting: `paths.shared` of the configuration; a relative path starts at `root`.
 
     Raises:
         FileNotFoundError: `setting` or SURYA_SHARED names a folder whose parent does not exist.
@@ -199,8 +199,6 @@ def disk_errors(path: str | Path) -> Iterator[None]:
     """While inside, an error that comes from a full disk or quota becomes a DiskFullError about the disk of `path`."""
     try:
         yield
-    except DiskFullError:
-        raise
     except Exception as error:
         for cause in causes(error):
             if isinstance(cause, DiskFullError):

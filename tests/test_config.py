@@ -75,18 +75,19 @@ LAYERS = [
     "profiles: {tiny: {tasks: {flare: {training: {lr: 3.0}}}}}",
     "tasks: {flare: {training: {lr: 4.0}}}",
     "experiments: {finetune: {training: {lr: 5.0}}}",
+    "tasks: {flare: {experiments: {finetune: {profiles: {tiny: {training: {lr: 6.0}}}}}}}",
 ]
 
 
 @pytest.mark.parametrize("upto", range(1, len(LAYERS) + 1))
 def test_layers_of_a_file_lie_over_each_other_in_their_order(folder, upto):
-    """The order in the text must not matter: the layers are written upside down."""
+    """The order in the text must not matter, nor which block holds the other: the layers are written upside down."""
     tree = {"profile": "tiny", "task": "flare", "experiment": "finetune"}
     for layer in reversed(LAYERS[:upto]):
         _merge(tree, yaml.safe_load(layer))
     cfg = load_config(local(folder, yaml.safe_dump(tree, sort_keys=False)))
     # a task inside a profile is more special than the same task for all profiles
-    assert cfg.training.lr == {1: 1.0, 2: 2.0, 3: 3.0, 4: 3.0, 5: 5.0}[upto]
+    assert cfg.training.lr == {1: 1.0, 2: 2.0, 3: 3.0, 4: 3.0, 5: 5.0, 6: 6.0}[upto]
 
 
 def _merge(tree: dict, other: dict) -> None:
@@ -239,6 +240,8 @@ WRONG_TYPES = {
     "split.train": (["2014-01-01"],),
     "split.train[0]": ([2014, "2015-01-01"],),
     "labels.lead_minutes": (-60,),
+    "data.scalers": (5,),
+    "paths.shared": (5,),
 }
 
 
@@ -282,6 +285,7 @@ CONTRADICTIONS = [
     ),
     ({"lora.qkv": []}, "lora.targets, lora.qkv"),
     ({"labels.direction": "nearest"}, "labels.direction, labels.lead_minutes"),
+    ({"labels.window_hours": [0, 24]}, "labels.window_hours, labels.lead_minutes, labels.spans_hours"),
     ({"labels.path": None}, "labels.path, labels.value_columns"),
     ({"labels.value_columns": []}, "labels.path, labels.value_columns"),
     (IMAGE | {"labels.target_channels": []}, "labels.variable, labels.target_channels"),

@@ -151,13 +151,22 @@ def test_make_refuses_variables_that_no_target_knows(make, word):
     [
         ("raise command.Refusal('Not so.')", 1, "Not so.\n"),
         ("raise helpers.config.ConfigError('lr: too large')", 1, "lr: too large\n"),
+        (
+            "helpers.config.find_shared('/no/where', pathlib.Path('/'))",
+            1,
+            r"The shared folder /no/where \(.*own cache.\n",
+        ),
         ("raise KeyboardInterrupt", 130, "Interrupted.\n"),
         ("return 3", 3, ""),
         ("{}['x']", 1, "KeyError: 'x'\nWhere it happened stands in (.*)\n"),
+        ("helpers.config.load_scalers('none.yaml')", 1, "FileNotFoundError: .*none.yaml'\nWhere .* stands in (.*)\n"),
+        ("helpers.config.leaves(1).__next__()", 1, "AttributeError: 'int' .*\nWhere it happened stands in (.*)\n"),
     ],
 )
 def test_every_command_ends_in_a_sentence_and_a_code(line, code, told, tmp_path):
-    program = f"import helpers.config\nfrom helpers.tools import command\ndef main():\n    {line}\ncommand.run(main)"
+    program = (
+        f"import pathlib, helpers.config\nfrom helpers.tools import command\ndef main():\n    {line}\ncommand.run(main)"
+    )
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == code and not done.stderr

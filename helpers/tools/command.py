@@ -18,20 +18,19 @@ class Refusal(Exception):
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call a command and end the process.
+    """Call a command and end the process with what it returns, 130 after Ctrl-C, or 1 after an error.
 
-    An error of our own is a sentence already. Of any other, the person sees the message and the path of a log with the
-    traceback.
-
-    Exit codes: what `main` returns, 130 after Ctrl-C, 1 after an error.
+    An error that helpers/ raised is a sentence already. Any other one comes with the path of a log of its traceback.
     """
     try:
         sys.exit(main())
     except KeyboardInterrupt as interrupt:
-        print(interrupt if str(interrupt) else "Interrupted.")
+        print(str(interrupt) or "Interrupted.")
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, Refusal) or type(error).__module__.startswith("helpers."):
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        raised_here = Path(origin.filename).is_relative_to(ROOT / "helpers") and origin.line.startswith("raise ")
+        if raised_here or type(error).__module__.startswith("helpers."):  # also where another process raised it
             print(error)
         else:
             with tempfile.NamedTemporaryFile("w", prefix="surya-course-", suffix=".log", delete=False) as log:

@@ -36,7 +36,7 @@ def main(folder: str = "") -> int:
 
 
 def make_virtual_environment(folder: Path) -> int:
-    """Make `folder` a virtual environment of this Python, unless another process has just done so."""
+    """Make `folder` a virtual environment of this Python, unless it works already."""
     with contextlib.suppress(OSError):
         if subprocess.run([folder / "bin" / "python", "-m", "pip", "--version"], capture_output=True).returncode == 0:
             return 0
@@ -70,11 +70,7 @@ def install() -> int:
 
 
 def configure_git() -> None:
-    """Point the names in .gitattributes at this environment's nbstripout and nbdime, in this clone only.
-
-    The path is absolute, because all worktrees of a clone share these settings; a command that another environment of
-    this clone has set stays as long as its Python exists.
-    """
+    """Point the names in .gitattributes at this environment's nbstripout and nbdime, in this clone only."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return
     # what every kernel writes about itself; the name of the language stays
@@ -82,28 +78,23 @@ def configure_git() -> None:
     keys = " ".join(f"metadata.language_info.{key}" for key in about)
     # cells that ask to keep their output (`init_cell`, `keep_output`) get no exception
     outputs = "--strip-init-cells --drop-output-type stream display_data execute_result error"
-    commands = {
-        "filter.nbstripout.clean": f"-m nbstripout --keep-id --extra-keys '{keys}' {outputs}",
-        "diff.jupyternotebook.command": "-m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts
-        "merge.jupyternotebook.driver": "-m helpers.tools.merge_notebook %O %A %B %P",
-    }
-    wanted = {
+    python = shlex.quote(sys.executable)
+    percent = python.replace("%", "%%")  # git takes %O and the like for something to fill in, but not in a diff command
+    settings = {
+        "filter.nbstripout.clean": f"{percent} -m nbstripout --keep-id --extra-keys '{keys}' {outputs}",
         "filter.nbstripout.smudge": "cat",
         "filter.nbstripout.required": "false",
+        "diff.jupyternotebook.command": f"{python} -m nbdime.vcs.git.diffdriver diff -O -D",  # no outputs, no counts
         "merge.jupyternotebook.name": "cell by cell, with nbdime",
+        "merge.jupyternotebook.driver": f"{percent} -m helpers.tools.merge_notebook %O %A %B %P",
     }
-    listing = subprocess.run(["git", "config", "--local", "--list"], cwd=ROOT, capture_output=True, text=True).stdout
-    present = dict(line.partition("=")[::2] for line in listing.splitlines())
-    for name, rest in commands.items():
-        value = present.get(name, "")
-        python = Path((shlex.split(value) or [""])[0].replace("%%", "%"))
-        if not (value.endswith(f" {rest}") and python.is_absolute() and python.exists()):
-            # in the other two, git takes %O and the like for something to fill in
-            percent = "%" if name == "diff.jupyternotebook.command" else "%%"
-            wanted[name] = f"{shlex.quote(sys.executable).replace('%', percent)} {rest}"
-    for name, value in wanted.items():
-        if present.get(name) != value:
-            subprocess.run(["git", "config", "--local", name, value], cwd=ROOT, check=True)
+    for name, value in settings.items():
+        words, rest = ["git", "config", "--local", name], value.partition(" -m ")[2]
+        present = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.rstrip("\n")
+        if rest and present.endswith(f" -m {rest}") and Path(shlex.split(present)[0].replace("%%", "%")).exists():
+            continue  # of another environment, for a worktree of this clone: it stays as long as its Python exists
+        if present != value:
+            subprocess.run([*words, value], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":

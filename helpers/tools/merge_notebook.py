@@ -1,8 +1,7 @@
 """How git merges notebooks here: nbdime does it cell by cell, and cells that both sides added are all kept.
 
-git calls it as `python -m helpers.tools.merge_notebook BASE OURS THEIRS NAME` (see `environment.configure_git`). On its
-own, nbdime 4.0 reports a conflict, but marks none, where one side added cells beside a cell that the other changed; and
-it fails, and writes nothing, where both added cells at the same place.
+On its own, nbdime 4.0 reports a conflict, but marks none, where one side added cells beside a cell that the other
+changed; and it fails, and writes nothing, where both added cells at the same place.
 """
 
 import sys
@@ -18,7 +17,7 @@ from nbformat import NotebookNode
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the merge of three files into the second one, as git wants it; returns 1 if a conflict is marked in it."""
+    """Write the merge of BASE OURS THEIRS into OURS, as git wants it; returns 1 if a conflict is marked in it."""
     base, ours, theirs, name = argv
     try:
         given = [read_notebook(path, on_null="minimal", on_empty="minimal") for path in (base, ours, theirs)]

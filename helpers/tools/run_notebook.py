@@ -30,10 +30,9 @@ from helpers.training.tracking import STATE, claim_run, how_to_go_on
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Run one notebook of `root/notebooks`, with `root/config.yaml`; None as `argv` is the process's own command line.
+    """Run one notebook of `root/notebooks`, with `root/config.yaml`, and return the exit code of `run`.
 
-    Returns the exit code: 0, 1 if a cell failed, 130 after an interrupt. Raises Refusal or ConfigError where the
-    request makes no sense, and nothing was run.
+    Raises Refusal or ConfigError where the request makes no sense, and nothing was run.
     """
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.run_notebook", description=__doc__.split("\n")[0])
     parser.add_argument("notebook", nargs="?", default="", help="name of a notebook in notebooks/")
@@ -65,7 +64,10 @@ class ThisPython(AsyncKernelManager):
 
 
 def run(notebook: Path, folder: Path, parameters: dict[str, Any]) -> int:
-    """Execute `notebook` in this very Python and write it and its HTML into `folder`; returns the exit code."""
+    """Execute `notebook` in this very Python and write it and its HTML into `folder`.
+
+    Returns 0, 1 if a cell failed, or 130 after an interrupt.
+    """
     executed, html = folder / notebook.name, folder / f"{notebook.stem}.html"
     begin, code, message = time.monotonic(), 0, ""
 

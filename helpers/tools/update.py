@@ -24,11 +24,7 @@ Or go back to before the merge, as if nothing had happened:
 
 
 def main(remote: str) -> None:
-    """Fetch `remote` and merge its branch `main` into the branch you are on.
-
-    Raises:
-        Refusal: says why nothing was merged and what to do, or which conflicts are left.
-    """
+    """Fetch `remote` and merge its branch `main` into yours; Refusal says why not, or which conflicts are left."""
     if not (ROOT / ".git").exists():
         raise Refusal("This folder is no git clone (a downloaded ZIP?). Clone the template, and copy your files there.")
     stop_at_an_unfinished_merge()
@@ -42,7 +38,7 @@ def main(remote: str) -> None:
         print(f"Nothing new: your branch holds everything that {news} has.")
         return
     print(f"New in {news}:\n{commits}")
-    spare_executed_notebooks(names("diff", "--name-only", "--no-renames", f"HEAD...{news}"), before)
+    spare_executed_notebooks(news, before)
     try:
         # the template's branch alone: `git merge origin main` would also merge commits of your own main
         git("merge", "--quiet", "--no-edit", news)
@@ -55,9 +51,10 @@ def main(remote: str) -> None:
 
 def git(*words: str) -> str:
     """What git prints; a failure is a Refusal that quotes git, without the passwords and tokens of addresses."""
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+    command = ["git", "-c", "core.quotePath=false", *words]  # names as they are, in any script
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
-        return done.stdout.strip("\0\n")
+        return done.stdout.strip("\n")
     said = re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?']*)(?:\?[^\s']*)?", r"\1\2", (done.stderr or done.stdout).strip())
     if ".lock'" in said:
         advice = "Another git command is at work in this clone. Wait for it, then call `make update` again."
@@ -70,11 +67,6 @@ def git(*words: str) -> str:
     else:
         advice = "Your files are as they were."
     raise Refusal(f"`git {words[0]}` failed, and nothing was merged. Git says:\n{said}\n{advice}")
-
-
-def names(*words: str) -> set[str]:
-    """The file names that git lists."""
-    return set(git(*words, "-z").split("\0"))
 
 
 def stop_at_an_unfinished_merge() -> None:
@@ -91,14 +83,16 @@ def stop_at_an_unfinished_merge() -> None:
     raise Refusal(CONFLICT.format(files="\n".join(f"  {name}" for name in files), arguments=shlex.join(files)))
 
 
-def spare_executed_notebooks(touched: set[str], before: str) -> None:
+def spare_executed_notebooks(news: str, before: str) -> None:
     """Notebooks that were only executed are not in the way of a merge, and their outputs are kept in runs/.
 
     Git takes them for changed until it has looked at them through its filter, and writes them without outputs.
     """
-    for name in touched & names("ls-files") - names("diff", "--name-only"):
+    touched = git("diff", "--name-only", "--no-renames", f"HEAD...{news}", "--", "*.ipynb").splitlines()
+    changed = git("diff", "--name-only").splitlines()
+    for name in set(touched) & set(git("ls-files").splitlines()) - set(changed):
         path = ROOT / name
-        if path.suffix == ".ipynb" and '"output_type"' in path.read_text(encoding="utf-8"):
+        if '"output_type"' in path.read_text(encoding="utf-8"):
             copy = ROOT / "runs" / f"before-update-{before}" / path.name
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
