@@ -91,11 +91,8 @@ class Archive:
     def local_copy(self, url: str) -> Iterator[Path]:
         """The file at `url` on this disk: itself, or a whole download that is deleted afterwards.
 
-        Raises:
-            MissingFrameError: there is no such file.
-            FrameError: it may not be read, or could not be fetched in `retries` + 1 tries.
-            ArchiveError: the server cannot be reached at all, there are no credentials, or the folder is not there.
-            DiskFullError: no room for the download.
+        FrameError: it is not there, may not be read, or could not be fetched in `retries` + 1 tries. ArchiveError: no
+        file can be had, as there is no folder, no way to the server, or no credentials. DiskFullError: no room for it.
         """
         if "://" not in url:
             if not Path(url).is_file():
@@ -120,28 +117,26 @@ class Archive:
 
     def _download(self, url: str, path: Path) -> None:
         """Fetch the whole file once; what need not be tried again is a FrameError or an ArchiveError."""
-        try:
-            options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": NO_RETRIES}
-            filesystem, key = fsspec.core.url_to_fs(url, **options)
-            filesystem.retries = 1
-            size = filesystem.info(key, refresh=True)["size"]
-            with disk_errors(path.parent):
+        options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": NO_RETRIES}
+        with disk_errors(path.parent):
+            try:
+                filesystem, key = fsspec.core.url_to_fs(url, **options)
+                filesystem.retries = 1
+                size = filesystem.info(key, refresh=True)["size"]
                 filesystem.get_file(key, str(path))
-        except DiskFullError:
-            raise
-        except Exception as error:
-            for cause in causes(error):
-                if NO_SERVER.search(type(cause).__name__) or "bucket does not exist" in str(cause):
-                    raise ArchiveError(
-                        f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). Check "
-                        f"the network, and data.archive, data.endpoint_url and data.anonymous in the config; frames "
-                        f"that are built can be read without it."
-                    ) from error
-            if isinstance(error, FileNotFoundError):
-                raise MissingFrameError(f"there is no such file ({_first_line(error)})") from None
-            if isinstance(error, PermissionError):
-                raise FrameError(f"access denied ({_first_line(error)})") from None
-            raise
+            except Exception as error:
+                for cause in causes(error):
+                    if NO_SERVER.search(type(cause).__name__) or "bucket does not exist" in str(cause):
+                        raise ArchiveError(
+                            f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). "
+                            f"Check the network, and data.archive, data.endpoint_url and data.anonymous in the config; "
+                            f"frames that are built can be read without it."
+                        ) from error
+                if isinstance(error, FileNotFoundError):
+                    raise MissingFrameError(f"there is no such file ({_first_line(error)})") from None
+                if isinstance(error, PermissionError):
+                    raise FrameError(f"access denied ({_first_line(error)})") from None
+                raise
         if path.stat().st_size != size:
             raise OSError(f"{path.stat().st_size} of {size} bytes arrived")
 
@@ -153,10 +148,7 @@ def _first_line(error: BaseException) -> str:
 def read_index(path: str, archive: Archive) -> pd.Series:
     """The path of every present frame by its time (UTC), sorted, from a CSV that a folder or an S3 server has.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no columns path, timestep, present, a cell cannot be used, or one time has two paths.
-        ArchiveError: its server cannot be reached.
+    ValueError: it has no columns path, timestep, present, a cell cannot be used, or one time has two paths.
     """
     try:
         with archive.local_copy(path) as file:
@@ -179,8 +171,7 @@ def read_index(path: str, archive: Archive) -> pd.Series:
 def parse_times(column: pd.Series, where: str) -> pd.Series:
     """Whole dates in ISO format, with or without a time of day and a zone, as datetime64[s] in UTC (nearest second).
 
-    Raises:
-        ValueError: a cell is empty or no such time ("now", "2014.5", "2014-01"); names the row, and `where` that is.
+    ValueError: a cell is empty or no such time ("now", "2014.5", "2014-01"); names the row, and `where` that is.
     """
     text = column.astype("string").str.strip()
     times = pd.to_datetime(text.where(text.str.fullmatch(_TIME)), utc=True, format="ISO8601", errors="coerce")
@@ -226,17 +217,9 @@ def find_variable(file: h5py.File, name: str, kinds: str = "iufb") -> h5py.Datas
 
 
 def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int | None = None) -> np.ndarray:
-    """One image of a NetCDF4 file, as its attributes say it is to be understood.
+    """One square image of a NetCDF4 file, (H, W) or (1, H, W): (H, W) float32, row = y, as `read_values` gives it.
 
-    Args:
-        unit: as in `read_values`.
-        side: the number of pixels that height and width must have; None for any square.
-
-    Returns:
-        (H, W) float32, row = y, of an image (H, W) or (1, H, W); as `read_values` gives it.
-
-    Raises:
-        FrameError: there is no such variable in this very file, or it is not an image that can be understood.
+    FrameError: there is none in this very file, it cannot be understood, or is not `side` pixels high and wide.
     """
     variable = find_variable(file, name)
     shape = variable.shape or ()
@@ -252,8 +235,7 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
 def read_values(file: h5py.File, name: str, unit: str | None = None) -> np.ndarray:
     """The numbers of one variable, float32, unpacked; those that the file marks as missing are NaN.
 
-    Args:
-        unit: what the values are converted to (G, m/s, DN) or must be in; None takes them in the unit that they have.
+    They are converted to `unit` (G, m/s, DN), or must be in it; None takes them in the unit that they have.
     """
     variable = find_variable(file, name)
     attributes = variable.attrs
@@ -283,12 +265,11 @@ def read_times(file: h5py.File, name: str) -> np.ndarray:
             return parse_times(texts.rename(lambda number: number - 1), "the file").to_numpy()
         except ValueError as error:
             raise FrameError(str(error)) from None
-    attributes = {key: str(value) for key in ("units", "calendar") if (value := variable.attrs.get(key)) is not None}
-    if " since " not in attributes.get("units", ""):
-        raise FrameError(
-            f"{name} holds no times: neither texts nor numbers with units such as `hours since 2010-01-01`"
-        )
-    attributes |= {key: variable.attrs[key][0] for key in ("_FillValue",) if np.ndim(variable.attrs.get(key))}
+    keys = {"units", "calendar", "_FillValue"} & set(variable.attrs)
+    attributes = {key: np.ravel(variable.attrs[key])[0] for key in keys}
+    if " since " not in str(attributes.get("units")):
+        form = "neither texts nor numbers with units such as `hours since 2010-01-01`"
+        raise FrameError(f"{name} holds no times: {form}")
     import xarray as xr  # here, as only label files of this kind need it and it takes a quarter of a second
 
     times = pd.DatetimeIndex(xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"])

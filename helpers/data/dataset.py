@@ -9,6 +9,7 @@ import math
 import multiprocessing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from helpers.channels import denormalise, normalise, stack_scalers
 from helpers.config import Config, find_named
 from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
-from helpers.data.labels import FrameTarget, Labels, Plan, frame_times, plan_samples
+from helpers.data.labels import FrameTarget, Labels, Plan, plan_samples
 from helpers.shared import GB, download
 
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
@@ -33,21 +34,11 @@ class MaskTargets:
 
     def __init__(self, labels: Labels, samples: pd.DataFrame, side: int) -> None:
         self.paths, self.labels, self.side = labels.paths[samples["label"]], labels, side
-        self.memory: dict[str, Tensor] | None = None  # a dict: what was read stays there
 
     def read(self, row: int) -> Tensor:
         """(1, side, side) float32."""
-        path = self.paths[row]
-        if self.memory is None:
-            return self.reduced(row)
-        if path not in self.memory:
-            self.memory[path] = self.reduced(row)
-        return self.memory[path]
-
-    def reduced(self, row: int, how: str | None = None) -> Tensor:
-        """The image of a row, read anew, and reduced as `read_mask` does it; None: as the labels say."""
         own = self.labels
-        return read_mask(self.paths[row], own.variable, self.side, how or own.mask_reduce, own.reader)
+        return read_mask(self.paths[row], own.variable, self.side, own.mask_reduce, own.reader)
 
 
 class ChannelTargets:
@@ -69,17 +60,12 @@ class ChannelTargets:
 def read_mask(
     path: str, variable: str | None, side: int, how: str | None = "majority", reader: str | None = None
 ) -> Tensor:
-    """Read an image target, (1, side, side) float32.
+    """Read an image target, (1, side, side) float32; a FrameError names the file that cannot be used.
 
     A mask, which holds 0 and 1 (or 255) alone, is reduced to `side` as `how` says: `majority` (1 from one half up),
-    `any` (1 where one pixel is) or `mean` (the share of the pixels); one of shares from 0 to 1 is averaged.
-
-    Args:
-        how: None: the image is no mask; its values are averaged, and stay what they are.
-        reader: `module:function` that returns the image (H, W) of `path`, row 0 the south; None: NetCDF or HDF5.
-
-    Raises:
-        FrameError: the file or variable cannot be used; the message names the file.
+    `any` (1 where one pixel is) or `mean` (the share of the pixels); one of shares from 0 to 1 is averaged. With None
+    the image is no mask; its values are averaged, and stay what they are. `reader`, a `module:function`, returns the
+    image (H, W) of `path`, row 0 the south; without one it is NetCDF or HDF5.
     """
     try:
         if reader:
@@ -107,9 +93,8 @@ def read_mask(
                 f"labels.kind: image to learn the values themselves"
             )
     except FrameError as error:
-        raise FrameError(
-            f"The image label {path} cannot be used: {error}. See labels.path and labels.variable."
-        ) from None
+        where = "See labels.path and labels.variable"
+        raise FrameError(f"The image label {path} cannot be used: {error}. {where}.") from None
     if size > side:
         mask = avg_pool2d(mask[None, None], size // side)[0, 0]
         if binary and how != "mean":
@@ -122,13 +107,8 @@ class SolarDataset(Dataset):
 
     An item is a dict: `ts` (C, T, H, W) float32 normalised, channels as in `store.channels`, oldest frame first;
     `time_delta_input` (T,) hours relative to the sample; `target` (K,) in label units after the transform, or (C, H, W)
-    (masks: 0 to 1; frames: normalised); `timestamp` ISO text.
-
-    Args:
-        store: an opened store; its channels are the input.
-        labels: what to predict.
-        samples: one row a sample: `time`, and unless the target is a frame `label`, the row of its label.
-        offsets_minutes: of the input frames, relative to the time of the sample.
+    (masks: 0 to 1; frames: normalised); `timestamp` ISO text. `samples` has one row for each: `time`, and unless the
+    target is a frame `label`, the row of its label.
     """
 
     def __init__(
@@ -169,33 +149,23 @@ class SolarDataset(Dataset):
         moved = replace(self.labels, offset_minutes=minutes)
         return SolarDataset(self.store, moved, self.samples, self.offsets_minutes)
 
-    def keep_in_memory(self) -> None:
-        """Read all frames now, and mask files as they are asked for, and keep them."""
-        target = [self.labels.offset_minutes] if isinstance(self.labels, FrameTarget) else []
-        self.store.load(frame_times(self.samples["time"], [*self.offsets_minutes, *target]))
+    def keep_masks(self) -> None:
+        """Keep mask files in memory once they are read."""
         if isinstance(self._images, MaskTargets):
-            self._images.memory = {}
+            self._images.read = cache(self._images.read)
 
 
 @dataclass
 class Loaders:
-    """Batches of the three splits, and what is known of the targets from the training split alone.
+    """Batches of the three splits, and what is known of the targets from the training split alone."""
 
-    Attributes:
-        train, val, test: DataLoaders; training in a seeded random order, the others in the order of time.
-        target_mean: (K,) float32 mean of the training targets in label units; of images their mean image (C, H, W).
-        target_std: (K,) float32 deviation in label units; 1 for image targets.
-        target_span: largest minus smallest value of the training targets.
-        report: what was used and what was dropped, to print.
-    """
-
-    train: DataLoader
-    val: DataLoader
+    train: DataLoader  # in a seeded random order
+    val: DataLoader  # in the order of time
     test: DataLoader
-    target_mean: Tensor
-    target_std: Tensor
-    report: str
-    target_span: float = 1.0
+    target_mean: Tensor  # (K,) float32 mean of the training targets in label units; of images the mean image (C, H, W)
+    target_std: Tensor  # (K,) float32 deviation in label units; 1 for image targets
+    report: str  # what was used and what was dropped, to print
+    target_span: float = 1.0  # largest minus smallest value of the training targets
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -241,9 +211,7 @@ def make_datasets(plan: Plan, store: FrameStore, cfg: Config) -> dict[str, Solar
 def make_loaders(cfg: Config) -> Loaders:
     """Make loaders for the samples of train, validation and test whose frames are in the store.
 
-    Raises:
-        FileNotFoundError: no store yet (`make cache`), or no label file.
-        ValueError: splits too close, a store of another kind, unusable labels, or an empty split.
+    ValueError: splits too close, a store of another kind, unusable labels, or an empty split.
     """
     store = open_store(store_path(cfg), cfg.data.channels, cfg.data.reduce, cfg.data.native_size, cfg.scalers)
     built = store.times
@@ -256,11 +224,11 @@ def make_loaders(cfg: Config) -> Loaders:
                 f"(`make cache`), or correct the splits or section labels of the config."
             )
     sets = make_datasets(plan, store, cfg)
-    masks = sum(len(data) for data in sets.values() if data.targets is None) * store.side**2 * 4
-    in_memory = len(plan.frames) * store.frame_bytes + masks <= cfg.data.memory_cache_gb * GB
+    in_memory = len(plan.frames) * store.frame_bytes <= cfg.data.memory_cache_gb * GB
     if in_memory:
+        store.load(plan.frames)
         for data in sets.values():
-            data.keep_in_memory()
+            data.keep_masks()
     workers = 0 if in_memory else cfg.training.loader_workers
     loaders = {
         name: DataLoader(
@@ -271,7 +239,6 @@ def make_loaders(cfg: Config) -> Loaders:
             num_workers=workers,
             # not fork: a forked process inherits CUDA and the threads of zarr in a state that it cannot use
             multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
-            persistent_workers=False,  # Accelerate wraps the loaders anew at each pass: workers that stay would pile up
             pin_memory=torch.cuda.is_available(),
         )
         for name, data in sets.items()
@@ -300,8 +267,9 @@ def fingerprint(splits: Iterable[SolarDataset]) -> str:
 
 def lost_by_reducing(data: SolarDataset) -> str:
     """A warning for the report where a majority of pixels loses more than a fifth of what is inside of the masks."""
-    rows = _evenly_spaced(data)
-    before = sum(data._images.reduced(row, "mean").sum().item() for row in rows)
+    rows, own, side = _evenly_spaced(data), data.labels, data.store.side // data.labels.reduce
+    paths = own.paths[data.samples["label"].iloc[rows]]
+    before = sum(read_mask(path, own.variable, side, "mean", own.reader).sum().item() for path in paths)
     after = sum(data.target(row).sum().item() for row in rows)
     if after >= 0.8 * before:
         return ""

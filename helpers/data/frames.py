@@ -65,12 +65,8 @@ def reduce_frame(
 ) -> np.ndarray:
     """Read the channels of `codings` from one NetCDF file, averaged over squares of `reduce` pixels in physical values.
 
-    Returns:
-        (C, H / reduce, W / reduce) int16 codes of the signed-log values.
-
-    Raises:
-        FrameError: the file or an image cannot be used, is not `native_size` pixels wide and high, or has pixels that
-            are not numbers, have no code, or are all zero.
+    Returns (C, H / reduce, W / reduce) int16 codes of the signed-log values. What cannot be used is a FrameError, also
+    an image of another side than `native_size`, or one whose pixels are not numbers, have no code or are all zero.
     """
     frame = np.empty((len(codings), native_size // reduce, native_size // reduce), np.int16)
     with archives.open_netcdf(path) as file:
@@ -79,8 +75,8 @@ def reduce_frame(
             pooled = avg_pool2d(image[None, None], reduce)[0, 0].numpy()  # (H / reduce, W / reduce) physical
             low, high = pooled.min(), pooled.max()  # NaN when any pixel is
             if not np.isfinite(high - low):
-                share = 1 - np.isfinite(pooled).mean()
-                raise FrameError(f"{name} has pixels that are not numbers (NaN), in {share:.1%} of the image")
+                odd = 1 - np.isfinite(pooled).mean()
+                raise FrameError(f"{name} has pixels that are not numbers (NaN), in {odd:.1%} of the image")
             if low == high == 0:
                 raise FrameError(f"{name} is 0 {UNITS[name]} in every pixel")
             try:
@@ -100,13 +96,10 @@ def _row(when: Any) -> int:
 
 
 class FrameStore:
-    """A store opened for reading, some channels of it (`open_store`).
+    """A store opened for reading (`open_store`): `read` returns its `channels`, some of the `stored_channels`.
 
-    Attributes:
-        path, attributes: its folder, and what it says of itself.
-        stored_channels, channels: names of the channels in it, and of what `read` returns, in order.
-        scalers, codings: constants of the channels, and how the codes of each stored one are read, by name.
-        side, frame_bytes: of the reduced images in pixels; of one frame in memory, all channels in int16.
+    `attributes` are what it says of itself, `codings` how the codes of each stored channel are read, `side` that of its
+    images in pixels, and `frame_bytes` the size of a frame in memory, all channels in int16.
     """
 
     def __init__(self, path: Path, scalers: dict[str, Scaler]) -> None:
@@ -165,9 +158,7 @@ class FrameStore:
     def read(self, times: Iterable) -> Tensor:
         """The frames at these times in the chosen channels, (C, T, H, W) float32 normalised.
 
-        Raises:
-            KeyError: there is no frame at one of the times.
-            OSError: a frame is damaged.
+        KeyError: there is no frame at one of the times. OSError: one is damaged.
         """
         frames = [self._codes(when) for when in times]  # of each time, C planes of (H, W) int16
         # numpy asks for huge pages, torch does not: 3 times faster
@@ -204,9 +195,8 @@ class FrameStore:
         self._memory |= {_row(when): whole._codes(when) for when in times}
 
     def __repr__(self) -> str:
-        times, shape = self.times, f"{len(self.channels)} channels of {self.side} x {self.side} pixels"
-        span = f", {times[0]} to {times[-1]}" if len(times) else ""
-        return f"FrameStore({self.path}: {len(times)} frames, {shape} (reduced by {self.attributes['reduce']}){span})"
+        shape = f"{len(self.channels)} channels of {self.side} x {self.side} pixels"
+        return f"FrameStore({self.path}: {len(self.times)} frames, {shape}, reduced by {self.attributes['reduce']})"
 
 
 def _read_shard(path: Path, channels: int, side: int, chosen: Sequence[int]) -> list[np.ndarray]:
@@ -250,10 +240,7 @@ def open_store(
 ) -> FrameStore:
     """Open a store for reading the given channels, by name and in any order, once it is sure to be the right one.
 
-    Raises:
-        FileNotFoundError: there is no store.
-        ValueError: it is damaged or of another version, lacks a channel, or was built with another factor, side or
-            scale factor.
+    ValueError: it is damaged or of another version, lacks a channel, or was built with another factor, side or scale.
     """
     path, scalers = Path(path), scalers or physics.load_scalers()
     if not (path / "zarr.json").is_file():
@@ -378,10 +365,8 @@ def build_store(
     Any number of processes and people may build one store at once: each makes what is missing in an order of its own,
     and looks again before each frame.
 
-    Raises:
-        ValueError: a time is not in the calendar, or the store was built with other settings.
-        DiskFullError: too little space, before starting or on the way. Frames that are there stay.
-        ArchiveError: no frame can be fetched.
+    ValueError: a time is not in the calendar, or the store was built with other settings. DiskFullError: too little
+    space, before starting or on the way; frames that are there stay. ArchiveError: no frame can be fetched.
     """
     path, archive, report = Path(path), archive or Archive(), report or BuildReport(Path(path))
     if not (path / "zarr.json").is_file():
@@ -390,9 +375,8 @@ def build_store(
     remove_leftovers(path / "frames")
     remove_leftovers(path.parent, f".{path.name}.*")
     remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
-    wanted = {_row(when): np.datetime64(when, "s") for when in times}
-    there = {_row(when) for when in store.times}
-    lacking = [when for row, when in wanted.items() if row not in there]
+    wanted = {START + _row(when) * CADENCE for when in times}
+    lacking = list(wanted - set(store.times))
     random.shuffle(lacking)
     report.already += len(wanted) - len(lacking)
     if lacking:
@@ -402,18 +386,18 @@ def build_store(
         urls = [archive.url(when) for when in lacking]
         # after an error in one of them, `map` begins no other
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
-        bar, size = tqdm(made, "frames", len(lacking), unit="frame", disable=not progress), file_size(native_size)
-        for number, (when, url, outcome) in enumerate(zip(lacking, urls, bar, strict=True), 1):
-            speed = number * size / 1e6 / (time.perf_counter() - started)
-            bar.set_postfix_str(f"about {speed:.0f} MB/s", refresh=False)
-            report.built += outcome is True
-            report.already += outcome is False
-            if isinstance(outcome, FrameError):
-                report.lost.add(when)
-                if isinstance(outcome, MissingFrameError):
-                    report.missing += 1
-                else:
-                    report.unreadable[url] = str(outcome)
+        each_mb = max(1, round(file_gb(native_size) * 1000))
+        bar = tqdm(made, f"{len(lacking)} frames", len(lacking), unit="MB", unit_scale=each_mb, disable=not progress)
+        for when, url, outcome in zip(lacking, urls, bar, strict=True):
+            if not isinstance(outcome, FrameError):
+                report.built += outcome
+                report.already += not outcome
+                continue
+            report.lost.add(when)
+            if isinstance(outcome, MissingFrameError):
+                report.missing += 1
+            else:
+                report.unreadable[url] = str(outcome)
     report.seconds += time.perf_counter() - started
     return report
 
@@ -436,9 +420,9 @@ def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: s
     return True
 
 
-def file_size(native_size: int) -> float:
-    """Bytes of a file of the archive, about."""
-    return len(CHANNELS) * native_size**2 * FILE_BYTES
+def file_gb(native_size: int) -> float:
+    """Size of a file of the archive, about."""
+    return len(CHANNELS) * native_size**2 * FILE_BYTES / GB
 
 
 def channels_needed(cfg: Config) -> tuple[str, ...]:
@@ -450,8 +434,8 @@ def channels_needed(cfg: Config) -> tuple[str, ...]:
 def store_path(cfg: Config) -> Path:
     """Where the frames of this configuration are: `data.store` itself if it ends in .zarr, else a store in it.
 
-    That is one of exactly the channels that are needed, or of all 13 if such a one is there and the other is not. With
-    data.private_cache a store of your own counts first, if there is one.
+    That has exactly the channels that are needed, or all 13 if only such a one is there; with data.private_cache a
+    store of your own counts first.
     """
     data, needed, folder = cfg.data, channels_needed(cfg), Path(cfg.data.store)
     if folder.suffix == ".zarr":
@@ -491,13 +475,11 @@ def prepare_store(
 
     Args:
         times: of the frames to build; None for those of the samples of the three splits.
-        executor: as in `build_store`.
         plan_only: build nothing; `samples` and `needs` of the report say what would be.
         again: look also for the frames that an earlier call could not make, as `make cache` does.
 
-    Raises:
-        PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
-        ValueError: there is no sample, or more would be read than data.ask_above_gb.
+    PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
+    ValueError: there is no sample, or more would be read than data.ask_above_gb.
     """
     data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
     labels, report, there = labels_of(cfg) if times is None else None, BuildReport(path), np.array([], "datetime64[s]")
@@ -526,23 +508,18 @@ def prepare_store(
         wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
         lacking = np.setdiff1d(wanted, there)
         report.already = len(wanted) - len(lacking) - report.built
-        read_each = file_size(data.native_size) / GB
-        read_gb = len(lacking) * read_each
-        store_gb = len(lacking) * len(channels) * data.image_size**2 * 2 * COMPRESSED / GB
+        each_gb, stored = file_gb(data.native_size), 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
         report.needs = (
             f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
-            f"to build: {len(lacking)} frames; {read_gb:.1f} GB to read, {store_gb:.2f} GB to store "
-            f"({free_space(path) / GB:.1f} GB free)"
+            f"to build: {len(lacking)} frames; {len(lacking) * each_gb:.1f} GB to read, {len(lacking) * stored:.2f} GB "
+            f"to store ({free_space(path) / GB:.1f} GB free)"
         )
         if speed := history["seconds a frame"]:
             report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
-        if plan_only and times is None:
-            limits = dict.fromkeys(("max_train_samples", "max_val_samples", "max_test_samples"))
-            whole = cfg.model_copy(update={"training": cfg.training.model_copy(update=limits)})
-            count = len(plan_samples(whole, archive.may_have, labels).frames)
-            report.needs += (
-                f"\nall samples, without training.max_..._samples: {count} frames, {count * read_each:.0f} GB to read"
-            )
+        if times is None:
+            count = report.samples.frames_without_maximum
+            whole = f"{count} frames, {count * each_gb:.0f} GB to read"
+            report.needs += f"\nall samples, without training.max_..._samples: {whole}"
         if plan_only or exists and not len(lacking):
             return report
         plan = f"{report.samples or ''}\n{report.needs}\n".lstrip()
@@ -555,7 +532,7 @@ def prepare_store(
                 f"frames with `make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds a "
                 f"store of your own instead, of all {len(wanted)} frames."
             )
-        if read_gb > data.ask_above_gb:
+        if len(lacking) * each_gb > data.ask_above_gb:
             raise ValueError(
                 f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
                 f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."

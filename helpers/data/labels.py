@@ -5,6 +5,7 @@ t + offsets. What finds no partner is dropped and counted. A plan needs no frame
 """
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,28 +40,17 @@ GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie evenly in [0, 1) how
 # ---- Reading
 @dataclass(frozen=True)
 class Labels:
-    """Labels at times: numbers, or the paths of mask files, and what was left out of the file.
+    """Labels at times: numbers, or the paths of mask files, and how these are read (as the configuration says it)."""
 
-    Attributes:
-        times: (N,) datetime64[s] in UTC, sorted, each once.
-        values: (N, K) float64 in label units after the transform; (N, 0) for masks.
-        paths: (N,) mask files, or None for numbers.
-        variable, reader, mask_reduce: how mask files are read, as in the section `labels` of the configuration; images
-            have no mask_reduce.
-        reduce: whole factor by which the masks are smaller than the input.
-        dropped: why and how many rows of the file were left out.
-        splits: (N,) train, val or test where the labels bring their own splits, else None.
-    """
-
-    times: np.ndarray
-    values: np.ndarray
-    paths: np.ndarray | None = None
+    times: np.ndarray  # (N,) datetime64[s] in UTC, sorted, each once
+    values: np.ndarray  # (N, K) float64 in label units after the transform; (N, 0) for masks
+    paths: np.ndarray | None = None  # (N,) mask files; None for numbers
     variable: str | None = None
-    reduce: int = 1
-    dropped: dict[str, int] = field(default_factory=dict)
-    splits: np.ndarray | None = None
+    reduce: int = 1  # whole factor by which the masks are smaller than the input
+    dropped: dict[str, int] = field(default_factory=dict)  # why, and how many rows of the file were left out
+    splits: np.ndarray | None = None  # (N,) train, val or test where the labels bring their own splits
     reader: str | None = None
-    mask_reduce: str | None = "majority"
+    mask_reduce: str | None = "majority"  # None for images that are no masks
 
     def __len__(self) -> int:
         return len(self.times)
@@ -68,14 +58,11 @@ class Labels:
 
 @dataclass(frozen=True)
 class FrameTarget:
-    """Targets taken from the frames themselves: these channels at sample time + offset, normalised.
-
-    With a `reduce` above 1 they are averaged over squares of so many pixels, in physical values.
-    """
+    """Targets taken from the frames themselves: these channels at sample time + offset, normalised."""
 
     channels: tuple[str, ...]
     offset_minutes: int = 0
-    reduce: int = 1
+    reduce: int = 1  # side of the squares of pixels that are averaged, in physical values
 
 
 def labels_of(cfg: Config) -> Labels | FrameTarget:
@@ -106,22 +93,9 @@ def load_labels(
 ) -> Labels:
     """Read labels from one file: a CSV with one row a time, or a NetCDF or HDF5 file with times and vectors.
 
-    Args:
-        time_column: the column of the times, or those of date and time; in a NetCDF file the variable.
-        value_columns: the columns to predict (`label_*` for all that begin so), or variables (N,) or (N, K); with
-            `variable` the files named in the column `path` or `file_path` are read instead.
-        transform: none, log10, or goes (class strings such as M2.5 to log10 of the flux in W/m^2).
-        variable: the variable of the mask files (relative paths start at the folder of the CSV).
-        reduce: whole factor by which the masks are smaller than the input.
-        others: more keys of the section `labels` of the configuration, such as fill_values.
-
-    Returns:
-        The labels; rows without a usable value are counted in `dropped`; times are converted to UTC.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, a column is missing, a cell is neither a time nor a value, a number is known to
-            stand for no value, or one time has two different values.
+    The arguments are keys of the section `labels` in config.yaml, where each is explained; `others` are more of them,
+    such as fill_values. In a NetCDF file the columns are variables, of values (N,) or (N, K). Rows without a usable
+    value are counted in `dropped`. A ValueError names the column, or the row, that cannot be used.
     """
     rules = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, when_none=None)
     rules |= dict(reader=None, mask_reduce="majority", window_hours=None, aggregate="max", time_column=time_column)
@@ -152,10 +126,8 @@ def read_table(
 ) -> pd.DataFrame:
     """One label file, a row a label: `time`, `split`, `path` of masks; numbers, `column NAME`, in the unit of the file.
 
-    Args:
-        rules: the section `labels` of the configuration.
-        dropped: why and how many rows were left out is added here.
-        address: where the file came from, to which the paths of masks are relative; None: `path`.
+    `rules` are the section `labels` of the configuration; what is left out is counted in `dropped`. Paths of masks are
+    relative to the `address` from which the file came.
     """
     address = str(address or path)
     where = f"the label file {address}"
@@ -189,12 +161,10 @@ def read_table(
     if rules.kind not in ("scalar", "event"):
         folder = address.rpartition("/")[0] if "://" in address else path.parent
         names = cells[columns[0]] if columns else table["time"].astype(str)
-        join = (lambda name: f"{folder}/{name}") if "://" in address else (lambda name: str(Path(folder, name)))
-        return table.assign(path=[join(name) if name and columns else name for name in names])
-    read = _goes if rules.transform == "goes" else _numbers
+        return table.assign(path=[os.path.join(folder, name) if name and columns else name for name in names])
     none = "A0.1" if rules.kind == "event" and not rules.window_hours else None  # FQ is no event, not a missing row
     quiet = none if rules.when_none is None else rules.when_none
-    values = np.column_stack([read(cells[name], where, quiet) for name in columns])
+    values = np.column_stack([_numbers(cells[name], where, rules.transform, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
 
@@ -249,10 +219,10 @@ def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter
     filled = np.isin(values, np.float32(rules.fill_values)).any(axis=1)
     dropped["label is a fill value"] += int(filled.sum())
     for row, column in np.argwhere(np.isin(values, np.float32(KNOWN_FILLS)) & ~filled[:, None])[:1]:
+        found = f"{values[row, column]:.7g} in its {numbers.columns[column]}"
+        mend = "Name it in labels.fill_values to leave such rows out"
         raise ValueError(
-            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its "
-            f"{numbers.columns[column]}, which usually stands for no value. Name it in labels.fill_values to leave "
-            f"such rows out."
+            f"Row {table.index[row] + 2} of {where} has {found}, which usually stands for no value. {mend}."
         )
     return table[~filled]
 
@@ -264,7 +234,7 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
     reason = "empty"
     if rules.kind == "event" and not rules.window_hours:
         if rules.event_at is not None:
-            values = np.where(np.isnan(values), np.nan, values >= _event_level(rules))
+            values = np.where(np.isnan(values), np.nan, values >= _setting(rules, "event_at", null=-np.inf))
         if not np.isin(values[np.isfinite(values)], (0, 1)).all():
             raise ValueError(
                 f"{where} holds other numbers than 0 and 1 in {', '.join(rules.value_columns)}. Set labels.event_at to "
@@ -308,35 +278,26 @@ def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) 
 def _refuse(wrong: np.ndarray, column: pd.Series, where: str, what: str) -> None:
     """ValueError with the first row and cell of a column that is wrong, if there is one."""
     for row in np.flatnonzero(wrong)[:1]:
-        raise ValueError(
-            f'Row {column.index[row] + 2} of {where} has "{column.iloc[row]}" in its column {column.name}, {what}'
-        )
+        found = f'"{column.iloc[row]}" in its column {column.name}'
+        raise ValueError(f"Row {column.index[row] + 2} of {where} has {found}, {what}")
 
 
-def _numbers(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray:
-    """Cells as float64; empty ones are NaN."""
-    numbers = pd.to_numeric(column, errors="coerce").to_numpy(float)
-    wrong = np.isnan(numbers)
-    wrong[wrong] = ~column[wrong].str.upper().isin(EMPTY).to_numpy()
-    _refuse(
-        wrong | (np.abs(numbers) > LARGEST_NUMBER), column, where, f"which is not a number below {LARGEST_NUMBER:.1e}. "
-        f"Correct the row; for flare classes such as M2.5 set labels.transform: goes.",
-    )  # fmt: skip
-    return numbers
-
-
-def _goes(column: pd.Series, where: str, when_none: Any = None) -> np.ndarray:
-    """Flux in W/m^2; NaN for empty cells, and for those of QUIET, unless `when_none` says what class that is."""
+def _numbers(column: pd.Series, where: str, transform: str, when_none: Any = None) -> np.ndarray:
+    """Cells as float64, NaN where empty; of GOES classes the flux in W/m^2, NaN for QUIET unless `when_none` is one."""
     cells = column.str.upper()
-    cells = cells if when_none is None else cells.replace(dict.fromkeys(QUIET, str(when_none).upper()))
-    parts = cells.str.extract(r"^([ABCMX])(\d+(?:\.\d*)?)$")
-    flux = parts[0].map(GOES_CLASSES).to_numpy(float) * parts[1].to_numpy(float)
-    quiet = cells.isin((*QUIET, *EMPTY)).to_numpy()
-    _refuse(
-        ~(flux > 0) & ~quiet, column, where, "which is no GOES class. Write a letter of A B C M X and a number, for "
-        "example M2.5, or leave it empty where there is no flux.",
-    )  # fmt: skip
-    return np.where(quiet, np.nan, flux)
+    if transform == "goes":
+        cells = cells if when_none is None else cells.replace(dict.fromkeys(QUIET, str(when_none).upper()))
+        parts = cells.str.extract(r"^([ABCMX])(\d+(?:\.\d*)?)$")
+        numbers = parts[0].map(GOES_CLASSES).to_numpy(float) * parts[1].to_numpy(float)
+        usable, empty = numbers > 0, (*QUIET, *EMPTY)
+        form = "no GOES class. Write a letter of A B C M X and a number, or leave it empty where there is no flux."
+    else:
+        numbers = pd.to_numeric(column, errors="coerce").to_numpy(float)
+        usable, empty = np.abs(numbers) <= LARGEST_NUMBER, EMPTY
+        form = f"not a number below {LARGEST_NUMBER:.1e}; for flare classes such as M2.5 set labels.transform: goes."
+    without = cells.isin(empty).to_numpy()
+    _refuse(~usable & ~without, column, where, f"which is {form}")
+    return np.where(without, np.nan, numbers)
 
 
 def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -> pd.DataFrame:
@@ -345,31 +306,26 @@ def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -
     That is the largest value, or with `labels.aggregate: any` 1 or 0. A window that reaches beyond the first or the
     last event of the list is left out and counted, because nobody knows what happened there.
     """
-    own, where = cfg.labels, "the config"
-    read = _goes if own.transform == "goes" else _numbers
-    columns = list(events.columns.drop(["time", "split"]))
+    own, columns, times = cfg.labels, list(events.columns.drop(["time", "split"])), sample_grid(cfg)
     dropped["event without a value"] += len(events) - len(events := events.dropna(subset=columns).sort_values("time"))
     starts, values = events["time"].to_numpy("datetime64[s]"), events[columns].to_numpy()
-    times = sample_grid(cfg)
     begin, end = (times + np.timedelta64(round(3600 * hours), "s") for hours in own.window_hours)
     earliest, latest = starts[[0, -1]] if len(starts) else np.array(ANY_TIME[::-1], "datetime64[s]")
     known = (begin >= earliest) & (end <= latest)
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
-    none = np.full(len(columns), np.nan)
-    if own.when_none is not None:
-        none[:] = read(pd.Series([str(own.when_none)], name="when_none"), where)
+    none = np.full(len(columns), _setting(own, "when_none", null=np.nan))
     found = np.array([values[a:b].max(axis=0) if b > a else none for a, b in zip(first, last, strict=True)])
     if own.aggregate == "any" or own.kind == "event":
-        found = ((found >= _event_level(own)) & (last > first)[:, None]).astype(float)
+        found = ((found >= _setting(own, "event_at", null=-np.inf)) & (last > first)[:, None]).astype(float)
     return pd.DataFrame(found[known]).assign(time=times[known], split="")
 
 
-def _event_level(rules: Any) -> float:
-    """`labels.event_at` in the unit of the file."""
-    read = _goes if rules.transform == "goes" else _numbers
-    given = pd.Series(["" if rules.event_at is None else str(rules.event_at)], name="event_at")
-    return np.nan_to_num(read(given, "the config"), nan=-np.inf)[0]
+def _setting(rules: Any, key: str, null: float) -> float:
+    """`event_at` or `when_none` of the section `labels`, in the unit of the file; `null` where it names no value."""
+    given = getattr(rules, key)
+    cell = pd.Series(["" if given is None else str(given)], name=key)
+    return np.nan_to_num(_numbers(cell, "the config", rules.transform), nan=null)[0]
 
 
 def num_outputs(cfg: Config) -> int:
@@ -382,24 +338,16 @@ def num_outputs(cfg: Config) -> int:
 # ---- Planning
 @dataclass(frozen=True)
 class Plan:
-    """The samples of a configuration, split by split.
-
-    Attributes:
-        labels: what is predicted.
-        offsets_minutes: of the frames that a sample reads, relative to its time; the target frame included.
-        samples: of each split, one row a sample in the order of time: `time`, and for labels `label`, its row there,
-            and `label_time`.
-        candidates: how many samples of each split there would be if no frame lacked and there were no maximum.
-        dropped: of each split, why and how many candidates were left out.
-        unmatched: why and how many labels belong to no frame time.
-    """
+    """The samples of a configuration; dictionaries of them are by split."""
 
     labels: Labels | FrameTarget
-    offsets_minutes: tuple[int, ...]
+    offsets_minutes: tuple[int, ...]  # of the frames that a sample reads, relative to its time; the target's included
+    # one row a sample in the order of time: `time`, and for labels `label`, its row there, and `label_time`
     samples: dict[str, pd.DataFrame]
-    candidates: dict[str, int]
-    dropped: dict[str, dict[str, int]]
-    unmatched: dict[str, int]
+    candidates: dict[str, int]  # samples that there would be if no frame lacked and there were no maximum
+    dropped: dict[str, dict[str, int]]  # why, and how many candidates were left out
+    unmatched: dict[str, int]  # why, and how many labels belong to no frame time
+    frames_without_maximum: int  # how many frames all candidates would read, of those that can be had
 
     @property
     def frames(self) -> np.ndarray:
@@ -434,67 +382,66 @@ def plan_samples(
     """Find the samples of a configuration: match labels and frame times, apply splits and the maxima of `training`.
 
     With a maximum, the candidates of a split are taken in one seeded order, and those that lack a frame are skipped. So
-    a smaller subset lies within a larger one, and which frames are built already changes nothing.
+    a smaller subset lies within a larger one, and which frames are built already changes nothing. `usable` says which
+    frames of these times, (N,) datetime64[s], can be had, (N,) bool; None: all.
 
-    Args:
-        usable: which frames of these times, (N,) datetime64[s], can be had, (N,) bool; None: all.
-        labels: None for those of the configuration.
-
-    Raises:
-        FileNotFoundError: there is no label file.
-        ValueError: unusable labels, or windows of two splits that are too close.
+    ValueError: unusable labels, or windows of two splits that are too close.
     """
     labels = labels_of(cfg) if labels is None else labels
-    offsets, unmatched, window = list(cfg.data.offsets_minutes), {}, sample_window(cfg)
-    published = None if isinstance(labels, FrameTarget) else labels.splits
-    if published is None:
-        for name in (name for name in SPLITS if not cfg.split.periods(name)):
-            raise ValueError(
-                f"{cfg.labels.path} brings no splits of its own: split.{name} in the config needs its period."
-            )
-        check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, cfg.split.guard_hours)
+    offsets, window, guard = list(cfg.data.offsets_minutes), sample_window(cfg), cfg.split.guard_hours
     if isinstance(labels, FrameTarget):
         offsets.append(labels.offset_minutes)
-        table = pd.DataFrame({"time": sample_grid(cfg)})
+        table, unmatched, published = pd.DataFrame({"time": sample_grid(cfg)}), {}, None
     else:
         rules = cfg.labels.lead_minutes, cfg.labels.direction, cfg.labels.tolerance_minutes
         table, unmatched = match(labels, *rules, cfg.data.cadence_minutes)
-    offsets = tuple(sorted(set(offsets)))
-    times = table["time"].to_numpy()
-    inside = {name: np.zeros(len(table), bool) for name in SPLITS}
+        published = None if labels.splits is None else labels.splits[table["label"]]
+    if published is None:
+        for name in (name for name in SPLITS if not cfg.split.periods(name)):
+            missing = f"split.{name} in the config needs its period"
+            raise ValueError(f"{cfg.labels.path} brings no splits of its own: {missing}.")
+        check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, guard)
+    times, split = table["time"].to_numpy(), np.full(len(table), "", object)
     for name in SPLITS:
         for start, end in cfg.split.periods(name) or [ANY_TIME]:
-            inside[name] |= (times >= np.datetime64(start, "s")) & (times < np.datetime64(end, "s"))
-        if published is not None:
-            inside[name] &= published[table["label"]] == name
-    near = {name: np.zeros(len(table), bool) for name in SPLITS}
+            inside = (times >= np.datetime64(start, "s")) & (times < np.datetime64(end, "s"))
+            split[inside if published is None else inside & (published == name)] = name
+    table, times, split = table[split != ""], times[split != ""], split[split != ""]
+    near = np.zeros(len(table), bool)
     if published is not None:
-        near = _near_a_later_split(times, inside, window, cfg.split.guard_hours)
+        reach = (window[1] - window[0] + pd.Timedelta(guard, "h")).to_timedelta64()
+        changes = np.r_[True, split[1:] != split[:-1]][: len(split)]
+        begins = np.r_[times[changes], np.datetime64(ANY_TIME[1], "s")]  # when the next samples of another split do
+        near = begins[changes.cumsum()] - times < reach
+    offsets = tuple(sorted(set(offsets)))
+    complete = np.ones(len(table), bool)
+    if usable and len(table):
+        frames = frame_times(table["time"], offsets)
+        there = frames[usable(frames)]
+        for minutes in offsets:
+            complete &= np.isin(times + np.timedelta64(minutes, "m"), there)
     samples, candidates, dropped = {}, {}, {}
     for name in SPLITS:
-        rows = table[inside[name] & ~near[name]]
-        complete = np.ones(len(rows), bool)
-        if usable and len(rows):
-            frames = frame_times(rows["time"], offsets)
-            there = frames[usable(frames)]
-            for minutes in offsets:
-                complete &= np.isin(rows["time"].to_numpy() + np.timedelta64(minutes, "m"), there)
-        values = np.zeros((len(rows), 1)) if isinstance(labels, FrameTarget) else labels.values[rows["label"]]
-        # runs of other seeds are judged on the same samples
-        order = spread_out(values, cfg.seed) if name == "train" else spread_out(values[:, :0], 0)
+        mine = (split == name) & ~near
+        rows, whole = table[mine], complete[mine]
+        # only training may look at its labels, and runs of other seeds are judged on the same samples
+        by_label = name == "train" and isinstance(labels, Labels)
+        values = labels.values[rows["label"]] if by_label else np.zeros((len(rows), 0))
+        order = spread_out(values, cfg.seed if name == "train" else 0)
         most = getattr(cfg.training, f"max_{name}_samples") or len(rows)
-        last = np.searchsorted(complete[order].cumsum(), most)  # where in this order the maximum is reached
+        last = np.searchsorted(whole[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]
-        samples[name] = rows.iloc[np.sort(looked_at[complete[looked_at]])].reset_index(drop=True)
+        samples[name] = rows.iloc[np.sort(looked_at[whole[looked_at]])].reset_index(drop=True)
         reasons = {
-            f"without a frame at {' or '.join(map(str, offsets))} min": int((~complete[looked_at]).sum()),
-            f"whose window, with {cfg.split.guard_hours:g} h of guard, reaches into that of a later split": int(
-                (inside[name] & near[name]).sum()
+            f"without a frame at {' or '.join(map(str, offsets))} min": int((~whole[looked_at]).sum()),
+            f"whose window, with {guard:g} h of guard, reaches into that of a later split": int(
+                (near & (split == name)).sum()
             ),
         }
         dropped[name] = {reason: count for reason, count in reasons.items() if count}
-        candidates[name] = int(inside[name].sum())
-    return Plan(labels, offsets, samples, candidates, dropped, unmatched)
+        candidates[name] = int((split == name).sum())
+    without_maximum = len(frame_times(table["time"][complete & ~near], offsets))
+    return Plan(labels, offsets, samples, candidates, dropped, unmatched, without_maximum)
 
 
 def spread_out(values: np.ndarray, seed: int) -> np.ndarray:
@@ -514,27 +461,12 @@ def sample_grid(cfg: Config) -> np.ndarray:
     return np.unique(np.concatenate(within).astype("datetime64[s]"))
 
 
-def _near_a_later_split(
-    times: np.ndarray, inside: dict[str, np.ndarray], window: tuple[pd.Timedelta, pd.Timedelta], guard_hours: float
-) -> dict[str, np.ndarray]:
-    """Samples whose window ends less than the guard before that of a later sample of another split begins."""
-    reach = (window[1] - window[0] + pd.Timedelta(guard_hours, "h")).to_timedelta64()
-    near = {}
-    for name, own in inside.items():
-        others = np.r_[times[~own & np.logical_or.reduce(list(inside.values()))], np.datetime64(ANY_TIME[1], "s")]
-        later = np.minimum(np.searchsorted(others, times, side="right"), len(others) - 1)
-        near[name] = own & (others[later] - times < reach)
-    return near
-
-
 def match(
     labels: Labels, lead_minutes: int, direction: str, tolerance_minutes: int, cadence_minutes: int
 ) -> tuple[pd.DataFrame, dict[str, int]]:
     """Give each label the frame time t, a multiple of the cadence, that is nearest to its own time minus the lead.
 
-    Args:
-        direction: forward: the label is at or after t + lead (causal); backward: at or before it; nearest: either.
-        tolerance_minutes: how far the label may be from t + lead.
+    The label may be `tolerance_minutes` from t + lead: `forward` after it (causal), `backward` before it, or `nearest`.
 
     Returns:
         One row a sample, in the order of time: `time`, `label` (its row in the labels), `label_time`; and why and how
@@ -544,12 +476,12 @@ def match(
     step = 60 * cadence_minutes
     ahead = {"forward": 0, "nearest": step // 2, "backward": step - 1}[direction]
     frame = (wanted + ahead) // step * step
-    off = np.abs(wanted - frame)
     table = pd.DataFrame(
-        {"time": frame.astype("datetime64[s]"), "label": np.arange(len(labels)), "label_time": labels.times}
+        {"time": frame.astype("datetime64[s]"), "label": range(len(labels)), "label_time": labels.times}
     )
-    near = off <= 60 * tolerance_minutes
-    table = table.assign(off=off)[near].sort_values(["time", "off"], kind="stable")
+    table["off"] = np.abs(wanted - frame)
+    near = table["off"] <= 60 * tolerance_minutes
+    table = table[near].sort_values(["time", "off"], kind="stable")
     twice = table["time"].duplicated()
     unmatched = {
         f"no frame time ({direction}) within {tolerance_minutes} min": int((~near).sum()),
@@ -577,21 +509,16 @@ def check_splits(
     window: tuple[pd.Timedelta, pd.Timedelta],
     guard_hours: float,
 ) -> None:
-    """Raise ValueError when windows of two splits overlap or come closer than the guard: that leaks the answers.
-
-    Args:
-        splits: of each split its first and end time, or a list of these.
-    """
-    before, after = window
+    """Raise ValueError when windows of two splits overlap or come closer than the guard: that leaks the answers."""
     periods = [(name, period) for name, given in splits.items() for period in periods_of(given)]
-    spans = sorted((pd.Timestamp(a) + before, pd.Timestamp(b) + after, name) for name, (a, b) in periods)
+    spans = sorted((pd.Timestamp(a) + window[0], pd.Timestamp(b) + window[1], name) for name, (a, b) in periods)
     for (_, end, first), (start, _, second) in combinations(spans, 2):
         gap = (start - end).total_seconds() / 3600
         if first != second and gap < guard_hours:
             how = f"overlap by {-gap:.1f} h" if gap < 0 else f"are {gap:.1f} h apart"
+            reach = [f"{moment.total_seconds() / 3600:+.1f} h" for moment in window]
             raise ValueError(
                 f"The windows of split.{first} and split.{second} {how}, but split.guard_hours asks for "
-                f"{guard_hours:g} h between them. A window reaches from the first input frame "
-                f"({before.total_seconds() / 3600:+.1f} h) to the latest possible label "
-                f"({after.total_seconds() / 3600:+.1f} h). End split.{first} earlier, or begin split.{second} later."
+                f"{guard_hours:g} h between them. A window reaches from the first input frame ({reach[0]}) to the "
+                f"latest possible label ({reach[1]}). End split.{first} earlier, or begin split.{second} later."
             )
