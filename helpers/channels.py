@@ -58,11 +58,7 @@ class Coding:
     offset: Any
 
     def encode(self, signed_log: np.ndarray) -> np.ndarray:
-        """Signed-log values -> the nearest codes, int16 of the same shape.
-
-        Raises:
-            ValueError: a value has no code, or is not a number.
-        """
+        """Signed-log values -> the nearest codes, int16 of the same shape; ValueError for one that has no code."""
         codes = np.rint((np.asarray(signed_log, np.float32) - self.offset) / self.step)
         if not (codes.min() >= -LARGEST_CODE and codes.max() <= LARGEST_CODE):
             raise ValueError(f"Signed-log values from {signed_log.min()} to {signed_log.max()} do not fit {self}.")
@@ -127,8 +123,7 @@ def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
 def stack_scalers(scalers: Mapping[str, Scaler], channels: Sequence[str], trailing: int = 2) -> Scaler:
     """One Scaler for an array with a channel axis followed by `trailing` axes: its fields are float64 (C, 1, ..., 1).
 
-    The constants are taken by name in the order of `channels`; use trailing=3 for (C, T, H, W). Raises ValueError when
-    a channel has no constants.
+    They are in the order of `channels`, each of which needs constants (ValueError); trailing=3 suits (C, T, H, W).
     """
     if missing := [name for name in channels if name not in scalers]:
         raise ValueError(f"No normalisation constants for {', '.join(missing)}; add them to the file data.scalers.")

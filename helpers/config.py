@@ -556,10 +556,9 @@ def _validated(layers: Sequence[tuple[str, dict]], chosen: dict, problems: list[
             got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
             problems.append(f"{known}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
         return None
-    for rules in (_of_frames, _of_model, _of_labels, _of_target):
-        for keys, sentence in rules(config):
-            origins = dict.fromkeys(set_by[key] for key in keys.split(", ") if key in set_by)
-            problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
+    for keys, sentence in _contradictions(config):
+        origins = dict.fromkeys(set_by[key] for key in keys.split(", ") if key in set_by)
+        problems.append(f"{keys} ({', '.join(origins)}): {sentence}")
     return config
 
 
@@ -593,8 +592,9 @@ def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]
     return written, each_text(written, locate)
 
 
-# ---- Contradictions: what no single key can know. Each rule yields the keys to look at and a sentence.
-def _of_frames(c: Config) -> Iterator[tuple[str, str]]:
+def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
+    """What no single key can know: the keys to look at, and what is wrong with them."""
+    # frames
     offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
     if len(offsets) != c.model.time_dim:
         yield "data.offsets_minutes, model.time_dim", f"{len(offsets)} offset(s) for {c.model.time_dim} input frame(s)"
@@ -607,8 +607,7 @@ def _of_frames(c: Config) -> Iterator[tuple[str, str]]:
     if native % c.data.reduce:
         yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
 
-
-def _of_model(c: Config) -> Iterator[tuple[str, str]]:
+    # model
     weights, held = c.model.weights or "", c.training.frozen_dtype
     if weights.startswith("hf://") and weights.count("/") < 4:
         yield "model.weights", f"an address on the hub is hf://owner/name/file, got {weights}"
@@ -624,8 +623,7 @@ def _of_model(c: Config) -> Iterator[tuple[str, str]]:
     if "qkv" in c.lora.targets and not c.lora.qkv:
         yield "lora.targets, lora.qkv", "qkv is a target but none of q, k, v is chosen"
 
-
-def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
+    # labels
     own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
     if own.lead_minutes and own.direction != "forward":
         yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
@@ -672,8 +670,7 @@ def _of_labels(c: Config) -> Iterator[tuple[str, str]]:
     if c.model.patch_size % own.reduce:
         yield "labels.reduce, model.patch_size", f"{own.reduce} does not divide the {c.model.patch_size}-pixel patch"
 
-
-def _of_target(c: Config) -> Iterator[tuple[str, str]]:
+    # target
     asked = {"target.loss": [c.target.loss], "target.metrics": c.target.metrics, "target.plot": [c.target.plot]}
     for (key, names), there in zip(asked.items(), KINDS[c.labels.kind].values(), strict=True):
         for name in (name for name in names if name not in (None, *there)):
@@ -681,11 +678,11 @@ def _of_target(c: Config) -> Iterator[tuple[str, str]]:
                 yield f"{key}, labels.kind", f"for {c.labels.kind} labels there is {', '.join(there)}, not {name!r}"
                 continue
             try:
-                own = find_named(name, {})
+                found = find_named(name, {})
             except Exception as error:  # whatever a module of one's own raises
                 yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
                 continue
-            if not (hasattr(own, "higher_is_better") if key == "target.metrics" else callable(own)):
+            if not (hasattr(found, "higher_is_better") if key == "target.metrics" else callable(found)):
                 yield key, f"{name} must be a function, or of metrics a NumberMetric or ImageMetric"
     counted = ", ".join(name for name in c.target.metrics if name in EVENT_METRICS)
     if c.labels.kind == "scalar" and c.target.event_threshold is None and counted:
@@ -698,10 +695,8 @@ def _of_target(c: Config) -> Iterator[tuple[str, str]]:
 
 def find_named(name: str, registry: Mapping[str, Any]) -> Any:
     """The entry `name` of a registry, or for `module:name` that object of a module of your own."""
-    if OWN.fullmatch(name):
-        module, _, attribute = name.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    return registry[name]
+    module, is_own, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute) if is_own else registry[name]
 
 
 def parse_parameters(texts: Sequence[str]) -> dict[str, Any]:

@@ -134,10 +134,9 @@ def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 
 
 
 def download(address: str, shared: SharedFolder, reserve_gb: float, setting: str) -> Path:
-    """The local file of "hf://owner/name/file" or "hf://datasets/owner/name/file"; errors as `find_weights` has them.
+    """The local file of "hf://owner/name/file" or "hf://datasets/owner/name/file", which stands in the key `setting`.
 
-    Args:
-        setting: where the address stands in the configuration.
+    Errors are those of `find_weights`.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
@@ -179,11 +178,7 @@ def free_space(path: str | Path) -> int:
 
 
 def ensure_space(path: str | Path, size: float, reserve_gb: float, what: str = "this") -> None:
-    """Refuse to begin writing `size` bytes at `path` when less than `reserve_gb` GB would be left on its disk.
-
-    Raises:
-        DiskFullError: with the numbers, and a command that shows which folders could be freed.
-    """
+    """DiskFullError if, after writing `size` bytes at `path`, less than `reserve_gb` GB would be left on its disk."""
     free = free_space(path)
     if size + reserve_gb * GB > free:
         ours = next((folder for folder in Path(path).absolute().parents if folder.name == SUBFOLDER), Path(path))
@@ -235,10 +230,8 @@ def make_folder(path: str | Path) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file so that others see all of it or nothing: yields a temporary path that is moved to `path` at the end.
 
-    The folder is made if needed. On an error the temporary file is removed and an older `path` stays as it was.
-
-    Raises:
-        DiskFullError: when the disk became full while writing.
+    The folder is made if needed. On an error the temporary file is removed and an older `path` stays as it was; where
+    the disk became full it is a DiskFullError.
     """
     path = Path(path)
     remove_leftovers(make_folder(path.parent))

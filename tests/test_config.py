@@ -405,10 +405,6 @@ def test_a_file_that_cannot_be_read_is_one_sentence_with_its_name(folder, text):
     assert "config.local.yaml" in mistakes(folder / "config.yaml")
 
 
-def test_numbers_that_only_yaml_1_1_reads_are_refused(folder):
-    assert "lora.rank (config.local.yaml): " in mistakes(local(folder, "lora: {rank: 010}"))
-
-
 def test_a_file_that_is_no_sections_is_refused(folder):
     assert "config.local.yaml must hold sections such as 'training:'" in mistakes(local(folder, "- a\n- b\n"))
 

@@ -5,7 +5,6 @@ import difflib
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -158,14 +157,6 @@ def test_of_two_at_once_the_second_waits(tmp_path):
     said = "".join(call.communicate()[0] for call in calls)
     assert [call.returncode for call in calls] == [0, 0, 0] and said.count("Making .venv") == 1
     subprocess.run([tmp_path / ".venv" / "bin" / "python", "-m", "pip", "--version"], check=True, capture_output=True)
-
-
-def test_git_reads_notebooks_with_this_environment(tmp_path, monkeypatch):
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    environment.configure_git()
-    value = subprocess.check_output(["git", "config", "--local", "filter.nbstripout.clean"], cwd=tmp_path, text=True)
-    assert value.startswith(shlex.quote(sys.executable)) and "nbstripout" in value
 
 
 def test_only_what_the_layout_names_stands_at_the_top_level():
