@@ -196,7 +196,6 @@ class Model(_Section):
     rpe: bool
     nglo: Annotated[int, Field(ge=0, le=1)]
     drop_rate: Share
-    compile: bool
 
 
 class Head(_Section):

@@ -38,22 +38,17 @@ def find_run(cfg: Config) -> str | None:
     same = {"experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
     runs = on_the_same_data(list_runs(cfg.runs_folder, **same), cfg)
     wanted = settings_that_matter(cfg, "resume")
-    names = [
-        run["name"]
-        for run in runs.to_dict("records")
-        if settings_that_matter(run["settings"], "resume") == wanted and run.get(SAMPLES, 0) > 0
-    ]
-    return names[-1] if names else None
+    for run in reversed(runs.to_dict("records")):
+        if settings_that_matter(run["settings"], "resume") == wanted and run.get(SAMPLES, 0) > 0:
+            return run["name"]
+    return None
 
 
 def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
-    """The latest finished run of each experiment on the very data of `cfg`, for a fair comparison.
+    """Test metrics (a column each) and predictions of the latest finished run of each experiment on the data of `cfg`.
 
-    Data, labels, target and split must be equal; how the model is built and trained may differ. Runs that were tested
-    on other samples than the latest one, although their settings are equal, are named and left out.
-
-    Returns:
-        The test metrics, one column an experiment with the name of its run, and each one's predictions of that split.
+    Runs that were tested on other samples than the latest one, although their settings are equal, are named and left
+    out.
     """
     runs = on_the_same_data(list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile), cfg)
     columns, found, budgets = {}, {}, set()
@@ -78,34 +73,32 @@ def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
     """A sentence on a table of test metrics (of `compare_runs`): which run is better, by all or by some metrics."""
     best: dict[str, list[str]] = {}
     for name, metric in metrics_of(cfg).items():
-        row = scores.loc[f"test_{name}"].dropna() if f"test_{name}" in scores.index else scores.iloc[:0]
-        if len(row) > 1 and row.nunique() > 1:
+        row = scores.reindex([f"test_{name}"]).iloc[0].dropna()
+        if row.nunique() > 1:
             best.setdefault((row if metric.higher_is_better else -row).idxmax(), []).append(name)
+    if len(scores.columns) < 2:
+        return "There is nothing to compare with yet."
     if not best:
-        return (
-            "No metric tells these runs apart." if len(scores.columns) > 1 else "There is nothing to compare with yet."
-        )
+        return "No metric tells these runs apart."
     if len(best) == 1:
-        ((run, names),) = best.items()
+        run, names = best.popitem()
         return f"{run} is better, by every metric that tells them apart: {', '.join(names)}."
     split = "; ".join(f"by {', '.join(names)} it is {run}" for run, names in best.items())
     return f"The metrics DISAGREE on which run is better: {split}. Decide beforehand which of them counts for you."
 
 
 def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
-    """The runs (of `list_runs`) whose data, labels, target and splits are those of `cfg`, as the files are now.
+    """The runs (of `list_runs`) whose data, labels, target and splits are those of `cfg`.
 
-    A run whose settings are the same, but whose labels or frames have changed since, is left out and named.
+    A run whose labels or frames have changed since is left out and named.
     """
 
     @cache
     def now(seed: int, samples: int | None) -> str:
         training = cfg.training.model_copy(update={"max_train_samples": samples})
-        plan = plan_samples(cfg.model_copy(update={"seed": seed, "training": training}), stored, labels)
+        changed = cfg.model_copy(update={"seed": seed, "training": training})
+        plan = plan_samples(changed, lambda times: np.isin(times, store.times), labels)
         return fingerprint(make_datasets(plan, store, cfg).values())
-
-    def stored(times: np.ndarray) -> np.ndarray:
-        return np.isin(times, store.times)
 
     def data(settings: Config | dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in settings_that_matter(settings, "compare").items() if key.startswith(DATA)}
@@ -166,15 +159,8 @@ def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -
     """Fine-tune against baseline on the same test samples, seed by seed, with a bootstrap interval.
 
     Frames of one day are alike, and so are labels that look ahead over the same hours: blocks of `compare.block_days`
-    are drawn with replacement (block bootstrap, Kuensch 1989), the same ones for both models.
-
-    Args:
-        runs: of `list_runs`, with one number of training samples, that differ in experiment and seed alone.
-        cfg: `compare.draws` is the number of draws.
-        key: the metric; None for `target.metrics[0]`.
-
-    Raises:
-        ValueError: no seed has been run in both experiments, or the test samples differ.
+    are drawn with replacement (block bootstrap, Kuensch 1989), the same ones for both models. `runs` differ in
+    experiment and seed alone (else a ValueError); of `key`, None is `target.metrics[0]`.
     """
     key = key or cfg.target.metrics[0]
     sign = 1 if metrics_of(cfg)[key].higher_is_better else -1
@@ -194,9 +180,8 @@ def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -
     rows = list(blocks.groupby(blocks).indices.values())
 
     def gains(chosen: np.ndarray) -> list[float]:
-        return [
-            sign * (finetune.score(key, chosen, cfg) - baseline.score(key, chosen, cfg)) for baseline, finetune in pairs
-        ]
+        scores = ([p.score(key, chosen, cfg) for p in pair] for pair in pairs)
+        return [sign * (finetune - baseline) for baseline, finetune in scores]
 
     rng = np.random.default_rng(cfg.seed)
     drawn = (rng.integers(len(rows), size=len(rows)) for _ in range(cfg.compare.draws))

@@ -21,14 +21,9 @@ from helpers.training.tasks import make_task
 
 
 def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
-    """What a batch becomes on its way through a model: the shapes that one forward pass really met.
+    """What a batch becomes on its way through a Specformer or linear baseline: the shapes that one forward pass met.
 
-    Args:
-        model: a Specformer1D or 2D, or a linear baseline.
-        batch: `ts` (B, C, T, H, W).
-
-    Returns:
-        One row a stage: `shape`, what happens there (as an einops pattern where axes move), and `numbers` a sample.
+    One row a stage, with what happens there (as an einops pattern where axes move) and the numbers a sample.
     """
     found: dict[str, tuple[Tensor, str]] = {"pixels": (batch["ts"], "(b c t h w)")}
 
@@ -69,12 +64,8 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
 def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     """Learning-rate range test (Smith 2015, arXiv:1506.01186): raise the rate at every step and watch the loss.
 
-    The rate grows geometrically from the first to the last number of `diagnostics.range_lrs` in
-    `diagnostics.range_steps` steps. The test stops early when the smoothed loss is four times its lowest. Afterwards
-    the model has the weights that it had.
-
-    Returns:
-        One row a step: `lr`, `loss` of that batch, and `smoothed` (exponential mean, corrected for its start).
+    It grows geometrically between the `diagnostics.range_lrs`; the test stops early when the smoothed loss is four
+    times its lowest. The model keeps its weights. One row a step: `lr`, `loss` of that batch, and `smoothed`.
     """
     accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
@@ -100,10 +91,10 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a training curve says: a word for it, what was measured with the limits, and what to do next."""
+    """What a training curve says."""
 
     word: str  # healthy, too small (flat), too large (erratic), diverged, overfitting or below zero
-    measured: str
+    measured: str  # with the limits
     advice: str
 
     def __str__(self) -> str:
@@ -111,25 +102,16 @@ class Verdict:
 
 
 def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Verdict:
-    """Read a training curve by stated rules; the first that holds is the verdict.
+    """Read `history.table` of a training by stated rules; the first that holds is the verdict.
 
     All numbers are shares of the same loss before training (epoch 0). *rise* is the highest training loss; *jumps* the
     mean rise of the training loss from one epoch to the next; *fall* how much the training loss has fallen; *turn* how
-    far the validation loss ends above its lowest.
-
-    Args:
-        table: `history.table` of `helpers.training.loop.fit`: `train_loss` and `val_loss` by epoch, from epoch 0.
-        cfg: `diagnostics` has the limits.
-        diverged: the run stopped because the loss was no longer finite.
+    far the validation loss ends above its lowest. `diverged`: the run stopped because the loss was no longer finite.
     """
     limits, lowest = cfg.diagnostics, float(table[["train_loss", "val_loss"]].min().min())
     if lowest < 0:
-        advice = (
-            "No squared or absolute error is, nor a cross-entropy, unless targets are not 0 and 1: look at the labels."
-        )
-        return Verdict(
-            "below zero", f"the loss fell to {lowest:.3g}", f"{advice} These rules cannot judge such a loss."
-        )
+        advice = "No error is, nor a cross-entropy, unless targets are not 0 and 1: look at the labels."
+        return Verdict("below zero", f"the loss fell to {lowest:.3g}", f"{advice} The rules cannot judge such a loss.")
     train, val = (table[name] / table[name].iloc[0] for name in ("train_loss", "val_loss"))
     rise = math.inf if diverged else float(train.max())
     jumps = float(train.iloc[1:].diff().clip(lower=0).mean()) if len(train) > 2 else 0.0

@@ -43,11 +43,9 @@ def show(axis: plt.Axes, image: Any, title: str, cmap: Any, low: float, high: fl
 
 
 def show_channel(axis: plt.Axes, physical: Any, name: str, title: str = "", like: Any = None) -> None:
-    """Draw one channel (H, W): intensities with a square-root stretch, signed quantities symmetric about zero.
+    """Draw one channel (H, W) in its unit: intensities with a square-root stretch, signed quantities about zero.
 
-    Args:
-        physical: in the unit of the channel.
-        like: another image of the channel from which the range of colours is taken, so that the two can be compared.
+    Of `like`, another image of the channel, the range of colours is taken, so that the two can be compared.
     """
     like = physical if like is None else like
     if name.startswith("aia"):
@@ -75,12 +73,9 @@ def _title(name: str, p: Predictions, cfg: Config) -> str:
 
 
 def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title: str = "", more: int = 0) -> Figure:
-    """One frame, a panel a channel, with the colour maps of the field.
+    """One frame (C, H, W) in physical units (DN, gauss, m/s), a panel a channel, and so many `more` empty ones.
 
-    Args:
-        physical: (C, H, W) in physical units (DN, gauss, m/s); row 0 is drawn at the bottom, solar north is up.
-        channels: the C names.
-        more: empty panels after those of the channels.
+    Row 0 is drawn at the bottom, solar north is up.
     """
     count = len(channels) + more
     columns = min(count, 5)
@@ -94,15 +89,12 @@ def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title:
 
 
 def plot_sample(physical: Tensor | np.ndarray, sample: Mapping[str, Any], cfg: Config) -> Figure:
-    """One frame with what is to be predicted from it: numbers in the title, masks and images as further panels.
-
-    Args:
-        physical: (C, H, W) the frame in physical units.
-        sample: an item of `SolarDataset`; its `target` and `timestamp` are read.
+    """One frame (C, H, W) in physical units with what is to be predicted from it, the target of an item of the dataset:
+    numbers in the title, masks and images as further panels.
     """
     target, title, channels = sample["target"], sample["timestamp"][:16], cfg.data.channels
     if cfg.labels.numbers:
-        numbers = ", ".join([*(f"{value:.3g}" for value in target[:4].tolist()), *["..."][: len(target) > 4]])
+        numbers = ", ".join(f"{value:.3g}" for value in target[:4].tolist()) + ", ..." * (len(target) > 4)
         return plot_channels(physical, channels, f"{title}, to predict: {numbers} ({_label(cfg)})")
     images, names = _target_images(target, cfg), _few(_target_names(cfg))
     fig = plot_channels(physical, channels, title, more=len(names))
@@ -113,12 +105,7 @@ def plot_sample(physical: Tensor | np.ndarray, sample: Mapping[str, Any], cfg: C
 
 
 def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
-    """The targets of each split against time, and their distribution.
-
-    Args:
-        targets: `loaders.targets()`: split name to a table of targets indexed by image time (of images, the mean over
-            the pixels); the first column is drawn.
-    """
+    """The targets of each split (`loaders.targets()`, the first column) against time, and their distribution."""
     fig, (line, histogram) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=[3, 1], sharey=True, layout="constrained")
     first = {split: table.iloc[:, 0] for split, table in targets.items()}
     values = np.concatenate(list(first.values()))
@@ -161,20 +148,19 @@ def plot_predictions(
 ) -> Figure:
     """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target.
 
-    Args:
-        references: predictions without a model for the last entry of `found`, which the curves of events show, too.
+    The curves of events show the `references` for the last entry of `found`, too.
     """
     draw = find_named(cfg.target.plot or KINDS[cfg.labels.kind]["figure"][0], PLOTS)
-    return draw(found, cfg, references or {}) if draw is plot_events else draw(found, cfg)
+    return draw(found, cfg, references) if draw is plot_events else draw(found, cfg)
 
 
 def plot_events(
     found: Mapping[str, Predictions], cfg: Config, references: Mapping[str, Predictions] | None = None
 ) -> Figure:
-    """Probability of an event against time, and how well it tells events apart at every threshold, of the first output.
+    """Above, the probability of events (first output) of the last entry of `found` against time.
 
-    Above, the last entry of `found` with its events and its threshold. Below, hit rate against false-alarm rate (ROC),
-    and precision against hit rate; a point marks the threshold. What has one class only has no curves.
+    Below, hit rate against false-alarm rate (ROC), and precision against hit rate, at every threshold; a point marks
+    the chosen one. What has one class only has no curves.
     """
     fig = plt.figure(figsize=(11, 6.5), layout="constrained")
     axes = fig.subplot_mosaic([["time", "time"], ["roc", "precision"]], height_ratios=[2, 3])
@@ -231,8 +217,7 @@ def plot_scatter(found: Mapping[str, Predictions], cfg: Config) -> Figure:
 def plot_spectrum(found: Mapping[str, Predictions], cfg: Config) -> Figure:
     """Many outputs against their number, in physical values: a column for each split or model.
 
-    Above, truth and prediction of the middle sample; below, the error of each output in per cent of its mean truth: the
-    median over all samples, and the band from the 16th to the 84th percentile.
+    Above, the middle sample; below, the error of each output in per cent of its mean truth over all samples.
     """
     fig, axes = panels(2, len(found), width=5, height=2.8, sharex=True, sharey="row")
     for (sample, errors), (name, p) in zip(axes.T, found.items(), strict=True):
@@ -309,24 +294,21 @@ def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], 
 
 
 def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
-    """How far a prediction can be trusted: what was true, on average, where the model said so much.
-
-    Of numbers, the first output of all samples; of masks and images, all pixels of the examples.
+    """How far a prediction can be trusted: what was true, on average, where the model said so much (first output, or
+    all pixels of the examples).
     """
     fig, ((axis,),) = panels(1, 1, width=4.5, height=3.8)
     for name, p in found.items():
         if isinstance(p, ImagePredictions):
-            said = torch.stack([example["prediction"] for example in p.examples]).flatten()
-            true = torch.stack([example["target"] for example in p.examples]).flatten()
+            said, true = (torch.stack([x[of] for x in p.examples]).flatten() for of in ("prediction", "target"))
         else:
             said, true = p.prediction[:, 0], p.target[:, 0]
-        said, true = said.double().numpy(), true.double().numpy()
+        pairs = pd.DataFrame({"said": said.double().numpy(), "true": true.double().numpy()})
         # few bins, because one with a single sample says nothing
-        counts, edges = np.histogram(said, bins=6)
-        filled = counts > 0
-        means = [np.histogram(said, edges, weights=values)[0][filled] / counts[filled] for values in (said, true)]
-        axis.plot(*means, "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
-    axis.axline((edges[0], edges[0]), slope=1, color="k", lw=0.8)
+        means = pairs.groupby(pd.cut(pairs["said"], 6), observed=True).mean()
+        axis.plot(means["said"], means["true"], "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
+    low = means["said"].min()
+    axis.axline((low, low), slope=1, color="k", lw=0.8)
     labels = f"predicted {_label(cfg)}", "what was true there, on average"
     labels = ("predicted probability", "share of these that were events") if cfg.labels.kind == "event" else labels
     axis.set(xlabel=labels[0], ylabel=labels[1])

@@ -7,8 +7,6 @@ checkpoint a place, or says which has none. Three kinds are adapted, of which th
 * `filter.complex_weight`: on a smaller token grid over the same field of view, the modes that this grid has. A mode is
   the same physical frequency on any grid, and norm="ortho" makes rescaling needless;
 * `unembed.unembed.0.*`: rows of the decoder for named output channels, on request.
-
-Files are read memory-mapped and with weights_only=True: nothing in a checkpoint can run code.
 """
 
 import copy
@@ -80,10 +78,9 @@ def load_filtered(
 ) -> LoadReport:
     """Fill a model from a Surya checkpoint, in place, and report on every tensor. Nothing is written when it raises.
 
-    The decoder of a Specformer2D starts from the rows of `decoder_channels`, channels of the checkpoint, one for each
-    of its outputs. With None or [] it is loaded whole where it fits (the checkpoint's channels in its order), else left
-    fresh. The fingerprint of the checkpoint is noted in `encoder.loaded_from`. A CheckpointError says what is wrong
-    with the file, how its architecture, frames, grid or channels differ, or (strict) which tensors have no partner.
+    The decoder of a Specformer2D starts from the checkpoint's rows of `decoder_channels`, one for each of its outputs.
+    With None or [] it is loaded whole where it fits (the checkpoint's channels in its order), else left fresh. The
+    fingerprint of the checkpoint is noted in `encoder.loaded_from`. A CheckpointError says what does not suit.
     """
     total, encoder = sum(p.numel() for p in model.parameters()), encoder_of(model)
     if source is None:
@@ -227,10 +224,7 @@ def _some(keys: Sequence[str], count: int = 4) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------- Files
 def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
-    """The tensors of a checkpoint under Surya's keys, memory-mapped, and a name for messages.
-
-    A state dict inside another dict ("state_dict", "model") and what wrappers put into the names are taken off.
-    """
+    """The tensors of a checkpoint, memory-mapped, under Surya's keys without what wraps them; and a name to show."""
     name = Path(source).name if isinstance(source, (str, Path)) else "The given state dict"
     contents = read_file(Path(source)) if isinstance(source, (str, Path)) else source
     for wrapper in ("state_dict", "model_state_dict", "model", "module"):
@@ -249,7 +243,7 @@ def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
 
 
 def read_file(path: Path) -> Any:
-    """torch.load, memory-mapped and weights_only, after a test of the checksums; CheckpointError for all else."""
+    """torch.load, memory-mapped, without code (weights_only), after a test of the checksums; else a CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint file {path}: check the path, or let the course download it.")
     try:
@@ -270,9 +264,8 @@ def read_file(path: Path) -> Any:
 
 
 def fingerprint(source: str | Path | State, samples: int = 64) -> str:
-    """Sixteen hexadecimal digits that tell one checkpoint from another, the same for a file and for its state dict.
-
-    From names, shapes and up to `samples` evenly spaced values of each tensor, so that 1.8 GB take a moment too.
+    """Sixteen hexadecimal digits that tell one checkpoint (a file or its state dict) from another, in a moment: from
+    names, shapes and up to `samples` evenly spaced values of each tensor.
     """
     state, _ = open_checkpoint(source)
     digest = hashlib.sha256()
@@ -304,9 +297,8 @@ def save_adapter(
 def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = None) -> dict[str, Any]:
     """Fill what `save_adapter` wrote into a model; returns {"config", "extra", "fingerprint"} as saved.
 
-    The model is built with the same settings, with `load_filtered` and `apply_lora` done. `fingerprint` is that of the
-    checkpoint under its encoder; None: as `load_filtered` has noted. Another file, another checkpoint or a model of
-    another shape raise a CheckpointError, and nothing is written then.
+    The model is built with the same settings, with `load_filtered` and `apply_lora` done. Another file, checkpoint
+    (`fingerprint`; None: as `load_filtered` has noted) or shape raises a CheckpointError, and nothing is written then.
     """
     contents, name = read_file(Path(path)), Path(path).name
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
@@ -344,9 +336,8 @@ def loaded_from(model: nn.Module) -> str | None:
 
 
 def export_merged(path: str | Path, model: nn.Module) -> Path:
-    """Write the whole model in float32 with every adapter added to its weight, for use without this course.
-
-    A state dict for `load_state_dict` of a model without adapters, and for `load_filtered`; this one does not change.
+    """Write the state dict of the whole model in float32 with every adapter added to its weight, for use without this
+    course, and for `load_filtered`; the model does not change.
     """
     merged = merge_lora(copy.deepcopy(model).float())
     with atomic_write(path) as temporary:

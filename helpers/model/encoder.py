@@ -9,7 +9,7 @@ L = G * G tokens, D width, h heads, d = D / h, r = dp_rank, and for the attentio
 n = (G / b) ** 2 blocks, K keys that a block looks at.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +25,15 @@ BLOCK_SIDES = (8, 4, 2)  # of a block of queries; the first that divides the gri
 def to_working_dtype(x: Tensor, layer: nn.Module) -> Tensor:
     """Cast activations to what `layer` computes in: autocast's dtype where it is on, else the dtype of the weights.
 
-    The residual stream stays in float32; every branch off it starts with this cast. So frozen weights may be kept in
-    bfloat16.
+    The residual stream stays in float32, every branch off it starts so; frozen weights may then be bfloat16.
     """
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layer.weight.dtype)
 
 
 def recompute(function: Callable[..., Tensor], *inputs: Tensor | nn.Module) -> Tensor:
-    """Activation checkpointing: function(*inputs) keeps its inputs alone; the backward pass computes the rest again.
-
-    Recomputation stops at the last tensor that the backward pass reads, so a frozen product at the end of `function` is
-    not computed a second time.
+    """Activation checkpointing: function(*inputs) keeps its inputs alone; the backward pass computes the rest again,
+    as far as it reads it: a frozen product at the end is not computed a second time.
     """
     return checkpoint(function, *inputs, use_reentrant=False) if torch.is_grad_enabled() else function(*inputs)
 
@@ -69,10 +66,9 @@ class Mlp(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution with kernel = stride, computed as "cut into patches, then a linear map".
+    """A convolution with kernel = stride, computed as "cut into patches, then a linear map", which is the same.
 
-    The same parameters and the same map. nn.Conv2d itself gave wrong numbers in bfloat16 on CPUs with AMX (torch 2.13
-    and 2.15: an error of 3.6 on outputs with a standard deviation of 0.58).
+    nn.Conv2d itself gave wrong numbers in bfloat16 on CPUs with AMX (torch 2.13 and 2.15: off by 3.6 at a std of 0.58).
     """
 
     def __init__(self, in_chans: int, time_dim: int, dim: int, patch_size: int):
@@ -154,14 +150,8 @@ class Neighbourhood(nn.Module):
         . o o o o o o o o .
         . . . . . . . . . .
 
-    Tokens come in block-major order (`to_blocks`).
-
-    Args:
-        grid: G, tokens along a side (even).
-        window: w, 2.
-        rank: r, number of long-range keys, which stand after the L tokens.
-        nglo: number of global keys, which stand before the tokens.
-        rpe: keep, for each query and key of a window, which pair of the window's bias table they are.
+    Tokens come in block-major order (`to_blocks`), the `nglo` global keys before and the `rank` long-range ones after
+    them. With `rpe`, `pair` says which entry of the window's bias table belongs to each query and key.
     """
 
     def __init__(self, grid: int, window: int, rank: int, nglo: int, rpe: bool = False):
@@ -228,11 +218,9 @@ class LongShortAttention(nn.Module):
         if rpe:
             inner, outer = torch.arange(window), torch.arange(-1, window + 1)
             step = inner[:, None] - outer[None, :] + window  # (w, w+2): 0 ... 2w
-            # A row stride of 2w, as in the release.
-            index = rearrange(
-                step[:, None, :, None] * 2 * window + step[None, :, None, :], "qy qx ky kx -> (qy qx) (ky kx)"
-            )
-            self.register_buffer("relative_position_index", index.contiguous())
+            # (qy, qx, ky, kx), with a row stride of 2w, as in the release
+            index = step[:, None, :, None] * 2 * window + step[None, :, None, :]
+            self.register_buffer("relative_position_index", index.flatten(2).flatten(0, 1))
             table = torch.zeros(2 * window * (2 * window + 1) + 1, heads)
             self.local_relative_position_bias_table = nn.Parameter(table)
 
@@ -325,11 +313,9 @@ class Backbone(nn.Module):
 class SuryaEncoder(nn.Module):
     """Surya's encoder: normalised images (B, C, T, H, W) to tokens (B, nglo + L, D), global tokens first.
 
-    The parameters are named as in the released checkpoint (`embedding.*`, `backbone.*`). Positions are a function of
-    the grid and no part of the state dict. A fresh encoder has linear weights from a normal cut at two deviations of
-    0.02 (the usual one of vision transformers), zero biases, and spectral gains of 0.02 times a normal.
-
-    Raises a ValueError that names every setting that does not fit.
+    The parameters are named as in the released checkpoint; positions follow from the grid and are not saved. A fresh
+    encoder has linear weights from a normal cut at two deviations of 0.02 (the usual one of vision transformers), zero
+    biases, and spectral gains of 0.02 times a normal. A ValueError names every setting that does not fit.
     """
 
     def __init__(
@@ -348,11 +334,9 @@ class SuryaEncoder(nn.Module):
         rpe: bool = False,  # add a learned bias by relative position to the window's scores
         nglo: int = 0,  # global tokens, handed to `forward`; not together with rpe, for which there is no reference
         drop_rate: float = 0.0,  # dropout in the MLPs and after the attention's projection
-        recompute_blocks: Iterable[int] = (),  # blocks that keep no activations: all take 0.5 the memory, 1.4 the time
-        compile: bool = False,  # every block, by torch.compile, at its first use (needs a C++ compiler or a GPU)
+        recompute_blocks: Collection[int] = (),  # that keep no activations: all take 0.5 the memory, 1.4 the time
     ):
         super().__init__()
-        recompute_blocks = frozenset(recompute_blocks)
         sizes = img_size, patch_size, embed_dim, depth, n_spectral_blocks, num_heads
         if problems := encoder_problems(*sizes, window_size, rpe, nglo, recompute_blocks):
             raise ValueError(f"The encoder cannot be built: {'; '.join(problems)}.")
@@ -367,17 +351,11 @@ class SuryaEncoder(nn.Module):
             [AttentionBlock(embed_dim, hidden, *attention) for _ in range(depth - n_spectral_blocks)],
             Neighbourhood(self.grid, window_size, dp_rank, nglo, rpe),
         )
-        self.backbone.recompute_blocks = recompute_blocks
+        self.backbone.recompute_blocks = frozenset(recompute_blocks)
         self.apply(_initialise)
-        if compile:
-            for block in (*self.backbone.blocks_spectral_gating, *self.backbone.blocks_attention):
-                block.compile()  # in place, under the same names; blocks of one kind share the compiled code
 
     def forward(self, ts: Tensor, global_tokens: Tensor | None = None) -> Tensor:
-        """Tokens (B, nglo + L, D) in float32, global ones first, then patches row by row.
-
-        ts is (B, C, T, H, W), normalised; global_tokens is (1 or B, nglo, D) where nglo > 0. Others: a ValueError.
-        """
+        """Normalised ts (B, C, T, H, W), and (1 or B, nglo, D) where nglo > 0, to (B, nglo + L, D) in float32."""
         expected = (self.in_chans, self.time_dim, self.img_size, self.img_size)
         if tuple(ts.shape[1:]) != expected:
             raise ValueError(

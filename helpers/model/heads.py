@@ -3,8 +3,6 @@
 Every model takes the batch dict, reads batch["ts"] (B, C, T, H, W) in normalised values, and returns float32:
 `Specformer1D` and `LinearBaseline1D` numbers (B, num_outputs), `Specformer2D` and `LinearBaseline2D` images
 (B, out_chans, H, W). Targets are expected standardised, so a fresh model starts near zero.
-
-The class token follows arXiv:2010.11929.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,9 +22,12 @@ from helpers.model.encoder import SuryaEncoder, to_working_dtype
 Batch = Mapping[str, Tensor]
 
 
-def _images(batch: Batch, model: nn.Module) -> Tensor:
+def _images(batch: Batch, model: nn.Module, expected: tuple[int, int] | None = None) -> Tensor:
     """batch["ts"] (B, C, T, H, W) moved to where the model is: a batch of a loader is on the CPU."""
-    return batch["ts"].to(next(model.parameters()).device)
+    ts = batch["ts"].to(next(model.parameters()).device)
+    if expected and (ts.ndim != 5 or tuple(ts.shape[1:3]) != expected):
+        raise ValueError(f"The baseline takes ts (B, C, T, H, W) with C, T = {expected} and got {tuple(ts.shape)}.")
+    return ts
 
 
 class AttentionPooling(nn.Module):
@@ -65,7 +66,7 @@ class TransformerPooling(nn.Module):
 
 
 class ClassTokenPooling(nn.Module):
-    """The class token went through the attention blocks with the patches and stands first."""
+    """The class token (arXiv:2010.11929) went through the attention blocks with the patches and stands first."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 0]  # (B, D)
@@ -85,7 +86,8 @@ class FeatureModel(nn.Module):
     """A vector of features for each sample, standardised by fixed numbers, then a head.
 
     Features of the Sun share a large mean and differ little between samples, which makes gradient descent slow.
-    `fit_features` takes their mean and deviation from the training data, once; they are saved with the model.
+    `fit_features` takes their mean and deviation from the training data, once; they are saved with the model. A model
+    has `features(batch)`, (B, num_features) in float32, and `head`.
     """
 
     def __init__(self, num_features: int):
@@ -93,16 +95,11 @@ class FeatureModel(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(num_features))
         self.register_buffer("feature_std", torch.ones(num_features))
 
-    def features(self, batch: Batch) -> Tensor:
-        """(B, num_features) in float32."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def fit_features(self, batches: Iterable[Batch], limit: int | None = None) -> Self:
         """Set the standardisation from (at most `limit`) batches of the training loader; returns the model.
 
-        Deviations below a thousandth of the largest one count as that thousandth, so that a constant feature is not
-        blown up. Raises ValueError when there are fewer than two samples.
+        No deviation counts as less than a thousandth of the largest, so that a constant feature is not blown up.
         """
         training = self.training
         self.eval()
@@ -123,10 +120,7 @@ class FeatureModel(nn.Module):
 
 
 class Specformer1D(FeatureModel):
-    """Encoder, pooling, linear layer: numbers for a Sun, such as flare flux or solar-wind speed.
-
-    Raises a ValueError for an unknown pooling, or an encoder whose nglo does not suit it.
-    """
+    """Encoder, pooling, linear layer: numbers for a Sun, such as flare flux or solar-wind speed."""
 
     def __init__(
         self,
@@ -174,8 +168,7 @@ def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
 class PixelDecoder(nn.Conv2d):
     """Tokens (B, L, D) to images (B, out_chans, G*upscale, G*upscale): a 1x1 convolution, then a pixel shuffle.
 
-    Its output channel c*upscale**2 + y*upscale + x is pixel (y, x) of image c. Computed as a linear map of the tokens,
-    which it is; see PatchProjection for why.
+    The convolution is computed as the linear map of the tokens that it is; see PatchProjection for why.
     """
 
     def __init__(self, dim: int, out_chans: int, upscale: int):
@@ -191,9 +184,8 @@ class PixelDecoder(nn.Conv2d):
 class Specformer2D(nn.Module):
     """Encoder, linear decoder, pixel shuffle: an image for a Sun, such as a mask or another channel.
 
-    The decoder has the keys of the checkpoint's pretraining head, so with out_chans=13 the released weights give
-    Surya's own one-hour forecast. A token becomes `upscale` x `upscale` pixels: None for the patch size (the input's
-    side), patch_size // f for an image smaller by a factor f. An encoder with global tokens raises a ValueError.
+    The decoder has the keys of the checkpoint's, so with out_chans=13 the released weights give Surya's own one-hour
+    forecast. A token becomes `upscale` x `upscale` pixels: None for the patch size (the input's side).
     """
 
     def __init__(self, encoder: SuryaEncoder, out_chans: int = 1, upscale: int | None = None):
@@ -214,8 +206,8 @@ class Specformer2D(nn.Module):
 class LinearBaseline1D(FeatureModel):
     """A linear map of the mean of each channel over the image, in normalised values, for all T frames: C*T features.
 
-    Signed-log values would make the same model: they are a linear map of normalised ones, which commutes with the mean
-    over the image. Call `fit_features(train_loader)` before training, because the means differ in scale.
+    Signed-log values, of which normalised ones are a linear map, would make the same model. The means differ in scale:
+    call `fit_features(train_loader)` before training.
     """
 
     def __init__(self, in_chans: int, num_outputs: int = 1, time_dim: int = 1):
@@ -226,8 +218,7 @@ class LinearBaseline1D(FeatureModel):
         nn.init.zeros_(self.head.bias)
 
     def features(self, batch: Batch) -> Tensor:
-        ts = _images(batch, self)
-        _check_channels_and_frames(ts, self.shape)
+        ts = _images(batch, self, self.shape)
         return reduce(ts.float(), "b c t h w -> b (c t)", "mean")
 
 
@@ -245,12 +236,6 @@ class LinearBaseline2D(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:
-        ts = _images(batch, self)
-        _check_channels_and_frames(ts, self.shape)
+        ts = _images(batch, self, self.shape)
         pixels = reduce(ts.float(), "b c t (h fy) (w fx) -> b h w (c t)", "mean", fy=self.factor, fx=self.factor)
         return rearrange(self.head(pixels), "b h w o -> b o h w").float()
-
-
-def _check_channels_and_frames(ts: Tensor, expected: tuple[int, int]) -> None:
-    if ts.ndim != 5 or tuple(ts.shape[1:3]) != expected:
-        raise ValueError(f"The baseline takes ts (B, C, T, H, W) with C, T = {expected} and got {tuple(ts.shape)}.")

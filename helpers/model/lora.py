@@ -1,9 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) for the linear layers inside the encoder's blocks.
 
-Written by hand on loralib's base class and conventions: parameters `lora_A` and `lora_B`, scaling alpha / rank, A
-random and B zero, so that an adapted model starts as the model it was. Unlike loralib's own layers, an adapted layer
-shares the frozen parameters under their old names, computes the update through the rank (never as a dense matrix),
-and never writes into a frozen weight, whatever is called in whatever order.
+On loralib's base class and conventions: `lora_A` random and `lora_B` zero, so that an adapted model starts as the model
+it was. Unlike loralib's own layers, an adapted layer shares the frozen parameters under their old names, computes the
+update through the rank (never as a dense matrix), and never writes into a frozen weight.
 """
 
 import copy
@@ -76,9 +75,8 @@ def apply_lora(
 ) -> nn.Module:
     """Freeze the encoder and put adapters beside the chosen linear layers of its blocks, in place; returns the model.
 
-    Everything outside the encoder (the head) keeps training. The patch embedding and the spectral filters are no linear
-    layers of the blocks and are never adapted. A ValueError names settings out of range, a target that matches no
-    layer, or a model that is adapted already.
+    Everything outside the encoder (the head) keeps training; the patch embedding and the spectral filters are no linear
+    layers of the blocks. A ValueError names what is out of range, or matches no layer, or is adapted already.
     """
     encoder, targets, qkv = encoder_of(model), tuple(targets), tuple(qkv)
     layers = [(name, layer) for name, layer in encoder.backbone.named_modules() if isinstance(layer, nn.Linear)]
@@ -126,7 +124,7 @@ def adapt(model: nn.Module, cfg: Config) -> nn.Module:
 def hold_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Keep the frozen weights of the encoder in `dtype`, in place: half of the memory in bfloat16, and no cast a step.
 
-    The spectral filters compute in float32, and normalisations have few weights: both stay as they are.
+    Spectral filters, which compute in float32, and normalisations, which have few weights, stay as they are.
     """
     for module in encoder_of(model).modules():
         for parameter in module.parameters(recurse=False):
@@ -143,8 +141,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def merge_lora(model: nn.Module) -> nn.Module:
     """A copy of the model for export, with every update added to its weight and no adapters left; same outputs in eval.
 
-    The model itself does not change by a bit. A model without adapters gives a plain copy. Where the frozen weights are
-    bfloat16, the sum is rounded to bfloat16; merge in float32 for equal outputs.
+    Where the frozen weights are bfloat16, the sum is rounded to bfloat16; merge in float32 for equal outputs.
     """
     merged = copy.deepcopy(model)
     for name, layer in list(merged.named_modules()):

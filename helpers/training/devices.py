@@ -14,11 +14,8 @@ from helpers.config import Config
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """An Accelerator on `training.device` in `training.precision`.
-
-    Raises:
-        ValueError: the machine has no such device, or the device cannot compute in that precision, or the processes
-            cannot share the batches.
+    """An Accelerator on `training.device` in `training.precision`; a ValueError where these, or the batches of several
+    processes, do not fit the machine.
     """
     # Accelerate keeps the first device and precision of a process, and another cell may ask for another one
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -51,10 +48,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
 def choose_device(wanted: str) -> torch.device:
     """The device that `training.device` means: for "auto" the GPU with the most free memory, or the CPU.
 
-    Chosen once a process: the tensors of the first choice would send the next one away.
-
-    Raises:
-        ValueError: there is no such device; the message lists those there are.
+    Chosen once a process: the tensors of the first choice would send the next one away. Others are a ValueError.
     """
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     if wanted == "auto" and len(gpus) > 1:

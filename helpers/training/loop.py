@@ -6,13 +6,13 @@ Read `fit` and `Trainer.train_epoch`: they are the loop. What lets a training st
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -22,8 +22,8 @@ from helpers.model.checkpoint import save_adapter, trained_state
 from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator
-from helpers.training.resume import History, RunState, origin_of
-from helpers.training.tasks import ImagePredictions, Predictions, check_shapes, make_task
+from helpers.training.resume import History, RunState
+from helpers.training.tasks import ImagePredictions, Predictions, Task, check_shapes, make_task
 from helpers.training.tracking import BEST, STATE, Run, how_to_go_on
 
 
@@ -42,8 +42,7 @@ class Interrupted(KeyboardInterrupt):
 def seed_everything(cfg: Config) -> None:
     """Seed Python, NumPy and torch, so that new layers start the same in every run of this configuration.
 
-    With `training.deterministic` every later operation is the same bit for bit, too, or raises where the device has no
-    such way; slower on a GPU.
+    With `training.deterministic` every later operation is the same bit for bit, or raises where the device cannot.
     """
     set_seed(cfg.seed)
     if cfg.training.deterministic:
@@ -54,8 +53,7 @@ def seed_everything(cfg: Config) -> None:
 def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> None:
     """Give a 1D model the mean and deviation of its features over `head.feature_batches` batches of the training split.
 
-    The model is moved to the device that will train it, and runs in the precision of the training. A 2D model reads
-    normalised pixels, or tokens as the decoder of the checkpoint does, and stays as it is.
+    It is moved to the device that will train it. A 2D model, which reads normalised pixels or tokens, stays as it is.
     """
     if isinstance(model, FeatureModel):
         accelerator = make_accelerator(cfg)
@@ -68,36 +66,27 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     """Train what requires a gradient and leave the model with the weights of its best epoch.
 
     Losses are in the units of learning (`tasks.py`: numbers are standardised), metrics in target units. Epoch 0 is
-    judged before any step, so a broken set-up shows at once.
-
-    In several processes (`accelerate launch`, `torchrun`) each computes its share of every batch, and the curve is that
-    of one process, as long as the last batch of an epoch divides among them; else Accelerate fills it up with samples
-    of the first batch, which count twice then.
+    judged before any step, so a broken set-up shows at once. In several processes each computes its share of every
+    batch; where the last one of an epoch does not divide, Accelerate fills it up with samples that count twice then.
 
     Args:
         model: takes the batch dict, returns (B, K) or (B, C, H, W).
-        loaders: of `helpers.data.dataset.make_loaders`.
         cfg: `training` and `target` are read. With `training.resume` it goes on where that run stopped.
-        run: gets one row an epoch as it happens; its folder gets the best weights and the state from which an
-            interrupted training can go on. None keeps everything in memory alone.
-
-    Returns:
-        The `History`; `history.table` has the learning rate, losses, validation metrics and seconds of each epoch.
+        run: gets a row an epoch as it happens, the best weights, and the state from which an interrupted training can
+            go on. None keeps everything in memory alone.
 
     Raises:
         ValueError: nothing to train, an output that does not have the target's shape, or a metric that cannot choose.
         CheckpointError: no state to resume, or one of another model, configuration or data.
-        Diverged: the loss is no longer finite; says at which step, what to change, and which weights the model has now.
-        Interrupted: Ctrl-C; the message says what was saved, and how to go on from there.
-        DiskFullError: the disk of the run is full; its last good state is still there.
+        Diverged, Interrupted (Ctrl-C), DiskFullError: each says what is left of the training, and how to go on.
     """
     trainer = Trainer(model, loaders, cfg, run)
     try:
         if cfg.training.resume:
             trainer.resume()
-        while not trainer.finished:
+        while trainer.state.epoch <= cfg.training.epochs and not trainer.state.history.stopped:
             started = time.perf_counter()
-            loss = trainer.train_epoch() if trainer.state.progress.epoch else trainer.loss_before_training()
+            loss = trainer.train_epoch() if trainer.state.epoch else trainer.loss_before_training()
             trainer.end_epoch(loss, trainer.judge(loaders.val), time.perf_counter() - started)
     except KeyboardInterrupt:
         raise Interrupted(f"Interrupted. {trainer.what_remains()}") from None
@@ -108,18 +97,11 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     return trainer.state.history
 
 
-@torch.no_grad()
 def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Predictions | ImagePredictions:
-    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time.
-
-    Of images, the metrics of the split and of each image are kept, and a few examples.
-    """
-    accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
-    loader = getattr(loaders, split)
-    collector = task.collector(len(loader.dataset))
-    for output, target, batch in _outputs(model.to(accelerator.device), _in_order(loader), accelerator):
-        collector.add(task.to_units(output), target, batch)
-    return collector.predictions()
+    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time."""
+    accelerator, task, loader = make_accelerator(cfg), make_task(cfg, loaders), getattr(loaders, split)
+    model.to(accelerator.device)
+    return _judge(model, _in_order(loader), task, accelerator, samples=len(loader.dataset))[1]
 
 
 def predict_splits(
@@ -134,10 +116,7 @@ def predict_splits(
 
 
 def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
-    """What trains, for the optimiser: encoder (adapters too) and head apart; matrices decay, vectors do not.
-
-    Raises ValueError when nothing requires a gradient.
-    """
+    """What trains, for the optimiser: encoder (adapters too) and head apart; matrices decay, vectors do not."""
     settings, groups = cfg.training, {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -174,24 +153,19 @@ class Trainer:
         if self.accelerator.scaler is not None:
             parts["scaler"] = self.accelerator.scaler
         path = self.run.folder / STATE if self.run is not None else None
-        origin = origin_of(cfg, loaders, model)
-        self.state = RunState(path, model, parts, loaders.train.generator, origin)
+        self.state = RunState(path, model, parts, loaders, cfg)
         if self.run is not None:
-            weights = origin["checkpoint"] or "none"
-            self.run.describe(data_fingerprint=origin["data"], checkpoint_fingerprint=weights)
+            origin = self.state.origin
+            self.run.describe(data_fingerprint=origin["data"], checkpoint_fingerprint=origin["checkpoint"] or "none")
         total = cfg.training.epochs * len(self.train)
         self.bar = tqdm(total=total, unit="batch", disable=not self.accelerator.is_main_process)
 
-    @property
-    def finished(self) -> bool:
-        return self.state.progress.epoch > self.cfg.training.epochs or bool(self.state.history.stopped)
-
     def train_epoch(self) -> float:
         """One pass over the training split, or over what is left of it; the mean loss."""
-        at, accelerator = self.state.progress, self.accelerator
-        self.bar.set_description(f"epoch {at.epoch}/{self.cfg.training.epochs}")
+        state, accelerator = self.state, self.accelerator
+        self.bar.set_description(f"epoch {state.epoch}/{self.cfg.training.epochs}")
         self.model.train()
-        for batch in skip_first_batches(self.train, at.batches) if at.batches else self.train:
+        for batch in skip_first_batches(self.train, state.batches) if state.batches else self.train:
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model(batch), batch["target"])
                 value = accelerator.reduce(loss.detach(), "mean").item()  # of all processes
@@ -206,13 +180,15 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             size = len(batch["target"]) * accelerator.num_processes
-            at.batches, at.samples, at.loss = at.batches + 1, at.samples + size, at.loss + value * size
+            state.loss += value * size
+            state.samples += size
+            state.batches += 1
             self.bar.update()
             if accelerator.sync_gradients:
                 self.schedule.step()
                 if self.schedule.last_epoch % self.cfg.training.save_every_steps == 0:
-                    self.state.save()
-        return at.loss / at.samples
+                    state.save()
+        return state.loss / state.samples
 
     def loss_before_training(self) -> float:
         """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
@@ -221,20 +197,15 @@ class Trainer:
         chosen = torch.linspace(0, len(data) - 1, count).round().long().tolist()
         return self.judge(_in_order(self.loaders.train, Subset(data, chosen)))["loss"]
 
-    @torch.no_grad()
     def judge(self, loader: DataLoader) -> dict[str, float]:
-        """Loss and metrics over all samples of a loader, each once, however many processes share them."""
-        collector, total, count = self.task.collector(), 0.0, 0
-        for output, target, batch in _outputs(self.model, loader, self.accelerator):
-            total, count = total + self.task.loss(output, target).item() * len(target), count + len(target)
-            collector.add(self.task.to_units(output), target, batch)
-        found = collector.predictions()
+        """Loss and metrics over all samples of a loader."""
+        loss, found = _judge(self.model, loader, self.task, self.accelerator)
         found.threshold = found.choose_threshold(self.cfg)
-        return {"loss": total / count, **found.metrics(self.cfg)}
+        return {"loss": loss, **found.metrics(self.cfg)}
 
     def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
         """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""
-        state, epoch = self.state, self.state.progress.epoch
+        state, epoch = self.state, self.state.epoch
         rate, judged = self.optimizer.param_groups[0]["lr"], {f"val_{name}": value for name, value in judged.items()}
         state.history.rows.append({"epoch": epoch, "lr": rate, "train_loss": loss, **judged, "seconds": seconds})
         if self.run is not None:
@@ -266,14 +237,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Take everything from the run `training.resume`; what follows is as if it had never stopped."""
-        name, accelerator = self.cfg.training.resume, self.accelerator
-        self.state.load(self.cfg.runs_folder / name / STATE, accelerator.process_index, accelerator.num_processes)
-        for row in self.state.history.rows if self.run is not None else ():
+        name, state, accelerator = self.cfg.training.resume, self.state, self.accelerator
+        state.load(self.cfg.runs_folder / name / STATE, accelerator.process_index, accelerator.num_processes)
+        for row in state.history.rows if self.run is not None else ():
             self.run.log(row, step=row["epoch"])
-        at = self.state.progress
-        self.bar.update(min(max(at.epoch - 1, 0) * len(self.train) + at.batches, self.bar.total))
-        accelerator.print(f"going on with {name}, {at}")
-        self.state.save()  # under the new name: this run, too, may be interrupted before its first step
+        self.bar.update(min(max(state.epoch - 1, 0) * len(self.train) + state.batches, self.bar.total))
+        accelerator.print(f"going on with {name}, {state.where}")
+        state.save()  # under the new name: this run, too, may be interrupted before its first step
 
     def finish(self) -> None:
         """Give the model its own forward back, and the weights of its best epoch."""
@@ -289,12 +259,12 @@ class Trainer:
         return f"{weights}; {self.state.saved}.{how}"
 
     def _diverged(self, what: str) -> Diverged:
-        at = self.state.progress
+        state, lr = self.state, self.cfg.training.lr
         return Diverged(
-            f"{what} at batch {at.batches + 1} of epoch {at.epoch}. Lower training.lr (now {self.cfg.training.lr}) or "
-            "lengthen training.warmup; if it happens in the first batches, look for NaN in the inputs with one batch "
-            f"of the loader. {self.what_remains()}",
-            self.state.history,
+            f"{what} at batch {state.batches + 1} of epoch {state.epoch}. Lower training.lr (now {lr}) or lengthen "
+            "training.warmup; if it happens in the first batches, look for NaN in the inputs with one batch of the "
+            f"loader. {self.what_remains()}",
+            state.history,
         )
 
 
@@ -309,8 +279,12 @@ def _learning_rate_share(step: int, steps: int, cfg: Config) -> float:
 
 
 # ---- Judging
-def _outputs(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> Iterator[tuple[Tensor, Tensor, dict]]:
-    """Output and target of every batch on the CPU, in float32, with the batch itself."""
+@torch.no_grad()
+def _judge(
+    model: nn.Module, loader: DataLoader, task: Task, accelerator: Accelerator, samples: int | None = None
+) -> tuple[float, Predictions | ImagePredictions]:
+    """Mean loss and predictions of all samples of a loader, each once, however many processes share them."""
+    collector, total, count = task.collector(samples), 0.0, 0
     model.eval()
     for batch in accelerator.prepare_data_loader(loader):
         with accelerator.autocast():
@@ -320,16 +294,15 @@ def _outputs(model: nn.Module, loader: DataLoader, accelerator: Accelerator) -> 
         batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
         if accelerator.num_processes > 1:
             del batch["ts"]  # only this process's share
-        yield output.cpu().contiguous(), target.cpu(), batch
+        output, target = output.cpu().contiguous(), target.cpu()
+        total, count = total + task.loss(output, target).item() * len(target), count + len(target)
+        collector.add(task.to_units(output), target, batch)
+    return total / count, collector.predictions()
 
 
 def _in_order(loader: DataLoader, data: Subset | None = None) -> DataLoader:
     """The samples of a loader, or `data`, in the order of time: a training loader shuffles."""
-    return DataLoader(
-        data or loader.dataset,
-        loader.batch_size,
-        num_workers=loader.num_workers,
-        multiprocessing_context=loader.multiprocessing_context,
-        pin_memory=loader.pin_memory,
-        generator=torch.Generator(),  # else an iterator draws from the global one
-    )
+    names = ("batch_size", "num_workers", "multiprocessing_context", "pin_memory")
+    same = {name: getattr(loader, name) for name in names}
+    # a generator of its own, because an iterator would draw from the global one
+    return DataLoader(data or loader.dataset, generator=torch.Generator(), **same)

@@ -1,8 +1,7 @@
 """Memory of a training step, estimated without computing anything.
 
-The estimate runs the very step, forward and backward, on fake tensors: they have shapes, types and lifetimes, but no
-numbers (https://docs.pytorch.org/docs/main/torch.compiler_fake_tensor.html). So it takes a second for any size, and
-knows what frozen weights, adapters, mixed precision and recomputed layers save.
+The very step runs forward and backward on fake tensors, which have shapes, types and lifetimes, but no numbers
+(https://docs.pytorch.org/docs/main/torch.compiler_fake_tensor.html): a second for any size.
 """
 
 import copy
@@ -47,13 +46,9 @@ class StepMemory:
 def estimate_memory(
     model: nn.Module, batch: Mapping[str, Any], cfg: Config, batch_size: int | None = None
 ) -> StepMemory:
-    """What one training step of `model` will need, without computing it and without touching the model.
+    """What a training step of `model` (with what trains chosen) will need; the model is not touched.
 
-    Args:
-        model: takes the batch dict, on any device, with what trains chosen.
-        batch: one batch, for its shapes (B, C, T, H, W).
-        cfg: `training.precision` is read, and `training.batch_size` where `batch_size` is None.
-        batch_size: B of the step.
+    Of `batch` only the shape of "ts" (B, C, T, H, W) counts, with `batch_size` or `training.batch_size` for B.
     """
     shape = (batch_size or cfg.training.batch_size, *batch["ts"].shape[1:])
     with FakeTensorMode() as fake:
@@ -68,12 +63,9 @@ def estimate_memory(
 
 def recompute_if_needed(model: nn.Module, batch: Mapping[str, Any], cfg: Config, free: int | None = None) -> None:
     """With `training.recompute_blocks: auto`, let as few blocks of the encoder as possible recompute their activations,
-    so that a training step fits; says so.
+    so that a training step of the shape of `batch` fits into `free` bytes (None: of the device); says so.
 
-    Args:
-        model: with what trains chosen; it is moved to its device, and its encoder's `recompute_blocks` is set.
-        batch: one batch, for its shapes (B, C, T, H, W).
-        free: bytes to fit into; None asks the device. A tenth is left for what libraries keep for themselves.
+    The model, with what trains chosen, is moved to its device. A tenth of the memory is left for libraries.
     """
     if cfg.training.recompute_blocks != "auto" or not hasattr(model, "encoder"):
         return

@@ -10,8 +10,7 @@ import torchmetrics
 from sklearn import metrics as skill
 from torch import Tensor
 from torchmetrics.classification import BinaryAveragePrecision, BinaryF1Score, BinaryJaccardIndex
-from torchmetrics.functional import mean_absolute_error, mean_squared_error, relative_squared_error
-from torchmetrics.image import StructuralSimilarityIndexMeasure
+from torchmetrics.image import StructuralSimilarityIndexMeasure as StructuralSimilarity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,59 +36,36 @@ class ImageMetric:
 
 
 # ---- Numbers
-def rmse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Root mean square error of each output."""
-    return mean_squared_error(prediction, target, squared=False, num_outputs=target.shape[1])
-
-
 def mape(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean absolute error in per cent of each target; NaN if a target is zero, of which there are no per cent."""
     # not by TorchMetrics, which divides by 1.17e-6 at least: many fluxes in W/m^2 are smaller
     return 100 * ((prediction - target) / target.where(target != 0, torch.nan)).abs().mean()
 
 
-def r2(prediction: Tensor, target: Tensor) -> Tensor:
-    """Share of the target's variance explained; 0 is as good as the mean of these targets; NaN if they are equal."""
-    return 1 - relative_squared_error(prediction, target) if _varies(target) else torch.tensor(torch.nan)
+def unexplained(prediction: Tensor, target: Tensor) -> Tensor:
+    """Share of the variance of each output's targets that is not explained (K,), 1 for their mean; NaN if all equal."""
+    share = ((prediction - target) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
+    return share.where((target != target[0]).any(0), torch.nan)
 
 
-def rrse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Root relative square error: RMSE over that of predicting the mean of these targets; NaN if they are equal."""
-    return relative_squared_error(prediction, target, squared=False) if _varies(target) else torch.tensor(torch.nan)
+def event_metric(score: Callable[..., Any], counts: bool, higher_is_better: bool = True) -> NumberMetric:
+    """A score of yes or no as a metric; NaN for an output that has only events, or none, or a prediction that is NaN.
 
-
-def _varies(target: Tensor) -> bool:
-    return bool((target != target[0]).any(0).all())
-
-
-def _defined(prediction: Tensor, events: Tensor) -> Tensor:
-    """Of each output (K,): whether there are events and quiet times, and every prediction is a number."""
-    return events.any(0) & ~events.all(0) & ~prediction.isnan().any(0)
-
-
-def counted(score: Callable[..., Tensor]) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """A score of the numbers of hits, false alarms, misses and correct rejections as a metric; else NaN (`_defined`).
-
-    An event is a target from the threshold on, an alarm a prediction from there on.
+    With `counts` it takes hits, false alarms, misses and correct rejections, each (K,), where alarms are predictions
+    from the threshold on; else, as those of scikit-learn, the events and the predictions of one output.
     """
 
     def compute(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
         alarm, event = prediction >= threshold, target >= threshold  # (N, K)
-        counts = [(a & e).sum(0).double() for a in (alarm, ~alarm) for e in (event, ~event)]  # each (K,)
-        return score(*counts).where(_defined(prediction, event), torch.nan)
+        defined = event.any(0) & ~event.all(0) & ~prediction.isnan().any(0)  # (K,)
+        if counts:
+            found = score(*((a & e).sum(0).double() for a in (alarm, ~alarm) for e in (event, ~event)))
+        else:
+            columns = zip(event.T.numpy(), prediction.T.numpy(), defined.tolist(), strict=True)
+            found = torch.tensor([score(e, p) if known else torch.nan for e, p, known in columns], dtype=torch.float64)
+        return found.where(defined, torch.nan)
 
-    return compute
-
-
-def ranked(score: Callable[..., float]) -> Callable[[Tensor, Tensor, float], Tensor]:
-    """A score of scikit-learn, of the events and the predictions of one output, as a metric; else NaN (`_defined`)."""
-
-    def compute(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
-        events = target >= threshold
-        columns = zip(events.T.numpy(), prediction.T.numpy(), _defined(prediction, events).tolist(), strict=True)
-        return torch.tensor([score(e, p) if known else torch.nan for e, p, known in columns], dtype=torch.float64)
-
-    return compute
+    return NumberMetric(higher_is_better=higher_is_better, compute=compute, of_events=True)
 
 
 def brier_skill(events: np.ndarray, probability: np.ndarray) -> float:
@@ -108,18 +84,15 @@ SCORES = {
 }
 RANKS = {"auc": skill.roc_auc_score, "average_precision": skill.average_precision_score}
 PROBABILITIES = {"brier_skill": brier_skill, "log_loss": skill.log_loss}
-_COMPUTE = {name: counted(score) for name, score in SCORES.items()}
-_COMPUTE |= {name: ranked(score) for name, score in (RANKS | PROBABILITIES).items()}
-EVENTS = {  # what yes or no is judged by
-    name: NumberMetric(higher_is_better=name != "log_loss", compute=compute, of_events=True)
-    for name, compute in _COMPUTE.items()
-}
+EVENTS = {name: event_metric(score, counts=True) for name, score in SCORES.items()}  # what yes or no is judged by
+for _name, _score in (RANKS | PROBABILITIES).items():
+    EVENTS[_name] = event_metric(_score, counts=False, higher_is_better=_name != "log_loss")
 NUMBERS = {
-    "rmse": NumberMetric(higher_is_better=False, compute=rmse),
-    "mae": NumberMetric(higher_is_better=False, compute=mean_absolute_error),
+    "rmse": NumberMetric(higher_is_better=False, compute=lambda p, t: ((p - t) ** 2).mean(0).sqrt()),
+    "mae": NumberMetric(higher_is_better=False, compute=lambda p, t: (p - t).abs().mean(0)),
     "mape": NumberMetric(higher_is_better=False, compute=mape, physical=True),
-    "r2": NumberMetric(higher_is_better=True, compute=r2),
-    "rrse": NumberMetric(higher_is_better=False, compute=rrse),
+    "r2": NumberMetric(higher_is_better=True, compute=lambda p, t: 1 - unexplained(p, t)),
+    "rrse": NumberMetric(higher_is_better=False, compute=lambda p, t: unexplained(p, t).sqrt()),
     **{name: metric for name, metric in EVENTS.items() if name not in PROBABILITIES},
 }
 
@@ -160,12 +133,10 @@ class PixelCorrelation(torchmetrics.PearsonCorrCoef):
         super().__init__()
         self.set_dtype(torch.float64)
 
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        """Take (B, C, H, W) images."""
+    def update(self, preds: Tensor, target: Tensor) -> None:  # (B, C, H, W)
         super().update(preds.flatten().double(), target.flatten().double())
 
     def compute(self) -> Tensor:
-        """The correlation of everything since the last reset."""
         if self.var_y == 0:
             return torch.tensor(torch.nan)
         return super().compute() if self.var_x > 1e-12 * self.var_y else torch.tensor(0.0)
@@ -181,8 +152,6 @@ IMAGES = {
         higher_is_better=True, make=lambda mask, span: BinaryAveragePrecision(thresholds=50)
     ),
     "correlation": ImageMetric(higher_is_better=True, make=lambda mask, span: PixelCorrelation()),
-    # structural similarity, Wang et al. 2004
-    "ssim": ImageMetric(
-        higher_is_better=True, make=lambda mask, span: StructuralSimilarityIndexMeasure(data_range=span)
-    ),
+    # Wang et al. 2004
+    "ssim": ImageMetric(higher_is_better=True, make=lambda mask, span: StructuralSimilarity(data_range=span)),
 }

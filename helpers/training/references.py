@@ -26,14 +26,13 @@ PENALTIES = 0.01, 1, 100, 10_000  # of the weights of "past activity"
 def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str, Predictions | ImagePredictions]:
     """Predictions without a model of images for one split ("train", "val" or "test"), in target units.
 
+    "mean of training": of events their share, of images the mean image.
+    "persistence": the last label known at the time of the sample; of channels of later frames, those of that time.
+    "recurrence" (numbers, events): the label known a solar rotation (within an hour) before that of the sample.
+    "past activity" (numbers, events): as below, of at most 20 outputs and where training has both classes.
+
     Where no label is known yet, the mean of training takes its place, so that all are judged on the same samples; a
     reference without history for more than half of the samples is left out.
-
-    Returns:
-        "mean of training": the mean of the training targets (of events their share, of images the mean image).
-        "persistence": the last label known at the time of the sample; of channels of later frames, those of that time.
-        Of numbers and events also "recurrence": the label known one solar rotation (27.27 days, within an hour) before
-        that of the sample; and "past activity", as below, of at most 20 outputs and where training has both classes.
     """
     data, mean = getattr(loaders, split).dataset, loaders.target_mean.numpy()
     predictions, times = {}, [time.isoformat() for time in data.samples["time"]]
@@ -118,11 +117,8 @@ def history(data: SolarDataset, hidden: pd.DataFrame, mean: np.ndarray, cfg: Con
 def verdict(
     found: Predictions | ImagePredictions, references: Mapping[str, Any], cfg: Config, key: str | None = None
 ) -> str:
-    """A sentence: whether predictions beat every reference on the same samples.
-
-    Args:
-        references: of `reference_predictions`, for the same split.
-        key: the metric; None for the first of the configuration, and for TSS where events can be told apart.
+    """A sentence: whether predictions beat every one of `reference_predictions` of the same split by a metric: `key`,
+    or None for the first of the configuration, and TSS where events can be told apart.
     """
     if key is None and cfg.event_threshold is not None and cfg.target.metrics[0] != "tss":
         return "\n".join(verdict(found, references, cfg, name) for name in (cfg.target.metrics[0], "tss"))

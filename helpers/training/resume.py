@@ -36,38 +36,38 @@ class History:
         return pd.DataFrame(self.rows).set_index("epoch")
 
 
-@dataclass
-class Progress:
-    """Where a training stands: the epoch that is to be done, and what is done of it already."""
-
-    epoch: int = 0
-    batches: int = 0
-    loss: float = 0.0  # summed over the samples of these batches
-    samples: int = 0
-
-    def __str__(self) -> str:
-        return f"after batch {self.batches} of epoch {self.epoch}" if self.batches else f"after epoch {self.epoch - 1}"
-
-
 class RunState:
-    """All that a later process needs to go on as if the training had never stopped."""
+    """All that a later process needs to go on as if the training had never stopped.
+
+    Of `epoch`, which is to be done, so many `batches` and `samples` are done already, and `loss` is the sum over these.
+    """
 
     def __init__(
         self,
         path: Path | None,  # that keeps it; None in a training without a run, and in all processes but the first
         model: nn.Module,
         parts: Mapping[str, Any],  # objects with a state_dict, by name: optimizer, schedule and loss scaler
-        generator: torch.Generator,  # of the shuffled training loader
-        origin: Mapping[str, Any],  # what must be the same in the run that goes on (see `origin_of`)
+        loaders: Loaders,
+        cfg: Config,
     ) -> None:
-        self.path, self.model, self.parts, self.generator, self.origin = path, model, parts, generator, origin
+        self.path, self.model, self.parts, self.generator = path, model, parts, loaders.train.generator
+        # what must be the same in the run that goes on
+        data = fingerprint(getattr(loaders, name).dataset for name in loaders.sizes)
+        settings = settings_that_matter(cfg, "resume")
+        self.origin = {"config": settings, "data": data, "checkpoint": loaded_from(model)}
         self.history, self.score, self.best = History(), -math.inf, {}
         self.saved = "nothing was saved to go on from"
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
         """Nothing of this epoch is done; the order of its samples follows from the generator as it is now."""
-        self.progress, self.order = Progress(epoch), self.generator.get_state()
+        self.epoch, self.batches, self.samples, self.loss = epoch, 0, 0, 0.0
+        self.order = self.generator.get_state()
+
+    @property
+    def where(self) -> str:
+        """How far the training is."""
+        return f"after batch {self.batches} of epoch {self.epoch}" if self.batches else f"after epoch {self.epoch - 1}"
 
     def save(self) -> None:
         """Write everything to `path`, in place of what was there. All processes call this together."""
@@ -83,18 +83,15 @@ class RunState:
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "random": randomness,
             "order": self.order,
-            "progress": vars(self.progress),
+            "progress": (self.epoch, self.batches, self.samples, self.loss),
             "history": vars(self.history),
         }
         with atomic_write(self.path) as temporary:
             torch.save(state, temporary)
-        self.saved = f"the last good state is {self.path} ({self.progress})"
+        self.saved = f"the last good state is {self.path} ({self.where})"
 
     def load(self, path: Path, process: int, processes: int) -> None:
-        """Take everything from the file of another run; this is the process of that number, of so many.
-
-        Raises CheckpointError: no such file, or one of another model, configuration, data or number of processes.
-        """
+        """Take everything from the file of another run (else a CheckpointError); this is the process of that number."""
         if not path.is_file():
             there = sorted(found.parent.name for found in path.parents[1].glob(f"*/{STATE}"))
             raise CheckpointError(
@@ -121,17 +118,11 @@ class RunState:
                 own[key].copy_(tensor)
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
-        self.progress, self.history = Progress(**state["progress"]), History(**state["history"])
-        self.score, self.best, self.order = state["score"], state["best"], state["order"]
+        self.epoch, self.batches, self.samples, self.loss = state["progress"]
+        self.history, self.score, self.best = History(**state["history"]), state["score"], state["best"]
+        self.order = state["order"]
         self.generator.set_state(self.order)
         random = state["random"][process]
         torch.set_rng_state(random["torch"])
         if random["cuda"] and len(random["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(random["cuda"])
-
-
-def origin_of(cfg: Config, loaders: Loaders, model: nn.Module) -> dict[str, Any]:
-    """What a training comes from: its settings, the fingerprint of its data, and that of the weights it starts from."""
-    splits = [getattr(loaders, name).dataset for name in loaders.sizes]
-    settings = settings_that_matter(cfg, "resume")
-    return {"config": settings, "data": fingerprint(splits), "checkpoint": loaded_from(model)}

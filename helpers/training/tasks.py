@@ -36,44 +36,35 @@ class Predictions:
     threshold: float | None = None  # from this prediction on an event is forecast (`choose_threshold`); None: as events
 
     def metrics(self, cfg: Config) -> dict[str, float]:
-        """The metrics that the configuration names, plus tss and hss where it says what an event is.
-
-        Of yes or no with a chosen threshold, "tss_at_0.5" is the TSS at 0.5.
-        """
+        """Those of `metrics_of`; of yes or no with a chosen threshold "tss_at_0.5", too, the TSS at 0.5."""
         units = cfg.event_threshold, cfg.labels.physical, self.threshold
         found = compute_metrics(self.prediction, self.target, metrics_of(cfg), *units)
         if self.threshold is not None and cfg.labels.kind == "event":
-            plain = replace(self, threshold=None)
-            found["tss_at_0.5"] = plain.score("tss", np.arange(len(self.target)), cfg)
+            found["tss_at_0.5"] = replace(self, threshold=None).score("tss", slice(None), cfg)
         return found
 
-    def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
+    def score(self, key: str, rows: np.ndarray | slice, cfg: Config) -> float:
         """One metric of some of the samples."""
         units = cfg.event_threshold, cfg.labels.physical, self.threshold
         return compute_metrics(self.prediction[rows], self.target[rows], {key: metrics_of(cfg)[key]}, *units)[key]
 
     def choose_threshold(self, cfg: Config) -> float | None:
-        """The prediction from which on an event is best forecast here, by the first metric that depends on it.
-
-        That is for the validation split: the others are then judged at its threshold. None where a column has no events
-        to tell apart, or the configuration does not say what an event is.
+        """The prediction from which on an event is best forecast here (validation), by the first metric that depends
+        on it; None where a column has no events to tell apart, or the configuration does not say what an event is.
         """
         events = self.target >= (math.nan if cfg.event_threshold is None else cfg.event_threshold)
         if not events.any():
             return None
-        counting = {name: metric for name, metric in metrics_of(cfg).items() if metric.of_events}
         # recall alone would have it always warn, precision hardly ever; tss is always there
         others = {"recall", "precision", *RANKS, *PROBABILITIES}
-        key = next(name for name in counting if name not in others)
-        sign = 1 if counting[key].higher_is_better else -1
+        key, metric = next((k, m) for k, m in metrics_of(cfg).items() if m.of_events and k not in others)
+        sign = 1 if metric.higher_is_better else -1
         said, best = self.prediction.double().unique(), self.prediction[events].double().unique()
         # scores are best right below the prediction of an event, of which there may be few among many others
         below = torch.searchsorted(said, best.quantile(torch.linspace(0, 1, 50).double(), interpolation="nearest"))
-        between = (said[below] + said[(below - 1).clamp(0)]) / 2
-        scores = [
-            replace(self, threshold=level).score(key, np.arange(len(self.target)), cfg) for level in between.tolist()
-        ]
-        return None if np.isnan(scores).all() else between[int(np.nanargmax(sign * np.array(scores)))].item()
+        levels = ((said[below] + said[(below - 1).clamp(0)]) / 2).tolist()
+        scores = [sign * replace(self, threshold=level).score(key, slice(None), cfg) for level in levels]
+        return None if np.isnan(scores).all() else levels[np.nanargmax(scores)]
 
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
@@ -85,10 +76,8 @@ class Predictions:
     @classmethod
     def from_table(cls, table: pd.DataFrame) -> Self:
         """The way back from `table()`."""
-        prediction, target = (
-            torch.tensor(table.filter(regex=rf"^{name}_\d+$").to_numpy(), dtype=torch.float32)
-            for name in ("prediction", "target")
-        )
+        parts = [table.filter(regex=rf"^{name}_\d+$").to_numpy() for name in ("prediction", "target")]
+        prediction, target = (torch.tensor(part, dtype=torch.float32) for part in parts)
         return cls(prediction, target, table["timestamp"].astype(str).tolist())
 
     def same_samples(self, other: Self) -> bool:
@@ -98,7 +87,7 @@ class Predictions:
 
 @dataclass
 class ImagePredictions:
-    """What is kept of one split of masks or images."""
+    """What is kept of one split of masks or images, with the methods of `Predictions`."""
 
     values: dict[str, float]  # the metrics over the whole split
     scores: pd.DataFrame  # one row an image: timestamp, the metrics of this image alone, and the mean of its target
@@ -110,11 +99,9 @@ class ImagePredictions:
 
     @property
     def timestamps(self) -> list[str]:
-        """The N image times (ISO)."""
         return list(self.scores["timestamp"])
 
     def metrics(self, cfg: Config) -> dict[str, float]:
-        """The metrics of the split."""
         return self.values
 
     def score(self, key: str, rows: np.ndarray, cfg: Config) -> float:
@@ -122,7 +109,6 @@ class ImagePredictions:
         return float(self.scores[key].to_numpy()[rows].mean())
 
     def table(self) -> pd.DataFrame:
-        """One row an image."""
         return self.scores
 
     @classmethod
@@ -131,7 +117,6 @@ class ImagePredictions:
         return cls({}, table.astype({"timestamp": str}))
 
     def same_samples(self, other: Self) -> bool:
-        """Whether both were judged on the same times and targets."""
         mine, others = (p.scores["target_mean"].to_numpy() for p in (self, other))
         return self.timestamps == other.timestamps and np.allclose(mine, others, rtol=1e-4, atol=1e-6)
 
@@ -163,11 +148,8 @@ class NumberCollector:
 class ImageCollector:
     """Takes predictions of masks or images batch by batch: metrics and a few examples.
 
-    Args:
-        metrics: TorchMetrics metrics by name.
-        samples: how many will come, of which the examples are chosen; None keeps the metrics of the split alone, which
-            is faster.
-        masks: the metrics are given 0 and 1; a pixel on the averaged edge of a finer mask is inside from one half up.
+    Of `samples`, the number that will come, None keeps the metrics of the split alone, which is faster. The metrics of
+    `masks` are given 0 and 1; a pixel on the averaged edge of a finer mask is inside from one half up.
     """
 
     def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None, masks: bool) -> None:
@@ -203,15 +185,10 @@ class ImageCollector:
 
 # ---- Losses
 def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
-    """Cross-entropy plus soft Dice loss of masks; both count the few pixels inside for more than their number.
+    """Cross-entropy plus soft Dice loss (V-Net, arXiv:1606.04797; one term an image) of masks.
 
-    Args:
-        output: (B, C, H, W) logits.
-        target: (B, C, H, W), 0 outside and 1 inside.
-        share: of the training pixels that are inside. Pixels inside weigh sqrt((1 - share) / share) times as much in
-            the cross-entropy: full balance would draw the masks too large.
-
-    Source: soft Dice of V-Net (arXiv:1606.04797), one term an image.
+    Output are (B, C, H, W) logits, the target is 0 outside and 1 inside, as a `share` of the training pixels is. Pixels
+    inside weigh sqrt((1 - share) / share) times as much: full balance would draw the masks too large.
     """
     weight = torch.as_tensor(((1 - share) / share) ** 0.5, device=output.device)
     cross_entropy = F.binary_cross_entropy_with_logits(output, target, pos_weight=weight)
@@ -221,15 +198,10 @@ def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
 
 
 def bce(output: Tensor, target: Tensor, share: Tensor, weights: str) -> Tensor:
-    """Cross-entropy of events; weighted ones start, as plain ones do, where the model says the share for every sample.
+    """Cross-entropy of events: (B, K) logits and 0 or 1, of which `share` (K,) of the training samples are 1.
 
-    Args:
-        output: (B, K) logits of the probability.
-        target: (B, K), 0 or 1.
-        share: (K,) of the training samples that are events.
-        weights: by how much an event counts for more than its number: none, sqrt((1 - share) / share), or balanced,
-            (1 - share) / share. The logits of the weighted loss are higher by the logarithm of it, so that `output`
-            stays a probability.
+    By `weights` an event counts as much more as it is rarer: none, sqrt((1 - share) / share) or balanced, (1 - share)
+    / share. The logits of the weighted loss are higher by the logarithm of it, so that `output` stays a probability.
     """
     weight = ((1 - share) / share) ** {"none": 0, "sqrt": 0.5, "balanced": 1}[weights]
     return F.binary_cross_entropy_with_logits(output + weight.log(), target, pos_weight=weight)
@@ -241,10 +213,8 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce":
 
 # ---- Tasks
 class Task:
-    """What a kind of target decides; see `NumberTask`, `ImageTask` and `MaskTask`.
-
-    Each has a `collector(samples)`, which takes the predictions of a split of so many samples, or of one of which the
-    metrics are enough (None).
+    """What a kind of target decides. Each has a `collector(samples)` for the predictions of a split of so many samples,
+    or of one of which the metrics are enough (None).
     """
 
     registry: dict[str, Any]  # the metrics that there are
@@ -254,10 +224,7 @@ class Task:
         self.cfg, self.loaders, self.metrics = cfg, loaders, metrics_of(cfg)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """The configured loss of a model's output and the target of a batch, which is in target units.
-
-        Raises ValueError where their shapes differ, because broadcasting would hide a mistake.
-        """
+        """The configured loss of a model's output and the target of a batch, which is in target units."""
         check_shapes(output, target)
         return find_named(self.cfg.target.loss, LOSSES)(*self.learned(output.float(), target))
 

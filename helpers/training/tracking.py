@@ -32,10 +32,7 @@ UPLOAD_SECONDS = 15  # how long the start and the end of a run wait for Weights 
 
 
 class Run:
-    """One run and its folder `runs/<name>/`, with config.yaml, history.csv, summary.json and figures.
-
-    Use it with `with`, or call `finish()` at the end. Weights & Biases knows it by the same name.
-    """
+    """One run and its folder `runs/<name>/`, for `with`, or call `finish()` at the end."""
 
     def __init__(self, folder: Path, cfg: Config) -> None:
         self.folder, self.name = folder, folder.name
@@ -57,12 +54,7 @@ class Run:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Append one row to history.csv, on disk at once, so that a killed kernel leaves what was measured.
 
-        Args:
-            metrics: numbers by name; the first call fixes the names.
-            step: the epoch, written as the first column.
-
-        Raises:
-            ValueError: if the names are not those of the first row.
+        The first column is `step`, the epoch; the first call fixes the names of the others, else a ValueError.
         """
         row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
         self._columns = self._columns or list(row)
@@ -82,13 +74,10 @@ class Run:
         path = self.folder / f"{name}.png"
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", bbox_inches="tight", dpi=120)
+        if self._wandb is not None:
+            from wandb import Image
 
-        def upload(run: Any) -> None:
-            import wandb
-
-            run.log({name: wandb.Image(str(path))})
-
-        self._online(upload)
+            self._online(lambda run: run.log({name: Image(str(path))}))
         return path
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -130,16 +119,10 @@ class Run:
 
 # ---- Starting and finding runs
 def start_run(cfg: Config, name: str | None = None) -> Run:
-    """Begin a run in a folder of its own; nothing that another run wrote is ever overwritten.
+    """Begin a run in a folder of its own; nothing that another run wrote is ever overwritten (FileExistsError).
 
-    Args:
-        cfg: the configuration; a copy is written beside the results.
-        name: of the folder, a plain name; None takes the next free `<experiment>-<task>-<profile>-<NNN>`.
-            `make run-notebook` has made the folder already and passes its name.
-
-    Raises:
-        ValueError: the name is not a plain name.
-        FileExistsError: if a run of that name has begun before.
+    `name` is that of the folder, which `make run-notebook` has made already; None takes the next free
+    `<experiment>-<task>-<profile>-<NNN>`. A name with a folder or other signs in it raises a ValueError.
     """
     if name is None:
         return Run(claim_run(cfg.runs_folder, f"{cfg.experiment}-{cfg.task}-{cfg.profile}"), cfg)
@@ -166,14 +149,8 @@ def claim_run(runs: Path, prefix: str) -> Path:
 
 
 def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
-    """The finished runs in the folder `runs`, oldest first. A run whose record cannot be read is left out and named.
-
-    Args:
-        wanted: an experiment, task or profile, of which alone runs are listed.
-
-    Returns:
-        The columns name, experiment, task, profile, finished, seed, folder, settings (a dict), data_fingerprint, and
-        the metrics.
+    """The finished runs in the folder `runs`, oldest first, of the `wanted` experiment, task or profile, with folder,
+    settings (a dict) and metrics. A run whose record cannot be read is left out and named.
     """
     columns = ["name", "experiment", "task", "profile", "finished", "seed", "folder", "settings", "data_fingerprint"]
     rows = []
@@ -191,10 +168,10 @@ def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
 
 def how_to_go_on(name: str, cfg: Config) -> str:
     """What to type to go on with the interrupted run `name`."""
-    words = f"NB={cfg.experiment} TASK={cfg.task} PROFILE={cfg.profile}"
     return (
-        f'To go on: make run-notebook {words} P="training.resume={name}" with the other parameters of the run, or in '
-        f'the notebook parameters = {{"training.resume": "{name}"}}, and run all cells.'
+        f"To go on: make run-notebook NB={cfg.experiment} TASK={cfg.task} PROFILE={cfg.profile} "
+        f'P="training.resume={name}" with the other parameters of the run, or in the notebook '
+        f'parameters = {{"training.resume": "{name}"}}, and run all cells.'
     )
 
 
@@ -230,14 +207,11 @@ def wandb_mode(cfg: Config) -> str:
 
 
 def _start_wandb(cfg: Config, folder: Path, commit: str) -> Any:
-    """A Weights & Biases run, or None where it is disabled or fails; the slow import waits until it is wanted.
-
-    A server that does not answer costs seconds, never the training: the run is offline then.
-    """
+    """A Weights & Biases run, offline where the server does not answer, or None where it is disabled or fails."""
     mode = wandb_mode(cfg)
     if mode == "disabled":
         return None
-    import wandb
+    import wandb  # slow, so only where it is wanted
 
     # only what a comparison of runs needs: no copy of the console or the code, no polling of the machine
     settings = wandb.Settings(

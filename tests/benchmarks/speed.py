@@ -89,10 +89,10 @@ def step(model: nn.Module, ts: Tensor, precision: str = "bf16") -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Measurements: each runs in a process of its own, for its memory, and returns numbers
 # --------------------------------------------------------------------------------------------------------------------
-def measure_work(repeats: int, side: int, batch=1, precision="bf16", checkpointed=False, compiled=False, train=True):
-    """A LoRA step, or a forward pass: seconds, share of the large product's rate, peak memory, seconds to compile."""
+def measure_work(repeats: int, side: int, batch=1, precision="bf16", checkpointed=False, train=True):
+    """A LoRA step, or a forward pass: seconds, share of the large product's rate, peak memory."""
     layers = range(CFG.model.depth) if checkpointed else ()
-    model = build(side, recompute_blocks=layers, compile=compiled)
+    model = build(side, recompute_blocks=layers)
     model = apply_lora(model, **LORA) if train else model.requires_grad_(False)
     model = hold_frozen(model, DTYPES[precision]).to(DEVICE)
     ts, (product, operations) = images(side, batch), large_product(precision)
@@ -102,13 +102,11 @@ def measure_work(repeats: int, side: int, batch=1, precision="bf16", checkpointe
             model.eval()(ts)
 
     run = (lambda: step(model, ts, precision)) if train else forward
-    start = time.perf_counter()
     run()
-    first = time.perf_counter() - start
     seconds = alternately(repeats, {"product": product, "run": run})
     rate, passes = operations / seconds["product"], 3 if train else 1  # a backward pass counts as two forward passes
     share = passes * batch * matrix_products(side) / seconds["run"] / rate
-    return {"run": seconds["run"], "share": share, "rate": rate, "peak": peak_gb(), "compile": first - seconds["run"]}
+    return {"run": seconds["run"], "share": share, "rate": rate, "peak": peak_gb()}
 
 
 def measure_error(repeats: int) -> dict[str, float]:
@@ -244,20 +242,17 @@ def growth_rows(repeats: int, known: dict[str, float]) -> None:
 
 
 def gpu_rows(repeats: int) -> None:
-    """On a GPU: batches, with and without torch.compile and activation checkpointing."""
+    """On a GPU: batches, with and without activation checkpointing."""
     for side, batch in ((1024, 1), (1024, 8), (1024, 16), (4096, 1)):
-        for compiled in (False, True):
-            for checkpointed in (False, True):
-                name = f"LoRA step {side}, batch {batch}{', compiled' * compiled}{', checkpointed' * checkpointed}"
-                try:
-                    found = alone(
-                        measure_work, repeats, side, batch=batch, compiled=compiled, checkpointed=checkpointed
-                    )
-                except subprocess.CalledProcessError:
-                    row(name, "failed (its message is above)")
-                    continue
-                rest = f"{found['share']:.2f} of the rate" + f", compiled in {found['compile']:.0f} s" * compiled
-                row(name, f"{batch / found['run']:.2f} /s  {found['peak']:.1f} GB", rest)
+        for checkpointed in (False, True):
+            name = f"LoRA step {side}, batch {batch}{', checkpointed' * checkpointed}"
+            try:
+                found = alone(measure_work, repeats, side, batch=batch, checkpointed=checkpointed)
+            except subprocess.CalledProcessError:
+                row(name, "failed (its message is above)")
+                continue
+            rest = f"{found['share']:.2f} of the rate"
+            row(name, f"{batch / found['run']:.2f} /s  {found['peak']:.1f} GB", rest)
 
 
 def main() -> None:
