@@ -35,29 +35,20 @@ from tqdm import tqdm
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, VLenUTF8Codec
 
 from helpers import channels as physics
+from helpers import shared
 from helpers.channels import CHANNELS, FILL_CODE, UNITS, Coding, Scaler
 from helpers.config import Config
 from helpers.data import archive as archives
 from helpers.data.archive import Archive, FrameError, MissingFrameError
 from helpers.data.labels import Plan, labels_of, plan_samples
 from helpers.data.workers import worker_pool
-from helpers.shared import (
-    GB,
-    atomic_write,
-    disk_errors,
-    ensure_space,
-    free_space,
-    is_writable,
-    make_folder,
-    remove_leftovers,
-    share,
-)
+from helpers.shared import GB, is_writable
 
 FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
 CODECS = {BytesCodec, BloscCodec, Crc32cCodec, VLenUTF8Codec}  # all that a store of ours uses
 START, CADENCE, SLOTS = np.datetime64("2010-05-01", "s"), np.timedelta64(12, "m"), 1_300_440
 COMPRESSED = 0.6  # size of a compressed frame over that of its codes; measured: synthetic Sun 0.4, noisy frame 0.52
-FILE_BYTES = 2.6  # of a NetCDF file of the archive, a pixel and channel
+FILE_GB = 2.6 * len(CHANNELS) / GB  # of a NetCDF file of the archive, a pixel of one channel; measured
 
 
 def reduce_frame(
@@ -290,8 +281,8 @@ def create_store(
         "native_size": native_size,
     }
     side, count = native_size // reduce, len(codings)
-    aside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=make_folder(path.parent))
-    with disk_errors(path.parent), aside as folder:
+    aside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=shared.make_folder(path.parent))
+    with shared.disk_errors(path.parent), aside as folder:
         group = zarr.create_group(Path(folder, "store"), attributes=attributes)
         group.create_array(
             "frames",
@@ -315,7 +306,7 @@ def create_store(
             zarr.consolidate_metadata(Path(folder, "store"))
         try:
             Path(folder, "store").rename(path)
-            share(path)
+            shared.share(path)
         except OSError:
             if not (path / "zarr.json").is_file():
                 raise
@@ -372,21 +363,22 @@ def build_store(
     if not (path / "zarr.json").is_file():
         create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
     store, started = open_store(path, channels, reduce, native_size, scalers), time.perf_counter()
-    remove_leftovers(path / "frames")
-    remove_leftovers(path.parent, f".{path.name}.*")
-    remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
+    shared.remove_leftovers(path / "frames")
+    shared.remove_leftovers(path.parent, f".{path.name}.*")
+    shared.remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
     wanted = {START + _row(when) * CADENCE for when in times}
     lacking = list(wanted - set(store.times))
     random.shuffle(lacking)
     report.already += len(wanted) - len(lacking)
     if lacking:
-        ensure_space(path, len(lacking) * store.frame_bytes * COMPRESSED, reserve_gb, what=f"{len(lacking)} frames")
+        size = len(lacking) * store.frame_bytes * COMPRESSED
+        shared.ensure_space(path, size, reserve_gb, what=f"{len(lacking)} frames")
     mine = worker_pool(workers) if min(workers, len(lacking)) > 1 else ThreadPoolExecutor(1)
     with nullcontext(executor) if executor else mine as pool:
         urls = [archive.url(when) for when in lacking]
         # after an error in one of them, `map` begins no other
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
-        each_mb = max(1, round(file_gb(native_size) * 1000))
+        each_mb = max(1, round(1000 * FILE_GB * native_size**2))
         bar = tqdm(made, f"{len(lacking)} frames", len(lacking), unit="MB", unit_scale=each_mb, disable=not progress)
         for when, url, outcome in zip(lacking, urls, bar, strict=True):
             if not isinstance(outcome, FrameError):
@@ -414,15 +406,10 @@ def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: s
             codes = reduce_frame(path, store.codings, reduce, store.scalers, native_size)
     except FrameError as error:
         return error
-    with disk_errors(store.path):
+    with shared.disk_errors(store.path):
         zarr.open_array(store.path / "frames", mode="r+")[_row(when)] = codes
-    share(store.file(when))
+    shared.share(store.file(when))
     return True
-
-
-def file_gb(native_size: int) -> float:
-    """Size of a file of the archive, about."""
-    return len(CHANNELS) * native_size**2 * FILE_BYTES / GB
 
 
 def channels_needed(cfg: Config) -> tuple[str, ...]:
@@ -508,11 +495,11 @@ def prepare_store(
         wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
         lacking = np.setdiff1d(wanted, there)
         report.already = len(wanted) - len(lacking) - report.built
-        each_gb, stored = file_gb(data.native_size), 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
+        each_gb, stored = FILE_GB * data.native_size**2, 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
         report.needs = (
             f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
             f"to build: {len(lacking)} frames; {len(lacking) * each_gb:.1f} GB to read, {len(lacking) * stored:.2f} GB "
-            f"to store ({free_space(path) / GB:.1f} GB free)"
+            f"to store ({shared.free_space(path) / GB:.1f} GB free)"
         )
         if speed := history["seconds a frame"]:
             report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
@@ -544,7 +531,7 @@ def prepare_store(
         history["lost"] = sorted({*history["lost"]} - {*map(str, lacking)} | {*map(str, report.lost)})
         if report.built:
             history["seconds a frame"] = report.seconds / report.built
-        with atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
+        with shared.atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
             temporary.write_text(json.dumps(history))
         if times is not None or report.lost <= lost:
             return report

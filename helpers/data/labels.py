@@ -407,12 +407,10 @@ def plan_samples(
             inside = (times >= np.datetime64(start, "s")) & (times < np.datetime64(end, "s"))
             split[inside if published is None else inside & (published == name)] = name
     table, times, split = table[split != ""], times[split != ""], split[split != ""]
-    near = np.zeros(len(table), bool)
-    if published is not None:
-        reach = (window[1] - window[0] + pd.Timedelta(guard, "h")).to_timedelta64()
-        changes = np.r_[True, split[1:] != split[:-1]][: len(split)]
-        begins = np.r_[times[changes], np.datetime64(ANY_TIME[1], "s")]  # when the next samples of another split do
-        near = begins[changes.cumsum()] - times < reach
+    reach = (window[1] - window[0] + pd.Timedelta(guard, "h")).to_timedelta64()
+    changes = np.r_[True, split[1:] != split[:-1]][: len(split)]
+    begins = np.r_[times[changes], np.datetime64(ANY_TIME[1], "s")]  # when the next samples of another split do
+    near = begins[changes.cumsum()] - times < reach  # only of published splits: `check_splits` refuses those of others
     offsets = tuple(sorted(set(offsets)))
     complete = np.ones(len(table), bool)
     if usable and len(table):
@@ -432,14 +430,13 @@ def plan_samples(
         last = np.searchsorted(whole[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]
         samples[name] = rows.iloc[np.sort(looked_at[whole[looked_at]])].reset_index(drop=True)
+        candidates[name] = int((split == name).sum())
         reasons = {
             f"without a frame at {' or '.join(map(str, offsets))} min": int((~whole[looked_at]).sum()),
-            f"whose window, with {guard:g} h of guard, reaches into that of a later split": int(
-                (near & (split == name)).sum()
-            ),
+            f"whose window, with {guard:g} h of guard, reaches into that of a later split": candidates[name]
+            - len(rows),
         }
         dropped[name] = {reason: count for reason, count in reasons.items() if count}
-        candidates[name] = int((split == name).sum())
     without_maximum = len(frame_times(table["time"][complete & ~near], offsets))
     return Plan(labels, offsets, samples, candidates, dropped, unmatched, without_maximum)
 
@@ -476,10 +473,8 @@ def match(
     step = 60 * cadence_minutes
     ahead = {"forward": 0, "nearest": step // 2, "backward": step - 1}[direction]
     frame = (wanted + ahead) // step * step
-    table = pd.DataFrame(
-        {"time": frame.astype("datetime64[s]"), "label": range(len(labels)), "label_time": labels.times}
-    )
-    table["off"] = np.abs(wanted - frame)
+    table = pd.DataFrame({"time": frame.astype("datetime64[s]"), "label": range(len(labels))})
+    table = table.assign(label_time=labels.times, off=np.abs(wanted - frame))
     near = table["off"] <= 60 * tolerance_minutes
     table = table[near].sort_values(["time", "off"], kind="stable")
     twice = table["time"].duplicated()
