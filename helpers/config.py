@@ -426,14 +426,14 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("null", r"^(~|null|)$", ["~", "n", ""]),
-    ("bool", r"^(true|false)$", ["t", "f"]),
-    ("int", r"^[-+]?(0|[1-9]\d*)$", "-+0123456789"),
-    ("float", r"^[-+]?((0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$", "-+0123456789."),
-    ("merge", r"^(?:<<)$", ["<"]),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+for _tag, _pattern in {
+    "null": r"^(~|null|)$",
+    "bool": r"^(true|false)$",
+    "int": r"^[-+]?(0|[1-9]\d*)$",
+    "float": r"^[-+]?((0|[1-9]\d*)(\.\d*)?([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$",
+    "merge": r"^<<$",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), first=None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -501,12 +501,10 @@ _SCHEMA = dict(_schema_keys(Config))  # dotted key -> its marks
 
 
 def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal["resume", "compare"]) -> dict[str, Any]:
-    """The settings, by dotted key, that must be equal in two runs.
+    """The settings, by dotted key, that must be equal in two runs: where one resumes the other, or to compare them.
 
     Args:
         settings: a configuration, or the config.yaml of a run as a dict.
-        purpose: `resume`: one run goes on from the other; `compare`: they are compared, over seeds, experiments and
-            numbers of training samples.
     """
     may_differ = (MACHINE,) if purpose == "resume" else (MACHINE, COMPARED)
     tree = settings.to_dict() if isinstance(settings, Config) else settings

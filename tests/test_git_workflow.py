@@ -329,14 +329,17 @@ def test_update_explains_a_conflict_until_it_is_finished(clone, same_cell, updat
 
 
 def test_a_file_that_the_template_deleted_and_you_changed_has_its_way_out(template, clone, update):
-    (clone / "helpers" / "heads.py").write_text("HEADS = 2\n")
+    (template / "helpers" / "têtes.py").write_text("HEADS = 1\n")
+    publish(template, message="Heads")
+    assert update().returncode == 0
+    (clone / "helpers" / "têtes.py").write_text("HEADS = 2\n")
     git(clone, "commit", "-qam", "My heads")
-    git(template, "rm", "-q", "helpers/heads.py")
+    git(template, "rm", "-q", "helpers/têtes.py")
     publish(template, message="No heads")
     done = update()
-    assert done.returncode != 0 and "  helpers/heads.py\n" in done.stdout and "git rm FILE" in done.stdout
-    assert (clone / "helpers" / "heads.py").read_text() == "HEADS = 2\n"
-    git(clone, "rm", "-q", "helpers/heads.py")
+    assert done.returncode != 0 and "  helpers/têtes.py\n" in done.stdout and "git rm FILE" in done.stdout
+    assert (clone / "helpers" / "têtes.py").read_text() == "HEADS = 2\n"
+    git(clone, "rm", "-q", "helpers/têtes.py")
     git(clone, "commit", "-q", "--no-edit")
     assert update().stdout.startswith("Nothing new")
 
