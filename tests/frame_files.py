@@ -1,12 +1,17 @@
 """For the tests: NetCDF files in the layout of the public bucket, odd ones, a server like it, and stores of them."""
 
-from http.server import BaseHTTPRequestHandler
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import h5netcdf
 import h5py
 import numpy as np
 import pandas as pd
+import s3fs
 
 from helpers.channels import CHANNELS
 from helpers.data.archive import Archive
@@ -144,6 +149,17 @@ class Bucket(BaseHTTPRequestHandler):
         if self.command == "GET":
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.close_connection = cut
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, type[Bucket]]]:
+    """The files of a folder as the bucket `sun`: the address of the server, and the class that answers."""
+    answers = type("Answers", (Bucket,), {"folder": folder, "faults": defaultdict(list), "seen": []})
+    s3fs.S3FileSystem.clear_instance_cache()
+    with ThreadingHTTPServer(("127.0.0.1", 0), answers) as server:
+        Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", answers
+        server.shutdown()
 
 
 def build(folder: Path, name: str = "store.zarr", times=HOURS, **arguments):

@@ -2,11 +2,8 @@
 
 import re
 import shutil
-from collections import defaultdict
 from dataclasses import replace
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import h5py
 import hdf5plugin
@@ -14,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray
-from frame_files import HOURS, ODD, Bucket, build, files, physical_frame, spoiled
+from frame_files import HOURS, ODD, build, files, physical_frame, serving, spoiled
 
 from helpers.channels import CHANNELS, coding_of, from_signed_log, load_scalers
 from helpers.data.archive import Archive, ArchiveError, FrameError, open_netcdf, read_index, read_variable
@@ -143,17 +140,10 @@ def test_the_real_index_is_understood():
 @pytest.fixture
 def s3(built, monkeypatch):
     """The five frames in a bucket; returns (archive, the class that answers)."""
-    import s3fs
-
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
-    answers = type("Answers", (Bucket,), {"folder": built, "faults": defaultdict(list), "seen": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), answers)
-    Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    s3fs.S3FileSystem.clear_instance_cache()
-    yield Archive("s3://sun", endpoint_url=f"http://127.0.0.1:{server.server_port}", pause_s=0.01), answers
-    server.shutdown()
-    server.server_close()
+    with serving(built) as (address, answers):
+        yield Archive("s3://sun", endpoint_url=address, pause_s=0.01), answers
 
 
 def _key(hour: int) -> str:

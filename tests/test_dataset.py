@@ -339,11 +339,17 @@ def opened(monkeypatch):
     return names
 
 
+def one_channel(folder, times) -> dict:
+    """Frames of one channel in `folder`/sun, and the settings that build a store of them."""
+    write_index(folder / "sun", times, channels=("aia171",))
+    own = {"data.store": str(folder / "frames"), "data.archive": str(folder / "sun"), "data.index": None}
+    return own | {"data.channels": ["aia171"]}
+
+
 def test_only_the_frames_that_samples_need_are_opened(config, tmp_path, opened):
     """12 labelled samples: 24 frames. A second task on the same store adds only its own."""
     hours = pd.date_range("2014-01-07", periods=26, freq="1h")
-    write_index(tmp_path / "sun", hours)
-    own = {"data.store": str(tmp_path / "frames"), "data.archive": str(tmp_path / "sun"), "data.index": None}
+    own = one_channel(tmp_path, hours)
     own |= {
         "split.val": ["2014-01-07 13:00", "2014-01-07 18:30"],
         "split.test": ["2014-01-07 20:00", "2014-01-08 02:00"],
@@ -363,11 +369,10 @@ def test_only_the_frames_that_samples_need_are_opened(config, tmp_path, opened):
 
 
 def test_others_take_the_place_of_samples_whose_frames_are_missing_or_damaged(config, tmp_path):
-    write_index(tmp_path / "sun", HOURS)
+    own = one_channel(tmp_path, HOURS)
     for hour in (2, 6):
         (tmp_path / f"sun/2014/01/20140107_{hour:02d}00.nc").unlink()
     (tmp_path / "sun/2014/01/20140107_1000.nc").write_bytes(b"cut short")
-    own = {"data.store": str(tmp_path / "frames"), "data.archive": str(tmp_path / "sun"), "data.index": None}
     own |= {"data.offsets_minutes": [0], "model.time_dim": 1, "training.max_train_samples": 8}
     report = prepare_store(config(**own), progress=False)
     assert len(report.unreadable) <= 1 and report.built == 8 + 4 + 4
@@ -498,8 +503,7 @@ def test_a_mask_that_is_none_is_refused_wherever_it_lies(config, tmp_path):
         list(make_loaders(cfg).val)
 
 
-@pytest.mark.parametrize("hour", [3, 15, 22])
-@pytest.mark.parametrize("kind", ["scalar", "mask"])
+@pytest.mark.parametrize(("kind", "hour"), [("scalar", 3), ("scalar", 22), ("mask", 15), ("mask", 22)])
 def test_a_corrected_label_is_another_fingerprint_and_ends_resume_and_comparison(config, tmp_path, kind, hour, capsys):
     """In any split: a number in the table, or a mask file under its old name."""
 

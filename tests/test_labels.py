@@ -1,9 +1,6 @@
 """Labels as the release, archives and people write them: what is read, left out and counted, or refused."""
 
-from collections import defaultdict
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import h5netcdf
 import h5py
@@ -11,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from frame_files import Bucket, write_netcdf
+from frame_files import serving, write_netcdf
 from matplotlib import image as pictures
 
 from helpers.config import ConfigError, load_config
@@ -623,21 +620,11 @@ def test_label_files_and_masks_of_the_hub_are_found_without_network(config, tmp_
 
 
 def test_label_files_of_a_bucket(config, tmp_path, monkeypatch):
-    import s3fs
-
     monkeypatch.delenv("AWS_PROFILE", raising=False)
-    answers = type("Answers", (Bucket,), {"folder": tmp_path, "faults": defaultdict(list), "seen": []})
     write_spectra(tmp_path / "x.nc")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), answers)
-    Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-    s3fs.S3FileSystem.clear_instance_cache()
-    own = {"data.endpoint_url": f"http://127.0.0.1:{server.server_port}", "data.anonymous": True}
-    try:
+    with serving(tmp_path) as (address, _):
+        own = {"data.endpoint_url": address, "data.anonymous": True}
         assert len(labels_of(config("euv_spectra", **own | {"labels.path": "s3://sun/x.nc"}))) == 18
-        with pytest.raises(
-            FileNotFoundError, match="The label file s3://sun/none.csv: there is no such file.*labels.path"
-        ):
+        said = "The label file s3://sun/none.csv: there is no such file.*labels.path"
+        with pytest.raises(FileNotFoundError, match=said):
             labels_of(config("euv_spectra", **own | {"labels.path": {"train": "s3://sun/none.csv"}}))
-    finally:
-        server.shutdown()
-        server.server_close()

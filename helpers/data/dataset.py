@@ -20,7 +20,7 @@ from torch.nn.functional import avg_pool2d
 from torch.utils.data import DataLoader, Dataset
 
 from helpers.channels import denormalise, normalise, stack_scalers
-from helpers.config import Config, find_named
+from helpers.config import SPLITS, Config, find_named
 from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
 from helpers.data.labels import FrameTarget, Labels, Plan, plan_samples
@@ -170,7 +170,7 @@ class Loaders:
     @property
     def sizes(self) -> dict[str, int]:
         """Number of samples of each split."""
-        return {name: len(getattr(self, name).dataset) for name in ("train", "val", "test")}
+        return {name: len(getattr(self, name).dataset) for name in SPLITS}
 
     @property
     def scale(self) -> dict[str, list[float]]:

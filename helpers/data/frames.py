@@ -186,8 +186,8 @@ class FrameStore:
         self._memory |= {_row(when): whole._codes(when) for when in times}
 
     def __repr__(self) -> str:
-        shape = f"{len(self.channels)} channels of {self.side} x {self.side} pixels"
-        return f"FrameStore({self.path}: {len(self.times)} frames, {shape}, reduced by {self.attributes['reduce']})"
+        size = f"{len(self.channels)} channels of {self.side} x {self.side} pixels"
+        return f"FrameStore({self.path}: {len(self.times)} frames, {size}, reduced by {self.attributes['reduce']})"
 
 
 def _read_shard(path: Path, channels: int, side: int, chosen: Sequence[int]) -> list[np.ndarray]:

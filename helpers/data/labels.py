@@ -405,12 +405,14 @@ def plan_samples(
     for name in SPLITS:
         for start, end in cfg.split.periods(name) or [ANY_TIME]:
             inside = (times >= np.datetime64(start, "s")) & (times < np.datetime64(end, "s"))
-            split[inside if published is None else inside & (published == name)] = name
+            if published is not None:
+                inside &= published == name
+            split[inside] = name
     table, times, split = table[split != ""], times[split != ""], split[split != ""]
     reach = (window[1] - window[0] + pd.Timedelta(guard, "h")).to_timedelta64()
-    changes = np.r_[True, split[1:] != split[:-1]][: len(split)]
-    begins = np.r_[times[changes], np.datetime64(ANY_TIME[1], "s")]  # when the next samples of another split do
-    near = begins[changes.cumsum()] - times < reach  # only of published splits: `check_splits` refuses those of others
+    first = (pd.Series(split) != pd.Series(split).shift()).to_numpy()  # whether the sample before is of another split
+    begins = np.r_[times[first], np.datetime64(ANY_TIME[1], "s")]  # of each row of samples of one split, and never
+    near = begins[first.cumsum()] - times < reach  # only of published splits: `check_splits` refuses other ones
     offsets = tuple(sorted(set(offsets)))
     complete = np.ones(len(table), bool)
     if usable and len(table):
