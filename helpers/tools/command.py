@@ -20,7 +20,7 @@ class Refusal(Exception):
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call a command and end the process with what it returns, 130 after Ctrl-C, or 1 after an error.
 
-    An error that helpers/ raised is a sentence already. Any other one comes with the path of a log of its traceback.
+    An error that the course's own code raised is a sentence. Any other one comes with a log of its traceback.
     """
     try:
         sys.exit(main())
@@ -29,8 +29,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(130)
     except Exception as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
-        raised_here = Path(origin.filename).is_relative_to(ROOT / "helpers") and origin.line.startswith("raise ")
-        if raised_here or type(error).__module__.startswith("helpers."):  # also where another process raised it
+        file = Path(origin.filename)
+        ours = file.is_relative_to(ROOT / "helpers") and not file.name.startswith("my_")
+        # an error of a class of ours may come from another process
+        if ours and origin.line.startswith("raise ") or type(error).__module__.startswith("helpers."):
             print(error)
         else:
             with tempfile.NamedTemporaryFile("w", prefix="surya-course-", suffix=".log", delete=False) as log:
