@@ -309,9 +309,10 @@ def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config)
         axis.plot(means["said"], means["true"], "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
     low = means["said"].min()
     axis.axline((low, low), slope=1, color="k", lw=0.8)
-    labels = f"predicted {_label(cfg)}", "what was true there, on average"
-    labels = ("predicted probability", "share of these that were events") if cfg.labels.kind == "event" else labels
-    axis.set(xlabel=labels[0], ylabel=labels[1])
+    if cfg.labels.kind == "event":
+        axis.set(xlabel="predicted probability", ylabel="share of these that were events")
+    else:
+        axis.set(xlabel=f"predicted {_label(cfg)}", ylabel="what was true there, on average")
     _finish([axis])
     return fig
 

@@ -97,11 +97,11 @@ def apply_lora(
     if problems:
         raise ValueError(f"The adapters cannot be made: {'; '.join(problems)}.")
     for name, layer in layers:
-        parent, leaf = name.rpartition(".")[::2]
+        leaf = name.rpartition(".")[2]
         if leaf in targets:
             parts = tuple(part in qkv for part in QKV) if leaf == "qkv" else (True,)
             adapted = LoRALinear(layer, rank, alpha, dropout, parts).train(layer.training)
-            setattr(encoder.backbone.get_submodule(parent), leaf, adapted)
+            encoder.backbone.set_submodule(name, adapted)
     loralib.mark_only_lora_as_trainable(encoder)
     return model
 
@@ -146,12 +146,11 @@ def merge_lora(model: nn.Module) -> nn.Module:
     merged = copy.deepcopy(model)
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoRALinear):
-            parent, leaf = name.rpartition(".")[::2]
             plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
             update = (layer.scaled_B() @ layer.lora_A).detach()
             plain.weight = nn.Parameter((layer.weight.float() + update).to(layer.weight.dtype))
             plain.bias = layer.bias
-            setattr(merged.get_submodule(parent), leaf, plain.train(layer.training))
+            merged.set_submodule(name, plain.train(layer.training))
     return merged
 
 

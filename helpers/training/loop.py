@@ -23,7 +23,7 @@ from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator
 from helpers.training.resume import History, RunState
-from helpers.training.tasks import ImagePredictions, Predictions, Task, check_shapes, make_task
+from helpers.training.tasks import ImagePredictions, Predictions, Task, make_task
 from helpers.training.tracking import BEST, STATE, Run, how_to_go_on
 
 
@@ -289,7 +289,6 @@ def _judge(
     for batch in accelerator.prepare_data_loader(loader):
         with accelerator.autocast():
             output = model(batch).float()
-        check_shapes(output, batch["target"])
         output, target = accelerator.gather_for_metrics((output, batch["target"]))
         batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
         if accelerator.num_processes > 1:

@@ -130,8 +130,7 @@ class NumberCollector:
     """Takes predictions of numbers batch by batch, and keeps them all."""
 
     def __init__(self) -> None:
-        self.batches: list[tuple[Tensor, Tensor]] = []
-        self.times: list[str] = []
+        self.batches, self.times = [], []
 
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
         """One batch: prediction and target (B, K) in target units on the CPU, and the batch with its timestamps."""
@@ -155,8 +154,7 @@ class ImageCollector:
     def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None, masks: bool) -> None:
         self._metrics, self._detailed, self._masks, self._inside = metrics, samples is not None, masks, False
         self._drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
-        self._rows: list[dict[str, Any]] = []
-        self._examples: list[dict[str, Any]] = []
+        self._rows, self._examples = [], []  # a dict an image
 
     def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
         """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
