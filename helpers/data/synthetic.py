@@ -1,11 +1,21 @@
-"""The synthetic Sun: frames, flare labels, masks, and the tiny Surya checkpoint pretrained on them.
+"""The synthetic Sun: frames, flare labels and masks of a Sun whose rules are known.
 
-A rotating disk carries bipolar active regions that emerge, fluctuate and decay. The field strength of a region drives
-its brightness in the EUV channels; its heating, which also depends on how compact the bipole is, drives the hot
-channels (94, 131, 335) and, two hours later and with noise, the soft X-ray flux. Coronal holes, dark and unipolar, live
-for rotations; four days after one crossed the central meridian, a fast stream of solar wind arrives. Frames are written
-as NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES classes and, under released/, those of
-Surya's four released tasks: the real files, only smaller.
+1. Bipolar regions are born all over the sphere, emerge within a day and decay over days. Leading and following polarity
+   obey Hale's law (1919; signs of cycle 24, the one of 2014) and Joy's: the axis is tilted by half of the latitude
+   (Wang & Sheeley 1989), with a scatter of 10 degrees.
+2. A region is under a stress s, which nothing shows but its field: between the polarities this turns from across the
+   inversion line (s low) to along it (s high), the shear of which flares are made (Hagyard et al. 1984); to one side in
+   the north, to the other in the south (Pevtsov et al. 1995).
+3. An hour later the corona answers: the region is heated by (B / 700 G)^1.5 x compactness x exp(1.5 s), and AIA sees it,
+   the hot channels by the root of the heating. Every exposure catches it a little brighter or fainter.
+4. Soft X-rays are the sum of heating^1.5 over the regions on the visible side, with a noise that no image explains.
+5. Coronal holes, dark and unipolar, live for rotations; four days after one crossed the central meridian, a fast stream
+   of solar wind arrives.
+
+Simpler than the real Sun: s is new almost every hour (AR(1), 0.2 from one hour to the next), where real shear builds up
+over a day or more; every region has the handedness of its hemisphere, where about seven in ten have; regions do not
+interact and have no spots. Frames are NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES
+classes and, under released/, those of Surya's four released tasks: the real files, only smaller.
 """
 
 import hashlib
@@ -28,13 +38,14 @@ from helpers.shared import atomic_write, disk_errors, ensure_space, lease, share
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
 _NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # how NetCDF-4 marks one in HDF5
-FLARE_DELAY_HOURS = 2.0  # the flux follows the field this much later
-FLARE_NOISE_DEX = 0.12  # scatter of log10 flux that no image can explain
+FLARE_DELAY_HOURS = 1.0  # the corona follows the field this much later
+FLARE_NOISE_DEX = 0.06  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
+FLARE_FLUX = 2e-6  # W/m^2, of one region with heating 1
 MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
 MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
 WIND_DELAY_HOURS = 96  # from a hole at the central meridian to its fast stream at the Earth
-VERSION = 6  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
+VERSION = 7  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
 REGIONS = "released/surya-bench-ar-segmentation"  # in the folder
 STAMP = "synthetic.json"  # in the folder: which Sun it is
 BYTES_A_PIXEL = 12  # of a frame and its masks on the disk, measured
@@ -47,28 +58,30 @@ class _Response:
     quiet: float
     active: float
     noise: float  # standard deviation in a dark pixel; the faint hot channels are the noisy ones, as in AIA
-    power: float  # of the field (or of the heating for hot channels)
-    hot: bool
+    power: float  # of the heating, or of the field for the chromosphere
+    heated: bool
     limb: float  # > 0 brightens towards the limb (corona), < 0 darkens (photosphere)
     hole: float  # this share of the quiet disk's brightness is missing in a coronal hole
     lines: tuple[float, ...] = ()  # nm, in the EUV spectrum, of plasma that this channel shows
 
 
 _RESPONSES = {
-    "aia94": _Response(0.6, 18, 2, 1.2, True, 0.5, 0.2, (9.39, 10.39)),
-    "aia131": _Response(3.0, 70, 9, 1.0, True, 0.5, 0.3, (13.12, 13.29)),
-    "aia171": _Response(90, 900, 30, 0.7, False, 0.6, 0.3, (14.81, 17.11, 17.45)),
-    "aia193": _Response(100, 1500, 45, 0.9, False, 0.7, 0.6, (18.04, 19.51)),
-    "aia211": _Response(32, 600, 24, 1.0, False, 0.7, 0.6, (20.20, 21.13)),
-    "aia304": _Response(26, 260, 15, 0.8, False, 0.3, 0.1, (25.63, 30.38)),
-    "aia335": _Response(2.4, 40, 7, 1.0, True, 0.6, 0.5, (26.30, 28.42)),
-    "aia1600": _Response(55, 160, 9, 0.6, False, -0.6, 0.0),
+    "aia94": _Response(0.6, 18, 1, 0.5, True, 0.5, 0.2, (9.39, 10.39)),
+    "aia131": _Response(3.0, 70, 4.5, 0.5, True, 0.5, 0.3, (13.12, 13.29)),
+    "aia171": _Response(90, 900, 15, 1.0, True, 0.6, 0.3, (14.81, 17.11, 17.45)),
+    "aia193": _Response(100, 1500, 23, 1.0, True, 0.7, 0.6, (18.04, 19.51)),
+    "aia211": _Response(32, 600, 12, 1.0, True, 0.7, 0.6, (20.20, 21.13)),
+    "aia304": _Response(26, 260, 7.5, 0.8, False, 0.3, 0.1, (25.63, 30.38)),
+    "aia335": _Response(2.4, 40, 3.5, 0.5, True, 0.6, 0.5, (26.30, 28.42)),
+    "aia1600": _Response(55, 160, 4.5, 0.6, False, -0.6, 0.0),
 }
-_SHOT_NOISE = 0.06  # of the brightness of a pixel
-_HMI_NOISE = {"hmi_m": 4, "hmi_bx": 20, "hmi_by": 20, "hmi_bz": 10, "hmi_v": 180}  # gauss, m/s
+_SHOT_NOISE = 0.03  # of the brightness of a pixel
+_FLICKER = 0.4  # of the heating from one exposure to the next, in its logarithm
+_SATURATION = 16_383  # DN, where the camera ends
+_HMI_NOISE = {"hmi_m": 4, "hmi_bx": 10, "hmi_by": 10, "hmi_bz": 5, "hmi_v": 90}  # gauss, m/s
 
 # Smallest step of each channel, in its unit: powers of two below the noise.
-_STEPS = np.array([1 / 2, 2, 4, 8, 4, 4, 1, 2, 1, 4, 4, 2, 32], np.float32)[:, None, None]
+_STEPS = np.array([1 / 4, 1, 2, 4, 2, 2, 1 / 2, 1, 1, 2, 2, 1, 16], np.float32)[:, None, None]
 
 
 class SyntheticSun:
@@ -82,24 +95,27 @@ class SyntheticSun:
     def __init__(self, seed: int, hours: float) -> None:
         rng = np.random.default_rng([seed, 0])
         span = hours + 12 * 24
-        count = rng.poisson(span / 24 * 1.4)  # 1.4 births a day over the whole sphere
+        count = rng.poisson(span / 24 * 0.8)  # births a day over the whole sphere
         self.seed = seed
         self.birth = rng.uniform(-12 * 24, hours, count)  # hours
         self.life = rng.uniform(2.5, 7.0, count) * 24  # e-folding time of the decay, hours
         self.latitude = np.deg2rad(rng.uniform(8, 32, count) * rng.choice([-1, 1], count))
         self.longitude = rng.uniform(-np.pi, np.pi, count)  # at birth; 0 is the central meridian, west positive
-        self.field = 700 * np.exp(rng.normal(0, 0.45, count))  # gauss, at the peak
-        self.compactness = np.exp(rng.normal(0, 0.5, count))  # close polarities store more energy
-        self.tilt = np.deg2rad(rng.normal(6, 8, count)) * np.sign(self.latitude)
-        self.size = rng.uniform(0.035, 0.06, count)  # of the solar radius
+        self.field = 700 * np.exp(rng.normal(0, 0.35, count))  # gauss, at the peak
+        self.compactness = np.exp(rng.normal(0, 0.4, count))  # close polarities store more energy
+        self.tilt = np.deg2rad(rng.normal(0, 10, count)) - 0.5 * self.latitude  # the leading polarity near the equator
+        self.size = rng.uniform(0.063, 0.108, count)  # of the solar radius
         self.separation = self.size * 2.6 / np.sqrt(self.compactness)
-        self.period = rng.uniform(15, 70, (count, 3))  # hours; of the fluctuations
-        self.phase = rng.uniform(0, 2 * np.pi, (count, 3))
         self.quiet_period = rng.uniform(20, 80, len(_RESPONSES)) * 24  # hours; of the quiet corona's brightness
         self.quiet_phase = rng.uniform(0, 2 * np.pi, len(_RESPONSES))
         texture = rng.normal(size=(180, 360))
         shifts = range(-2, 3)  # network cells of 5 degrees
         self.texture = sum(np.roll(texture, (i, j), (0, 1)) for i in shifts for j in shifts) / len(shifts)
+        # (regions, whole hours since birth), mean 0 and variance 1
+        self.stress = np.random.default_rng([seed, 8]).standard_normal((count, 4 * 7 * 24 + 2), np.float32)
+        for age in range(1, self.stress.shape[1]):
+            self.stress[:, age] = 0.2 * self.stress[:, age - 1] + np.sqrt(1 - 0.2**2) * self.stress[:, age]
+        self.stress = self.stress.clip(-2.5, 2.5)
         # a coronal hole is born every 40 days; random numbers of their own leave the regions as they are
         self.hole_birth = np.arange(-216, hours / 24, 40) * 24  # hours
         rng = np.random.default_rng([seed, 4])
@@ -117,21 +133,31 @@ class SyntheticSun:
         return np.deg2rad(14.38 - 1.95 * s2 - 2.17 * s2**2 - 0.986) / 24
 
     def regions(self, hour: float) -> dict[str, np.ndarray]:
-        """Of the regions alive at `hour`: longitude, latitude (rad), field (gauss), heating (1 for an average one)."""
+        """Of the regions alive at `hour`: longitude, latitude (rad), field (gauss), shear of the field (rad), and heating.
+
+        The shear is that of the present stress, the heating (on average 1 for a field of 700 G) that of an hour before.
+        """
         age = hour - self.birth
-        alive = (age > 0) & (age < 4 * self.life)
-        age = age[alive]
-        rise = 1 - np.exp(-((age / 30) ** 2))
-        wave = np.sin(2 * np.pi * hour / self.period[alive] + self.phase[alive]).sum(1)
-        field = self.field[alive] * rise * np.exp(-age / self.life[alive] + 0.2 * wave)  # gauss
-        longitude = self.longitude[alive] + self.rotation(self.latitude[alive]) * age
+        index = np.flatnonzero((age > 0) & (age < 4 * self.life))
+        age = age[index]
+        field = self.field[index] * (1 - np.exp(-((age / 30) ** 2))) * np.exp(-age / self.life[index])  # gauss
+        longitude = self.longitude[index] + self.rotation(self.latitude[index]) * age
+        now, before = (self._stress(index, when) for when in (hour, hour - FLARE_DELAY_HOURS))
         return {
-            "index": np.flatnonzero(alive),
+            "index": index,
             "longitude": (longitude + np.pi) % (2 * np.pi) - np.pi,
-            "latitude": self.latitude[alive],
+            "latitude": self.latitude[index],
             "field": field,
-            "heating": (field / 700) ** 1.5 * self.compactness[alive],
+            "shear": np.deg2rad(45 * (1 + 0.8 * np.tanh(now))),
+            "heating": (field / 700) ** 1.5 * self.compactness[index] * np.exp(1.5 * before - 1.5**2 / 2),
         }
+
+    def _stress(self, index: np.ndarray, hour: float) -> np.ndarray:
+        """Stress of these regions, linear between whole hours."""
+        age = np.clip(hour - np.floor(self.birth[index]), 0, None)
+        last, share = np.divmod(age, 1)
+        last = last.astype(int)
+        return (1 - share) * self.stress[index, last] + share * self.stress[index, last + 1]
 
     def holes(self, hour: float) -> np.ndarray:
         """Of the coronal holes at `hour`: longitude, latitude (rad), radius (solar radii), field (gauss); (4, N)."""
@@ -149,17 +175,17 @@ class SyntheticSun:
         return 350 + 350 * np.tanh(streams.sum())
 
     def flux(self, hour: float, rng: np.random.Generator) -> float:
-        """Soft X-ray flux in W/m^2 at `hour`: from the regions on the visible side, FLARE_DELAY_HOURS earlier."""
-        now = self.regions(hour - FLARE_DELAY_HOURS)
+        """Soft X-ray flux in W/m^2 at `hour`, from the regions on the visible side."""
+        now = self.regions(hour)
         visible = np.cos(now["latitude"]) * np.cos(now["longitude"]) > 0
-        flares = 3.5e-6 * (now["heating"][visible] ** 2).sum()
+        flares = FLARE_FLUX * (now["heating"][visible] ** 1.5).sum()
         return float((QUIET_FLUX + flares) * 10 ** rng.normal(0, FLARE_NOISE_DEX))
 
     def frame(self, hour: float, side: int, noise_scale: float = 1.0) -> np.ndarray:
         """All channels at `hour` as (13, side, side) float32 in physical units (DN, gauss, m/s); row 0 is the south."""
         rng = np.random.default_rng([self.seed, 1, round(hour * 60) + 10**6])
         disk = _Disk(side)
-        field, bright = self._active(hour, disk)
+        field, bright = self._active(hour, disk, noise_scale * _FLICKER, rng)
         dark = np.zeros((side, side), np.float32)  # 1 inside coronal holes
         for longitude, latitude, size, gauss in self.holes(hour).T:
             if np.cos(latitude) * np.cos(longitude) > -0.05:
@@ -179,31 +205,38 @@ class SyntheticSun:
             noise = noise_scale * rng.standard_normal((side, side), np.float32)
             if name in _RESPONSES:
                 image = _euv(_RESPONSES[name], disk, quiet * level[c] * (1 - _RESPONSES[name].hole * dark), bright)
-                out[c] = np.maximum(image + np.hypot(_RESPONSES[name].noise, _SHOT_NOISE * image) * noise, 0)
+                image += np.hypot(_RESPONSES[name].noise, _SHOT_NOISE * image) * noise
+                out[c] = np.clip(image, 0, _SATURATION)
             else:
                 out[c] = np.where(disk.on, field[name] + _HMI_NOISE[name] * noise, 0)
         # rounded to about the noise, as an instrument would: what is finer only swells the files
         return np.round(out / _STEPS) * _STEPS if noise_scale else out
 
-    def _active(self, hour: float, disk: "_Disk") -> tuple[dict[str, np.ndarray], dict[tuple[bool, float], np.ndarray]]:
+    def _active(
+        self, hour: float, disk: "_Disk", flicker: float, rng: np.random.Generator
+    ) -> tuple[dict[str, np.ndarray], dict[tuple[bool, float], np.ndarray]]:
         """What HMI would see without noise (gauss, m/s), and the brightness of the visible regions.
 
-        The brightness is given for hot and for cool plasma and each power that a channel responds with.
+        The brightness is given for the corona and the chromosphere and each power that a channel responds with.
         """
         bx, by, bz = np.zeros((3, *disk.x.shape), np.float32)
-        bright = {(r.hot, r.power): np.zeros(disk.x.shape, np.float32) for r in _RESPONSES.values()}
+        bright = {(r.heated, r.power): np.zeros(disk.x.shape, np.float32) for r in _RESPONSES.values()}
         now = self.regions(hour)
-        for i, longitude, latitude, gauss, heating in zip(*now.values(), strict=True):
+        for i, longitude, latitude, gauss, shear, heating in zip(*now.values(), strict=True):
+            heating *= np.exp(flicker * rng.standard_normal())
             if np.cos(latitude) * np.cos(longitude) < -0.05:
                 continue
             box, loops, lead, follow = self._bipole(i, longitude, latitude, disk)
-            polarity = 1.0 if latitude > 0 else -1.0  # Hale's law
-            sheared = 0.5 * polarity * gauss * loops
-            bx[box] -= sheared * np.cos(self.tilt[i])
-            by[box] -= sheared * np.sin(self.tilt[i])
-            bz[box] += polarity * gauss * (lead - follow)
-            for (hot, power), image in bright.items():
-                image[box] += heating**power * loops**2 if hot else (gauss / 700) ** power * loops
+            leading = -1.0 if latitude > 0 else 1.0  # Hale's law in cycle 24
+            # from the positive polarity to the negative one, and along the inversion line: to the north in both
+            # hemispheres, which is right-handed seen from the positive side in one of them and left-handed in the other
+            along, across = -leading * np.cos(shear), np.sin(shear)
+            cos, sin = np.cos(self.tilt[i]), np.sin(self.tilt[i])
+            bx[box] += 0.7 * gauss * loops * (along * cos - across * sin)
+            by[box] += 0.7 * gauss * loops * (along * sin + across * cos)
+            bz[box] += leading * gauss * (lead - follow)
+            for (heated, power), image in bright.items():
+                image[box] += heating**power * loops**2 if heated else (gauss / 700) ** power * loops
         return {"hmi_m": bz * disk.z, "hmi_bx": bx, "hmi_by": by, "hmi_bz": bz, "hmi_v": 1900 * disk.x}, bright
 
     def mask(self, hour: float, side: int) -> np.ndarray:
@@ -214,7 +247,7 @@ class SyntheticSun:
         """
         disk, now = _Disk(side), self.regions(hour)
         inside = np.zeros((side, side), bool)
-        for i, longitude, latitude, gauss, _ in zip(*now.values(), strict=True):
+        for i, longitude, latitude, gauss, *_ in zip(*now.values(), strict=True):
             if gauss > MASK_FIELD and np.cos(latitude) * np.cos(longitude) > 0:
                 box, loops, _, _ = self._bipole(i, longitude, latitude, disk)
                 inside[box] |= loops > MASK_EDGE
@@ -268,7 +301,7 @@ def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, bright: dict) -> n
     else:
         surface = response.quiet * quiet * np.where(disk.on, 1 + response.limb * (1 - disk.z), 0)
         corona = disk.on
-    return surface + response.active * bright[response.hot, response.power] * corona
+    return surface + response.active * bright[response.heated, response.power] * corona
 
 
 # ---- Files in the layout of the public bucket
