@@ -20,7 +20,7 @@ from helpers.channels import CHANNELS, Scaler, load_scalers
 from helpers.shared import SharedFolder, find_shared
 
 Channel = Literal[CHANNELS]
-Pooling = Literal["mean", "max", "attention", "transformer", "class_token"]
+Pooling = Literal["mean", "max", "attention", "transformer", "class_token", "forecast"]
 POOLINGS, QKV = get_args(Pooling), ("q", "k", "v")
 Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]

@@ -110,27 +110,26 @@ def test_values_suit_the_scalers_of_the_release():
     assert np.abs(z.mean((0, 2, 3))).max() < 2 and z.std((0, 2, 3)).max() < 3 and z.std((0, 2, 3)).min() > 0.05
 
 
-def isolated(sun: SyntheticSun, hours: int) -> tuple[int, dict[str, float]]:
-    """An hour at which a strong region near the middle of the disk has no neighbour, and that region."""
-    for hour in range(60, hours, 6):
-        now = pd.DataFrame(sun.regions(hour))
-        x, y = np.cos(now.latitude) * np.sin(now.longitude), np.sin(now.latitude)
-        near = now[(now.longitude.abs() < 0.4) & (now.field > 400)]
-        for i, region in near.iterrows():
-            others = now[(np.cos(now.longitude) > -0.1) & (now.field > 20)].index.drop(i, errors="ignore")
-            if (np.hypot(x[others] - x[i], y[others] - y[i]) > 0.45).all():
-                return hour, region.to_dict()
-    raise AssertionError("no isolated region")
+def alone(sun: SyntheticSun, hour: float) -> list[pd.Series]:
+    """Strong regions near the middle of the disk that have no neighbour at this hour."""
+    now = pd.DataFrame(sun.regions(hour))
+    x, y = np.cos(now.latitude) * np.sin(now.longitude), np.sin(now.latitude)
+    near, found = now[(now.longitude.abs() < 0.4) & (now.field > 400)], []
+    for i, region in near.iterrows():
+        others = now[(np.cos(now.longitude) > -0.1) & (now.field > 20)].index.drop(i, errors="ignore")
+        if (np.hypot(x[others] - x[i], y[others] - y[i]) > 0.5).all():
+            found.append(region)
+    return found
 
 
 def test_regions_turn_from_east_to_west_as_fast_as_the_sun():
     sun = SyntheticSun(3, 3000)
-    hour, region = isolated(sun, 2900)
+    hour, region = next((hour, region) for hour in range(60, 2900, 6) for region in alone(sun, hour))
     side, longitudes = 256, []
     axis = ((np.arange(side) + 0.5) / side - 0.5) / DISK_RADIUS
     x, y = np.meshgrid(axis, axis)
     start = np.cos(region["latitude"]) * np.sin(region["longitude"])
-    box = np.hypot(x - start - 0.03, y - np.sin(region["latitude"])) < 0.25
+    box = np.hypot(x - start - 0.03, y - np.sin(region["latitude"])) < 0.35
     for step in (0, 3, 6):
         strength = np.abs(sun.frame(hour + step, side)[CHANNEL["hmi_m"]]) * box
         strength = np.where(strength > 40, strength, 0)
@@ -141,22 +140,22 @@ def test_regions_turn_from_east_to_west_as_fast_as_the_sun():
 
 
 def test_what_lies_behind_the_limb_is_not_seen():
-    sun = SyntheticSun(5, 500)
-    now = sun.regions(200)
+    sun = SyntheticSun(1, 1000)
+    now = sun.regions(800)
     expected = np.cos(now["latitude"]) * np.cos(now["longitude"]) > 0
     assert 0 < expected.sum() < len(expected)
-    mask = sun.mask(200, 128)
+    mask = sun.mask(800, 128)
     rows = ((np.sin(now["latitude"]) * DISK_RADIUS + 0.5) * 128).astype(int)
     for row, seen, longitude, field in zip(rows, expected, now["longitude"], now["field"], strict=True):
         if seen and field > 300 and abs(longitude) < 1:
             assert mask[row - 4 : row + 5].any()
-    assert mask.dtype == bool and not mask[radius(128) > 1].any() and 0 < mask.mean() < 0.1
+    assert mask.dtype == bool and not mask[radius(128) > 1].any() and 0 < mask.mean() < 0.12
 
 
 def test_masks_outline_strong_regions_whole_and_leave_weak_ones_out():
-    sun, side = SyntheticSun(5, 500), 128
-    now = sun.regions(200)
-    mask = sun.mask(200, side)
+    sun, side = SyntheticSun(1, 1000), 128
+    now = sun.regions(800)
+    mask = sun.mask(800, side)
     alone = [i for i, lon in enumerate(now["longitude"]) if abs(lon) < 0.9]
     strong = [i for i in alone if now["field"][i] > MASK_FIELD]
     places = {}
@@ -171,19 +170,72 @@ def test_masks_outline_strong_regions_whole_and_leave_weak_ones_out():
     assert not any(mask[places[i]] for i in apart)
 
 
+def seen(sun: SyntheticSun, hour: float) -> pd.DataFrame:
+    """The regions of the visible side."""
+    now = pd.DataFrame(sun.regions(hour))
+    return now[np.cos(now.longitude) * np.cos(now.latitude) > 0]
+
+
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_flux_follows_the_heating_by_two_hours(seed):
-    """Log flux of an hour agrees best with the heating, seen now, of two hours before; and no image tells it all."""
+def test_the_flux_is_that_of_the_heating_but_for_a_little_noise(seed):
     sun, rng, hours = SyntheticSun(seed, 1500), np.random.default_rng(0), np.arange(1440)
     flux = np.log10([sun.flux(hour, rng) for hour in hours])
-    heating = []
-    for hour in hours:
-        now = sun.regions(hour)
-        heating.append((now["heating"][np.cos(now["longitude"]) > 0] ** 2).sum())
-    heating = np.log(np.array(heating) + 0.1)
-    agreement = {lag: np.corrcoef(heating[10:-10], flux[10 + lag : len(flux) - 10 + lag])[0, 1] for lag in range(-3, 8)}
-    assert max(agreement, key=agreement.get) == 2
-    assert 0.9 < agreement[2] < 0.995 and np.ptp(flux) > 1  # more than a factor of ten between quiet and active
+    heating = np.log10([synthetic.QUIET_FLUX + 2e-6 * (seen(sun, hour).heating ** 1.5).sum() for hour in hours])
+    assert 0.05 < (flux - heating).std() < 0.07 and abs((flux - heating).mean()) < 0.01  # dex
+    assert np.ptp(flux) > 1.5  # from quiet to active
+
+
+def test_the_shear_tells_the_heating_an_hour_later_and_the_brightness_of_now_does_not():
+    sun, change, shear, before = SyntheticSun(0, 3000), [], [], []
+    for hour in range(0, 2900, 7):
+        now, later = (seen(sun, h).set_index("index") for h in (hour, hour + 1))
+        both = now.index.intersection(later.index)
+        both = both[now.field[both] > 300]
+        strength = (now.field[both] / 700) ** 1.5 * sun.compactness[both]
+        shear += list(now.shear[both])
+        change += list(np.log(later.heating[both] / strength))
+        before += list(np.log(now.heating[both] / strength))
+    assert len(shear) > 400 and np.rad2deg(min(shear)) > 8 and np.rad2deg(max(shear)) < 82
+    assert np.corrcoef(shear, change)[0, 1] > 0.9
+    assert abs(np.corrcoef(before, change)[0, 1]) < 0.35  # of which 0.2 is the memory of the stress
+
+
+def test_the_field_obeys_hale_and_joy_and_shows_the_shear():
+    """Of regions that stand alone, in an image without noise: who leads, how the axis lies, where the field turns."""
+    sun, side, tilts = SyntheticSun(3, 4000), 256, []
+    hours = [(hour, region) for hour in range(60, 3900, 6) for region in alone(sun, hour)]
+    assert len(hours) > 10
+    axis = ((np.arange(side) + 0.5) / side - 0.5) / DISK_RADIUS
+    x, y = np.meshgrid(axis, axis)
+    for hour, region in hours[:12]:
+        image = dict(zip(CHANNELS, sun.frame(hour, side, noise_scale=0), strict=True))
+        px, py = np.cos(region.latitude) * np.sin(region.longitude), np.sin(region.latitude)
+        near = np.hypot(x - px, y - py) < 0.3
+        bz = image["hmi_bz"] * near
+        leads = -np.sign(region.latitude)  # cycle 24
+        west, east = (np.clip(sign * leads * bz, 0, None) for sign in (1, -1))
+        (lead_x, lead_y), (follow_x, follow_y) = (
+            ((b * x).sum() / b.sum(), (b * y).sum() / b.sum()) for b in (west, east)
+        )
+        assert lead_x > follow_x  # Hale
+        tilts.append((lead_y - follow_y) * np.sign(region.latitude))
+        middle = np.unravel_index((np.hypot(image["hmi_bx"], image["hmi_by"]) * near).argmax(), x.shape)
+        tilt = sun.tilt[int(region["index"])]
+        bx, by = image["hmi_bx"][middle], image["hmi_by"][middle]
+        along, across = bx * np.cos(tilt) + by * np.sin(tilt), by * np.cos(tilt) - bx * np.sin(tilt)
+        assert np.arctan2(across, -leads * along) == pytest.approx(region.shear, abs=0.02)
+    assert np.mean(tilts) < 0  # Joy: the leading polarity lies nearer to the equator
+
+
+def test_no_image_knows_the_noise_of_the_labels(monkeypatch):
+    """Frames drawn with other label noise, and before or after the labels, are equal bit for bit."""
+    sun, rng = SyntheticSun(9, 500), np.random.default_rng(0)
+    frame = sun.frame(100, 32)
+    flux = [sun.flux(hour, rng) for hour in range(99, 103)]
+    monkeypatch.setattr(synthetic, "FLARE_NOISE_DEX", 1.0)
+    noisy = [sun.flux(hour, np.random.default_rng(1)) for hour in range(99, 103)]
+    assert flux != noisy and np.array_equal(frame, sun.frame(100, 32))
+    assert np.array_equal(frame, SyntheticSun(9, 500).frame(100, 32))
 
 
 def test_hot_channels_tell_more_of_the_flux_than_cool_ones():

@@ -6,8 +6,8 @@
 2. A region is under a stress s, which nothing shows but its field: between the polarities this turns from across the
    inversion line (s low) to along it (s high), the shear of which flares are made (Hagyard et al. 1984); to one side in
    the north, to the other in the south (Pevtsov et al. 1995).
-3. An hour later the corona answers: the region is heated by (B / 700 G)^1.5 x compactness x exp(1.5 s), and AIA sees it,
-   the hot channels by the root of the heating. Every exposure catches it a little brighter or fainter.
+3. An hour later the corona answers: the region is heated by (B / 700 G)^1.5 x compactness x exp(1.5 s). AIA sees it,
+   the hot channels by the root of the heating, and every exposure catches it a little brighter or fainter.
 4. Soft X-rays are the sum of heating^1.5 over the regions on the visible side, with a noise that no image explains.
 5. Coronal holes, dark and unipolar, live for rotations; four days after one crossed the central meridian, a fast stream
    of solar wind arrives.
@@ -43,7 +43,7 @@ FLARE_NOISE_DEX = 0.06  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
 FLARE_FLUX = 2e-6  # W/m^2, of one region with heating 1
 MASK_FIELD = 200.0  # gauss; weaker regions are no active regions for the masks
-MASK_EDGE = 0.05  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
+MASK_EDGE = 0.2  # of the loops' profile across a region: its outline, as generous as the patches of HMI SHARP
 WIND_DELAY_HOURS = 96  # from a hole at the central meridian to its fast stream at the Earth
 VERSION = 7  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
 REGIONS = "released/surya-bench-ar-segmentation"  # in the folder
@@ -133,7 +133,7 @@ class SyntheticSun:
         return np.deg2rad(14.38 - 1.95 * s2 - 2.17 * s2**2 - 0.986) / 24
 
     def regions(self, hour: float) -> dict[str, np.ndarray]:
-        """Of the regions alive at `hour`: longitude, latitude (rad), field (gauss), shear of the field (rad), and heating.
+        """Of the regions alive at `hour`: longitude, latitude (rad), field (gauss), shear of the field (rad), heating.
 
         The shear is that of the present stress, the heating (on average 1 for a field of 700 G) that of an hour before.
         """

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
 from helpers.model.encoder import SuryaEncoder, encoder_of
-from helpers.model.heads import Specformer2D
+from helpers.model.heads import Specformer1D, Specformer2D
 from helpers.model.lora import merge_lora
 from helpers.shared import atomic_write
 
@@ -94,8 +94,10 @@ def load_filtered(
         transfers[PATCHES] = fit_patches(state[PATCHES], encoder.time_dim, *names)
         for key in [key for key in transfers if key.endswith(".filter.complex_weight") and state[key].ndim == 4]:
             transfers[key] = fit_filter(state[key], encoder.grid)
-        if isinstance(model, Specformer2D):
+        if getattr(model, "unembed", None) is not None:
             transfers |= fit_decoder(state, model, names[1], decoder_channels)
+            if isinstance(model, Specformer1D) and f"{DECODER}weight" not in transfers:
+                raise CheckpointError("It has no decoder of Surya's 13 channels, which head.pooling: forecast reads.")
             targets |= {f"{DECODER}{kind}": getattr(model.unembed.unembed[0], kind) for kind in ("weight", "bias")}
         elif decoder_channels:
             raise CheckpointError(f"decoder_channels is for a Specformer2D; {type(model).__name__} has no decoder.")
@@ -324,10 +326,11 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors themselves, by name: everything outside the encoder, buffers too, and what trains inside it."""
+    """The tensors themselves, by name: what trains, and the buffers outside the encoder."""
     inside = "" if isinstance(model, SuryaEncoder) else "encoder."
     tensors = model.state_dict(keep_vars=True)
-    return {key: t for key, t in tensors.items() if not key.startswith(inside) or t.requires_grad}
+    buffers = {key for key, t in tensors.items() if not key.startswith(inside) and not isinstance(t, nn.Parameter)}
+    return {key: t for key, t in tensors.items() if t.requires_grad or key in buffers}
 
 
 def loaded_from(model: nn.Module) -> str | None:

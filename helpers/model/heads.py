@@ -15,6 +15,7 @@ from einops import rearrange, reduce
 from einops.layers.torch import Reduce
 from torch import Tensor, nn
 
+from helpers.channels import CHANNELS
 from helpers.config import Config, pooling_problems
 from helpers.data.labels import num_outputs
 from helpers.model.encoder import SuryaEncoder, to_working_dtype
@@ -72,6 +73,24 @@ class ClassTokenPooling(nn.Module):
         return tokens[:, 0]  # (B, D)
 
 
+class ForecastPooling(nn.Module):
+    """Reads the numbers off Surya's own forecast: right for what happens about as far ahead as it was pretrained.
+
+    It takes the images that the decoder of the pretraining draws of the tokens, and keeps of each channel the mean, the
+    largest mean of a patch and the largest pixel.
+    """
+
+    width = 3 * len(CHANNELS)
+
+    def __init__(self, patch_size: int):
+        super().__init__()
+        self.patches = Reduce("b c (gy py) (gx px) -> b c gy gx", "mean", py=patch_size, px=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images)
+        return torch.cat([patches.mean((2, 3)), patches.amax((2, 3)), images.amax((2, 3))], dim=1)  # (B, 3 C)
+
+
 # From the tokens (B, L, D) of a sample to one vector: (B, D), or (B, width) from the transformer.
 POOLS = {
     "mean": lambda dim: Reduce("b l d -> b d", "mean"),  # right for sums over the disc
@@ -126,18 +145,20 @@ class Specformer1D(FeatureModel):
         self,
         encoder: SuryaEncoder,  # with nglo=1 for the pooling "class_token", with nglo=0 for the others
         num_outputs: int = 1,
-        pooling: str = "mean",  # mean, max, attention, transformer, or class_token (learned, zero at the start)
+        pooling: str = "mean",  # mean, max, attention, transformer, class_token (learned, zero at the start), forecast
         penultimate: int | None = None,  # width of an extra hidden layer
         dropout: float = 0.0,  # on the features before the last layer
     ):
         if problems := pooling_problems(pooling, encoder.nglo):
             raise ValueError(f"The model cannot be built: {problems[0]}.")
-        dim, pool = encoder.embed_dim, POOLS[pooling](encoder.embed_dim)
-        width = pool.width if pooling == "transformer" else dim
+        dim, patch, forecasts = encoder.embed_dim, encoder.patch_size, pooling == "forecast"
+        pool = ForecastPooling(patch) if forecasts else POOLS[pooling](dim)
+        width = getattr(pool, "width", dim)
         super().__init__(width)
         self.encoder, self.pooling, self.pool = encoder, pooling, pool
+        self.unembed = pretraining_decoder(dim, len(CHANNELS), patch) if forecasts else None
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if pooling == "class_token" else None
-        self.norm = nn.LayerNorm(width)
+        self.norm = nn.Identity() if forecasts else nn.LayerNorm(width)
         last = nn.Linear(penultimate or width, num_outputs)
         # Outputs of about 0.1 for standardised features.
         nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
@@ -147,6 +168,8 @@ class Specformer1D(FeatureModel):
 
     def features(self, batch: Batch) -> Tensor:
         tokens = self.encoder(_images(batch, self), self.class_token)  # (B, nglo + L, D)
+        if self.unembed is not None:
+            tokens = self.unembed.unembed[0](tokens).float()  # images (B, C, H, W)
         return self.norm(self.pool(tokens).float()).float()  # (B, width)
 
 
@@ -181,6 +204,16 @@ class PixelDecoder(nn.Conv2d):
         return rearrange(pixels, "b (gy gx) (c uy ux) -> b c (gy uy) (gx ux)", gy=grid, uy=u, ux=u)
 
 
+def pretraining_decoder(dim: int, out_chans: int, upscale: int) -> nn.Module:
+    """A fresh decoder under the names that it has in the checkpoint."""
+    decoder = PixelDecoder(dim, out_chans, upscale)
+    nn.init.normal_(decoder.weight, std=0.1 * dim**-0.5)
+    nn.init.zeros_(decoder.bias)
+    unembed = nn.Module()
+    unembed.unembed = nn.ModuleList([decoder])
+    return unembed
+
+
 class Specformer2D(nn.Module):
     """Encoder, linear decoder, pixel shuffle: an image for a Sun, such as a mask or another channel.
 
@@ -194,10 +227,7 @@ class Specformer2D(nn.Module):
         if encoder.nglo:
             raise ValueError(f"Specformer2D needs an encoder with nglo=0, and this one has nglo={encoder.nglo}.")
         self.encoder = encoder
-        self.unembed = nn.Module()
-        self.unembed.unembed = nn.ModuleList([PixelDecoder(encoder.embed_dim, out_chans, upscale)])
-        nn.init.normal_(self.unembed.unembed[0].weight, std=0.1 * encoder.embed_dim**-0.5)
-        nn.init.zeros_(self.unembed.unembed[0].bias)
+        self.unembed = pretraining_decoder(encoder.embed_dim, out_chans, upscale)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.unembed.unembed[0](self.encoder(_images(batch, self))).float()  # (B, out_chans, H, W)

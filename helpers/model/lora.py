@@ -116,6 +116,8 @@ def adapt(model: nn.Module, cfg: Config) -> nn.Module:
         apply_lora(model, **cfg.lora.model_dump())
     else:
         encoder_of(model).requires_grad_(cfg.training.regime != "probe")
+    if cfg.labels.numbers and cfg.head.pooling == "forecast":
+        model.unembed.requires_grad_(cfg.training.regime == "scratch")  # it is read, not taught
     if cfg.training.frozen_dtype == "bf16":
         hold_frozen(model, torch.bfloat16)
     return model
