@@ -80,7 +80,7 @@ def pretrain(
 
 
 def _mirrored(frames: Tensor) -> Tensor:
-    """The Sun with north and south exchanged, (B, 13, T, H, W) normalised: in the mirror a field along it changes sign."""
+    """North and south exchanged, (B, 13, T, H, W) normalised: a field along the mirror changes its sign."""
     scaler = stack_scalers(load_scalers(), CHANNELS, trailing=3)
     zero = torch.from_numpy(normalise(np.zeros((len(CHANNELS), 1, 1, 1), np.float32), scaler))  # of 0 gauss
     turned = torch.tensor([name in ("hmi_m", "hmi_bx", "hmi_bz") for name in CHANNELS])[:, None, None, None]
