@@ -147,6 +147,28 @@ def tables(rows: pd.DataFrame) -> Iterator[str]:
         yield f"N = {n}, {runs} runs\n{pd.DataFrame(text, mean.index).to_string()}"
 
 
+def draw(rows: pd.DataFrame, path: Path) -> None:
+    """Error against number of labels, mean and deviation over Suns and seeds; in colour what was pretrained."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    table = rows.groupby(["model", "N"], sort=False)["rmse"].agg(["mean", "std"])
+    names, colours = list(dict.fromkeys(rows["model"])), iter(plt.cm.viridis(np.linspace(0, 0.85, len(PRETRAINED))))
+    for number, name in enumerate(names):
+        style = {"color": next(colours), "marker": "o", "lw": 2} if name in PRETRAINED else {"color": "0.45", "lw": 1}
+        style |= (
+            {} if name in PRETRAINED else {"ls": ":" if name not in MODELS else "--", "marker": "sv^<>DPX*"[number % 9]}
+        )
+        mean, std = table.loc[name, "mean"], table.loc[name, "std"]
+        axes.errorbar(mean.index * 1.02 ** (number - len(names) / 2), mean, std, capsize=2, label=name, **style)
+    axes.set(xscale="log", xlabel="labelled images", ylabel="RMSE of log10 flux an hour later (dex)")
+    axes.set(title="The task flare on synthetic Suns that nobody had looked at")
+    axes.set_xticks(sorted(set(rows["N"])), sorted(set(rows["N"])))
+    axes.minorticks_off()
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Print the tables of the README, and draw its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -157,6 +179,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="key=value of the configuration, for all models")
     parser.add_argument("--folder", help="where to keep the Suns; a temporary folder if not given")
     parser.add_argument("--csv", type=Path, help="write all runs there, too")
+    parser.add_argument("--picture", type=Path, help="draw the errors against the number of labels there")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         overrides = {"synthetic.folder": f"{asked.folder or temporary}/sun-{{seed}}", "tracking.wandb": "disabled"}
@@ -169,6 +192,8 @@ def main() -> None:
             rows = pd.DataFrame([row for part in pool.map(one_run, jobs) for row in part])
     if asked.csv:
         rows.to_csv(asked.csv, index=False)
+    if asked.picture:
+        draw(rows, asked.picture)
     print(*tables(rows), sep="\n\n")
 
 
