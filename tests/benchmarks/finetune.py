@@ -27,7 +27,7 @@ from helpers.experiment import build_model
 from helpers.training.loop import fit, predict, seed_everything, standardise_features
 from helpers.training.references import reference_predictions
 
-EPOCHS = {32: 40, 64: 30, 250: 12}
+EPOCHS = {32: 30, 64: 20, 250: 8}
 MODELS = {  # name: pooling, and what differs from the fine-tune of config.yaml
     "scratch": ("max", {"training.regime": "scratch", "training.lr": 1e-3}),
     "scratch, read off a forecast": ("forecast", {"training.regime": "scratch", "training.lr": 1e-3}),
@@ -51,37 +51,37 @@ def simple_features(ts: torch.Tensor) -> np.ndarray:
 
 
 def expert_features(ts: torch.Tensor) -> np.ndarray:
-    """What a flare forecaster would look at in the newest frame: the shear of the region with the strongest field.
+    """What a flare forecaster would measure in the newest magnetogram, as the keywords of SHARP do: 8 numbers a sample.
 
-    The stress that its shear stands for, the logarithms of its field and of its brightness at 94 and 193 Angstrom, and
-    those of the brightest place on the disk.
+    Of the horizontal field: the shear where it is strongest (and the stress that this stands for), and the logarithms
+    of its strength there, of its sum, of the same two of the part along the inversion line, and of the brightest
+    places at 94 and 193 Angstrom.
     """
     scaler = stack_scalers(load_scalers(), CHANNELS)
-    image = dict(
-        zip(CHANNELS, denormalise(ts[:, :, -1].double(), scaler).unbind(1), strict=True)
-    )  # physical, (B, H, W)
+    image = dict(zip(CHANNELS, denormalise(ts[:, :, -1].double(), scaler).unbind(1), strict=True))  # physical, (B, H, W)
     smooth = {name: torch.nn.functional.avg_pool2d(image[name][:, None], 3, 1, 1)[:, 0].flatten(1) for name in image}
-    horizontal = smooth["hmi_bx"].hypot(smooth["hmi_by"])
+    bx, by = smooth["hmi_bx"], smooth["hmi_by"]
+    horizontal, along = bx.hypot(by), by.clamp_min(0)  # the inversion lines run from south to north
     there = horizontal.argmax(1, keepdim=True)
-    bx, by = (smooth[name].gather(1, there) for name in ("hmi_bx", "hmi_by"))
-    shear = torch.atan2(by, bx.abs()) / (torch.pi / 4)  # 1 at 45 degrees
+    shear = torch.atan2(by.gather(1, there), bx.gather(1, there).abs()) / (torch.pi / 4)  # 1 at 45 degrees
     stress = torch.atanh(((shear - 1) / 0.8).clamp(-0.95, 0.95))
-    bright = [smooth[name].gather(1, there).clamp_min(1).log() for name in ("aia94", "aia193")]
-    most = [smooth[name].amax(1, keepdim=True).clamp_min(1).log() for name in ("aia94", "aia193")]
-    return torch.cat([stress, horizontal.gather(1, there).log(), *bright, *most], dim=1).numpy()
+    strong = [part.clamp_min(20) for part in (horizontal, along)]  # G
+    sizes = [part.amax(1, keepdim=True).log() for part in (*strong, smooth["aia94"], smooth["aia193"])]
+    sums = [(part**2).mean(1, keepdim=True).log() for part in strong]
+    return torch.cat([shear, stress, *sizes, *sums], dim=1).numpy()
 
 
 def ridge(loaders: Loaders, features) -> tuple[np.ndarray, np.ndarray]:
     """Prediction and truth of the test split, of the penalty that is best on validation."""
     rows = {}
     for name in SPLITS:
-        parts = [(features(batch["ts"]), batch["target"].numpy()) for batch in getattr(loaders, name)]
+        parts = [(features(batch["ts"]), batch["target"][:, 0].numpy()) for batch in getattr(loaders, name)]
         rows[name] = [np.concatenate(column) for column in zip(*parts, strict=True)]
     models = [
         make_pipeline(StandardScaler(), Ridge(penalty)).fit(*rows["train"]) for penalty in 10.0 ** np.arange(-2, 6)
     ]
     errors = [np.square(model.predict(rows["val"][0]) - rows["val"][1]).mean() for model in models]
-    return models[int(np.argmin(errors))].predict(rows["test"][0]).reshape(-1, 1), rows["test"][1]
+    return models[int(np.argmin(errors))].predict(rows["test"][0]), rows["test"][1]
 
 
 def scores(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
