@@ -3,6 +3,7 @@
 It is `git fetch` and `git merge`; what it adds is what to do when these stop.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -52,7 +53,8 @@ def main(remote: str) -> None:
 def git(*words: str) -> str:
     """What git prints; a failure is a Refusal that quotes git, without the passwords and tokens of addresses."""
     command = ["git", "-c", "core.quotePath=false", *words]  # names as they are, in any script
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    english = {**os.environ, "LC_ALL": "C"}  # as advice follows from its words
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", env=english)
     if done.returncode == 0:
         return done.stdout.strip("\n")
     said = re.sub(r"(\w+://)(?:[^/\s]*@)?([^\s?']*)(?:\?[^\s']*)?", r"\1\2", (done.stderr or done.stdout).strip())
