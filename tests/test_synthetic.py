@@ -223,7 +223,7 @@ def test_the_field_obeys_hale_and_joy_and_shows_the_shear():
         tilt = sun.tilt[int(region["index"])]
         bx, by = image["hmi_bx"][middle], image["hmi_by"][middle]
         along, across = bx * np.cos(tilt) + by * np.sin(tilt), by * np.cos(tilt) - bx * np.sin(tilt)
-        assert np.arctan2(across, -leads * along) == pytest.approx(region.shear, abs=0.02)
+        assert np.arctan2(-across, -leads * along) == pytest.approx(region.shear, abs=0.02)
     assert np.mean(tilts) < 0  # Joy: the leading polarity lies nearer to the equator
 
 

@@ -74,7 +74,7 @@ def expert_features(ts: torch.Tensor) -> np.ndarray:
         zip(CHANNELS, denormalise(ts[:, :, -1].double(), scaler).unbind(1), strict=True)
     )  # physical, (B, H, W)
     smooth = {name: torch.nn.functional.avg_pool2d(image[name][:, None], 3, 1, 1)[:, 0].flatten(1) for name in image}
-    bx, by = smooth["hmi_bx"], smooth["hmi_by"]
+    bx, by = smooth["hmi_bx"], -smooth["hmi_by"]  # the shear is to the south
     horizontal, along = bx.hypot(by), by.clamp_min(0)  # the inversion lines run from south to north
     there = horizontal.argmax(1, keepdim=True)
     shear = torch.atan2(by.gather(1, there), bx.gather(1, there).abs()) / (torch.pi / 4)  # 1 at 45 degrees
