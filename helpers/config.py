@@ -477,6 +477,9 @@ def _layers(
     yield needs, f"{within[:-1]} in {origin}" if within else origin, values
     for block, key in _OVERLAYS.items():
         named = tree.get(block) or {}
+        if named and key in needs:
+            problems.append(f"{within}{block} ({origin}): {block} stand here already, one inside another never counts")
+            named = {}
         if not isinstance(named, dict):
             problems.append(f"{within}{block} ({origin}): must hold named sections, got {named!r}; {key}: chooses one")
             named = {}

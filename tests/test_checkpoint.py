@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from helpers.channels import CHANNELS
 from helpers.config import POOLINGS, load_config
+from helpers.experiment import build_model
 from helpers.model.checkpoint import (
     CheckpointError,
     export_merged,
@@ -79,15 +80,15 @@ def test_the_head_and_the_adapters_stay_fresh(file: Path, state: dict[str, Tenso
     model = apply_lora(model) if adapted else model
     before = bits(model)
     report = load_filtered(model, file)
-    loaded = {f"encoder.{key}" for key in report.loaded}
+    decoder = {key for key in report.loaded if key.startswith("unembed.")}
+    loaded = {f"encoder.{key}" for key in report.loaded} - {f"encoder.{key}" for key in decoder} | decoder
     assert loaded | set(report.fresh) == before.keys() and not loaded & set(report.fresh)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key] if key in report.fresh else state[key.removeprefix("encoder.")]), key
     assert all("lora_" in key or not key.startswith("encoder.") for key in report.fresh)
-    assert {key for key in report.skipped if key != "embedding.pos_embed"} == {
-        "unembed.unembed.0.weight",
-        "unembed.unembed.0.bias",
-    }
+    both = {"unembed.unembed.0.weight", "unembed.unembed.0.bias"}
+    assert decoder == (both if pooling == "forecast" else set())
+    assert {key for key in report.skipped if key != "embedding.pos_embed"} == both - decoder
     assert report.parameters_loaded == sum(p.numel() for n, p in model.named_parameters() if n in loaded)
 
 
@@ -517,6 +518,7 @@ def test_a_merged_copy_works_without_adapters(file: Path, tmp_path: Path):
 MEMORY = """
 import sys, torch
 from helpers.model.checkpoint import load_filtered
+from helpers.experiment import build_model
 from helpers.model.encoder import SuryaEncoder
 
 def peak():
@@ -551,3 +553,22 @@ def big_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(big.state_dict() | {"embedding.pos_embed": big.embedding.pos_embed}, path)
     yield path
     path.unlink()
+
+
+@pytest.mark.parametrize("regime", ["lora", "probe", "full", "scratch"])
+def test_the_decoder_that_a_forecast_is_read_from_trains_only_from_scratch(regime: str, tmp_path: Path):
+    """It is the checkpoint's to the bit, is not saved with the run, and is there again when the run is loaded."""
+    small = {"training.regime": regime, "head.pooling": "forecast", "data.native_size": 64}
+    cfg = load_config(task="flare", experiment="finetune", overrides=small)
+    model, ts = build_model(cfg), torch.randn(2, 13, 2, 32, 32)
+    before = model.unembed.unembed[0].weight.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model({"ts": ts}).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(before, model.unembed.unembed[0].weight) == (regime != "scratch")
+    save_adapter(tmp_path / "model.pt", model, cfg.to_dict())
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)["state"]
+    assert any(key.startswith("unembed.") for key in saved) == (regime == "scratch")
+    again = build_model(cfg)
+    load_adapter(tmp_path / "model.pt", again)
+    assert torch.equal(again.eval()({"ts": ts}), model.eval()({"ts": ts}))

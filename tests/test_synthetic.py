@@ -605,7 +605,7 @@ def test_the_tiny_checkpoint_forecasts_suns_it_has_never_seen(tiny):
 
 def test_pretraining_lowers_the_error_and_writes_a_checkpoint(config, tmp_path):
     small = {"patch_size": 8, "embed_dim": 32, "depth": 3, "n_spectral_blocks": 1, "num_heads": 2}
-    settings = dict(suns=8, samples=64, held_out=16, noise=1.5, epochs=6, batch_size=8, lr=5e-3)
+    settings = dict(suns=8, samples=64, held_out=16, epochs=6, batch_size=8, lr=5e-3)
     overrides = {f"model.{key}": value for key, value in small.items()}
     cfg = config(**overrides)
     report = pretrain(cfg, tmp_path / "small.pt", **settings)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers.config import Config
 from helpers.data.dataset import Loaders
-from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
+from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import parameter_groups
 from helpers.training.tasks import make_task
@@ -48,12 +48,13 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
                 how = f"b (gy gx) d -> b gy gx d, Fourier filter, and back; {spectral} blocks"
                 note("spectral blocks", blocks.blocks_spectral_gating[-1], how)
             note("attention blocks", encoder, f"long-short attention; {len(blocks.blocks_attention)} blocks")
-        if isinstance(model, Specformer2D):
+        if getattr(model, "unembed", None) is not None:
             u = model.unembed.unembed[0].upscale
             how = f"a linear map to (c {u} {u}), then b (gy gx) (c {u} {u}) -> b c (gy {u}) (gx {u})"
             note("decoder", model.unembed.unembed[0], how)
         if isinstance(model, Specformer1D):
-            note(f"{model.pooling} pooling", model.pool, "b l d -> b d")
+            how = "b c h w -> b (3 c)" if model.pooling == "forecast" else "b l d -> b d"
+            note(f"{model.pooling} pooling", model.pool, how)
         output = model(batch)
     found["output"] = output, "(b k)" if output.ndim == 2 else "(b c h w)"
     table = {name: (tuple(x.shape), how, x[0].numel()) for name, (x, how) in found.items()}

@@ -224,7 +224,8 @@ def make_loaders(cfg: Config) -> Loaders:
                 f"(`make cache`), or correct the splits or section labels of the config."
             )
     sets = make_datasets(plan, store, cfg)
-    in_memory = len(plan.frames) * store.frame_bytes <= cfg.data.memory_cache_gb * GB
+    masks = sum(len(data) for data in sets.values() if data.targets is None) * store.side**2 * 4
+    in_memory = len(plan.frames) * store.frame_bytes + masks <= cfg.data.memory_cache_gb * GB
     if in_memory:
         store.load(plan.frames)
         for data in sets.values():

@@ -17,14 +17,14 @@ Invented, so that there is something to find out:
    correlation with that of an hour before is 0.2, where real shear builds up over a day or more.
 5. Exactly an hour later, which is the step that Surya forecasts, the corona of the region is heated by
    (B / 700 G)^1.5 x compactness (how close the polarities lie) x exp(1.5 s) / 3.1. AIA sees the heating, its cool
-   channels the root of it; an exposure catches it up to half brighter or fainter than it is in that hour.
+   channels the root of it; an exposure catches it typically a third brighter or fainter than it is in that hour.
 6. Soft X-rays are the sum of heating^1.5 over the regions of the visible side, at the full hour, with a noise that no
    image explains.
 
 Left out: a steady corona of active regions, a horizontal field that differs within a region, polar holes, the solar
 cycle, the tilt of the Sun's axis, eruptions. Regions are two or three times too large, so that they show on 64 pixels,
-and do not interact. Frames are NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES classes and, under
-released/, those of Surya's four released tasks: the real files, only smaller.
+and do not interact. Frames are NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES classes and,
+under released/, those of Surya's four released tasks: the real files, only smaller.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ from helpers.shared import atomic_write, disk_errors, ensure_space, lease, share
 
 DISK_RADIUS = 0.4  # of the image side, as in SDO images
 _NETCDF_DIMENSION = "This is a netCDF dimension but not a netCDF variable."  # how NetCDF-4 marks one in HDF5
-FLARE_DELAY_HOURS = 1.0  # the corona follows the field this much later
+FLARE_DELAY_HOURS = 1  # the corona follows the field this much later
 FLARE_NOISE_DEX = 0.06  # scatter of log10 flux that no image can explain
 QUIET_FLUX = 5e-7  # W/m^2, the background between flares (class B5)
 FLARE_FLUX = 2e-6  # W/m^2, of one region with heating 1
@@ -57,7 +57,7 @@ WIND_DELAY_HOURS = 96  # from a hole at the central meridian to its fast stream 
 VERSION = 8  # of the Sun drawn here; raise it when frames, labels or masks change, else old files are taken for new
 REGIONS = "released/surya-bench-ar-segmentation"  # in the folder
 STAMP = "synthetic.json"  # in the folder: which Sun it is
-BYTES_A_PIXEL = 12  # of a frame and its masks on the disk, measured
+BYTES_A_PIXEL = 16  # of a frame and its masks on the disk, measured
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ _RESPONSES = {
 }
 _SHOT_NOISE = 0.03  # of the brightness of a pixel
 _FLICKER = 0.4  # of the heating from one exposure to the next, in its logarithm
-_SATURATION = 16_383  # DN, where the camera ends
 _HMI_NOISE = {"hmi_m": 4, "hmi_bx": 10, "hmi_by": 10, "hmi_bz": 5, "hmi_v": 90}  # gauss, m/s
 
 # Smallest step of each channel, in its unit: powers of two below the noise.
@@ -97,7 +96,7 @@ class SyntheticSun:
     """A seeded Sun whose frames and X-ray flux can be asked for at any hour.
 
     Args:
-        seed: two Suns with the same seed are equal, at any size.
+        seed: two Suns with the same seed and the same hours are equal, at any size.
         hours: length of the life that is asked for; regions are born from 12 days before the start.
     """
 
@@ -151,7 +150,9 @@ class SyntheticSun:
         age = age[index]
         field = self.field[index] * (1 - np.exp(-((age / 30) ** 2))) * np.exp(-age / self.life[index])  # gauss
         longitude = self.longitude[index] + self.rotation(self.latitude[index]) * age
-        now, before = (self._stress(index, when) for when in (hour, hour - FLARE_DELAY_HOURS))
+        born = np.floor(self.birth[index])
+        ages = [np.clip(when - born, 0, None).astype(int) for when in (hour, hour - FLARE_DELAY_HOURS)]
+        now, before = (self.stress[index, age] for age in ages)
         return {
             "index": index,
             "longitude": (longitude + np.pi) % (2 * np.pi) - np.pi,
@@ -160,13 +161,6 @@ class SyntheticSun:
             "shear": np.deg2rad(45 * (1 + 0.8 * np.tanh(now))),
             "heating": (field / 700) ** 1.5 * self.compactness[index] * np.exp(1.5 * before - 1.5**2 / 2),
         }
-
-    def _stress(self, index: np.ndarray, hour: float) -> np.ndarray:
-        """Stress of these regions, linear between whole hours."""
-        age = np.clip(hour - np.floor(self.birth[index]), 0, None)
-        last, share = np.divmod(age, 1)
-        last = last.astype(int)
-        return (1 - share) * self.stress[index, last] + share * self.stress[index, last + 1]
 
     def holes(self, hour: float) -> np.ndarray:
         """Of the coronal holes at `hour`: longitude, latitude (rad), radius (solar radii), field (gauss); (4, N)."""
@@ -215,7 +209,7 @@ class SyntheticSun:
             if name in _RESPONSES:
                 image = _euv(_RESPONSES[name], disk, quiet * level[c] * (1 - _RESPONSES[name].hole * dark), bright)
                 image += np.hypot(_RESPONSES[name].noise, _SHOT_NOISE * image) * noise
-                out[c] = np.clip(image, 0, _SATURATION)
+                out[c] = np.maximum(image, 0)
             else:
                 out[c] = np.where(disk.on, field[name] + _HMI_NOISE[name] * noise, 0)
         # rounded to about the noise, as an instrument would: what is finer only swells the files

@@ -199,7 +199,7 @@ def fit_filter(values: Tensor, new: int) -> Transfer:
 
 
 def fit_decoder(
-    state: State, model: Specformer2D, source_channels: list[str], wanted: Sequence[str] | None
+    state: State, model: Specformer1D | Specformer2D, source_channels: list[str], wanted: Sequence[str] | None
 ) -> dict[str, Transfer]:
     """Weight and bias of the decoder: whole where it is the model's own, else the rows of the wanted channels."""
     decoder, patch, count = model.unembed.unembed[0], model.encoder.patch_size, len(source_channels)

@@ -74,7 +74,7 @@ class ClassTokenPooling(nn.Module):
 
 
 class ForecastPooling(nn.Module):
-    """Reads the numbers off Surya's own forecast: right for what happens about as far ahead as it was pretrained.
+    """Reads numbers off Surya's own forecast: right for labels that lie about as far ahead as it was pretrained for.
 
     It takes the images that the decoder of the pretraining draws of the tokens, and keeps of each channel the mean, the
     largest mean of a patch and the largest pixel.
@@ -156,7 +156,8 @@ class Specformer1D(FeatureModel):
         width = getattr(pool, "width", dim)
         super().__init__(width)
         self.encoder, self.pooling, self.pool = encoder, pooling, pool
-        self.unembed = pretraining_decoder(dim, len(CHANNELS), patch) if forecasts else None
+        # read, not taught (`adapt` lets it train where there is no checkpoint)
+        self.unembed = pretraining_decoder(dim, len(CHANNELS), patch).requires_grad_(False) if forecasts else None
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim)) if pooling == "class_token" else None
         self.norm = nn.Identity() if forecasts else nn.LayerNorm(width)
         last = nn.Linear(penultimate or width, num_outputs)

@@ -109,15 +109,16 @@ def apply_lora(
 def adapt(model: nn.Module, cfg: Config) -> nn.Module:
     """Choose what trains by `training.regime`, in place, and return the model.
 
-    lora: adapters by `apply_lora` with the settings of `lora`, and the head. probe: the head alone. full, scratch: all.
-    What is frozen is held in `training.frozen_dtype`.
+    lora: adapters by `apply_lora` with the settings of `lora`, and the head. probe: the head alone. full, scratch: all,
+    but for the decoder that head.pooling "forecast" reads, which trains only where it does not come from a checkpoint.
+    What is frozen in the encoder is held in `training.frozen_dtype`.
     """
     if cfg.training.regime == "lora":
         apply_lora(model, **cfg.lora.model_dump())
     else:
         encoder_of(model).requires_grad_(cfg.training.regime != "probe")
     if cfg.labels.numbers and cfg.head.pooling == "forecast":
-        model.unembed.requires_grad_(cfg.training.regime == "scratch")  # it is read, not taught
+        model.unembed.requires_grad_(cfg.initial_weights is None)
     if cfg.training.frozen_dtype == "bf16":
         hold_frozen(model, torch.bfloat16)
     return model

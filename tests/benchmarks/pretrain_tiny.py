@@ -1,6 +1,4 @@
-"""Make the tiny checkpoint again, by ARGS=helpers/data/surya.tiny.pt (most of an hour on two cores)."""
-
-from __future__ import annotations
+"""Pretrain the tiny checkpoint again, and write it to ARGS=FILE (most of an hour on two cores)."""
 
 import argparse
 import time
@@ -46,9 +44,9 @@ def pretrain(
     """
     torch.manual_seed(seed)
     frames = _forecast_samples(cfg, suns, samples, seed)  # (N, 13, 3, H, W) normalised float16
-    held_out = _forecast_samples(cfg, suns, held_out, seed + suns)
+    unseen = _forecast_samples(cfg, suns, held_out, seed + suns)
     model = Specformer2D(SuryaEncoder(**cfg.encoder_arguments()), out_chans=len(CHANNELS))
-    report = {"before": _forecast_error(model, held_out)}
+    report = {"before": _forecast_error(model, unseen)}
     started = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     steps = epochs * (len(frames) // batch_size)
@@ -67,9 +65,9 @@ def pretrain(
             optimizer.step()
             schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
-    report |= {"seconds": time.perf_counter() - started, "after": _forecast_error(model, held_out)}
-    future = held_out[:, :, 2].float()
-    report["persistence"] = F.mse_loss(held_out[:, :, 1].float(), future).item()
+    report |= {"seconds": time.perf_counter() - started, "after": _forecast_error(model, unseen)}
+    future = unseen[:, :, 2].float()
+    report["persistence"] = F.mse_loss(unseen[:, :, 1].float(), future).item()
     report["mean_frame"] = F.mse_loss(future.mean(0).expand_as(future), future).item()
     state = {key.removeprefix("encoder."): value.detach().clone() for key, value in model.state_dict().items()}
     # a function of the grid, but the release has it
