@@ -444,3 +444,8 @@ def test_the_copy_beside_a_run_says_it_all(path, profile):
     assert copy == cfg.to_dict()
     assert str(path.parent) not in str(copy)  # no folder of one machine
     assert load_config(path, {**copy, "profile": profile}) == cfg
+
+
+def test_a_block_inside_its_like_never_counts_and_is_refused(folder):
+    message = mistakes(local(folder, "tasks: {flare: {tasks: {forecast: {seed: 3}}}}"))
+    assert "tasks.flare.tasks (config.local.yaml): tasks stand here already" in message
