@@ -371,7 +371,7 @@ def test_all_contradictions_come_in_one_error(folder):
         "has 4 mistakes:",
         "training.lrr (config.local.yaml): unknown key; did you mean training.lr?",
         "model.embed_dim, model.num_heads (profiles.tiny in config.yaml, overrides=): ",
-        "head.pooling, model.nglo (config.yaml, overrides=): ",
+        "head.pooling, model.nglo (tasks.flare in config.yaml, overrides=): ",
         "lora.targets, lora.qkv (config.yaml, overrides=): ",
     ):
         assert part in message, message

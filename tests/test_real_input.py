@@ -46,7 +46,7 @@ data:
   index: real/index.csv
   store: real/frames
   native_size: 128
-  reduce: 2
+  reduce: 4
   channels: [hmi_m, aia171]
 split:
   train: [2011-01-26, 2011-01-27 15:00]
@@ -132,8 +132,8 @@ def test_real_gaps_are_counted_with_their_reason(finetune):
 def test_inputs_are_the_real_image_and_targets_are_speeds(finetune, image):
     _, _, loaders, *_ = finetune
     item = loaders.test.dataset[0]
-    assert item["ts"].shape == (2, 2, 64, 64) and item["timestamp"] == "2011-01-28T14:00:00"
-    pooled = normalise(image.reshape(64, 2, 64, 2).mean((1, 3)), load_scalers()["aia171"])
+    assert item["ts"].shape == (2, 2, 32, 32) and item["timestamp"] == "2011-01-28T14:00:00"
+    pooled = normalise(image.reshape(32, 4, 32, 4).mean((1, 3)), load_scalers()["aia171"])
     np.testing.assert_allclose(item["ts"][1, 1].numpy(), pooled, atol=5e-3)  # channels in the configured order
     assert np.abs(pooled).max() < 6  # real values suit the released scalers
     labels = pd.read_csv(DATA / "solar_wind_val_excerpt.csv", index_col="Epoch")["V"]

@@ -117,7 +117,7 @@ def adapt(model: nn.Module, cfg: Config) -> nn.Module:
         apply_lora(model, **cfg.lora.model_dump())
     else:
         encoder_of(model).requires_grad_(cfg.training.regime != "probe")
-    if cfg.labels.numbers and cfg.head.pooling == "forecast":
+    if getattr(model, "pooling", None) == "forecast":
         model.unembed.requires_grad_(cfg.initial_weights is None)
     if cfg.training.frozen_dtype == "bf16":
         hold_frozen(model, torch.bfloat16)
