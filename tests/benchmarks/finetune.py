@@ -33,23 +33,21 @@ from helpers.training.tasks import Predictions
 EPOCHS = {32: 30, 64: 20, 250: 8}
 MODELS = {  # name: what differs from the fine-tune of config.yaml; rates as tuned with 64 labels, three tries each
     "linear baseline": {"experiment": "baseline"},
-    "scratch": {"head.pooling": "max", "training.regime": "scratch", "training.lr": 1e-3, "training.head_lr": None},
-    "scratch, read off a forecast": {"training.regime": "scratch", "training.lr": 3e-4, "training.head_lr": None},
+    "scratch": {"head.pooling": "max", "training.regime": "scratch", "training.lr": 1e-3},
+    "scratch, read off a forecast": {"training.regime": "scratch", "training.lr": 3e-4},
     "LoRA on random weights": {
         "head.pooling": "max",
         "model.weights": None,
         "training.lr": 1e-2,
-        "training.head_lr": None,
     },
     "LoRA on random weights, read off a forecast": {
         "model.weights": None,
         "training.lr": 1e-2,
-        "training.head_lr": None,
     },
-    "Surya, LoRA, max pooling": {"head.pooling": "max", "training.lr": 3e-3, "training.head_lr": None},
-    "Surya, head alone": {"training.regime": "probe"},
-    "Surya, all trained": {"training.regime": "full", "training.lr": 1e-4},
-    "Surya, LoRA": {},
+    "Surya, LoRA, max pooling": {"head.pooling": "max", "training.lr": 3e-3},
+    "Surya, head alone": {"training.regime": "probe", "training.lr": 3e-3},
+    "Surya, all trained": {"training.regime": "full", "training.lr": 1e-4, "training.head_lr": 3e-3},
+    "Surya, LoRA": {"training.lr": 3e-4, "training.head_lr": 3e-3},
 }
 PRETRAINED = [name for name in MODELS if name.startswith("Surya")]
 
