@@ -31,19 +31,13 @@ from helpers.training.references import reference_predictions
 from helpers.training.tasks import Predictions
 
 EPOCHS = {32: 30, 64: 20, 250: 8}
-MODELS = {  # name: what differs from the fine-tune of config.yaml; rates as tuned with 64 labels, three tries each
+# What differs from the fine-tune of config.yaml, read off a forecast; rates as tuned with 64 labels, three tries each
+MODELS = {
     "linear baseline": {"experiment": "baseline"},
     "scratch": {"head.pooling": "max", "training.regime": "scratch", "training.lr": 1e-3},
     "scratch, read off a forecast": {"training.regime": "scratch", "training.lr": 3e-4},
-    "LoRA on random weights": {
-        "head.pooling": "max",
-        "model.weights": None,
-        "training.lr": 1e-2,
-    },
-    "LoRA on random weights, read off a forecast": {
-        "model.weights": None,
-        "training.lr": 1e-2,
-    },
+    "LoRA on random weights": {"head.pooling": "max", "model.weights": None, "training.lr": 1e-2},
+    "LoRA on random weights, read off a forecast": {"model.weights": None, "training.lr": 1e-2},
     "Surya, LoRA, max pooling": {"head.pooling": "max", "training.lr": 3e-3},
     "Surya, head alone": {"training.regime": "probe", "training.lr": 3e-3},
     "Surya, all trained": {"training.regime": "full", "training.lr": 1e-4, "training.head_lr": 3e-3},
@@ -69,9 +63,8 @@ def expert_features(ts: torch.Tensor) -> np.ndarray:
     places at 94 and 193 Angstrom.
     """
     scaler = stack_scalers(load_scalers(), CHANNELS)
-    image = dict(
-        zip(CHANNELS, denormalise(ts[:, :, -1].double(), scaler).unbind(1), strict=True)
-    )  # physical, (B, H, W)
+    images = denormalise(ts[:, :, -1].double(), scaler)  # (B, C, H, W) physical
+    image = dict(zip(CHANNELS, images.unbind(1), strict=True))
     smooth = {name: torch.nn.functional.avg_pool2d(image[name][:, None], 3, 1, 1)[:, 0].flatten(1) for name in image}
     bx, by = smooth["hmi_bx"], -smooth["hmi_by"]  # the shear is to the south
     horizontal, along = bx.hypot(by), by.clamp_min(0)  # the inversion lines run from south to north
@@ -90,9 +83,7 @@ def ridge(loaders: Loaders, features: Callable[[torch.Tensor], np.ndarray]) -> P
     for name in SPLITS:
         parts = [(features(batch["ts"]), batch["target"][:, 0].numpy()) for batch in getattr(loaders, name)]
         rows[name] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    models = [
-        make_pipeline(StandardScaler(), Ridge(penalty)).fit(*rows["train"]) for penalty in 10.0 ** np.arange(-2, 6)
-    ]
+    models = [make_pipeline(StandardScaler(), Ridge(alpha)).fit(*rows["train"]) for alpha in 10.0 ** np.arange(-2, 6)]
     errors = [np.square(model.predict(rows["val"][0]) - rows["val"][1]).mean() for model in models]
     found = models[int(np.argmin(errors))].predict(rows["test"][0]), rows["test"][1]
     return Predictions(*(torch.from_numpy(column).float()[:, None] for column in found), timestamps=[])
@@ -117,21 +108,14 @@ def one_run(job: tuple[str, int, int, int, list[str], dict]) -> list[dict]:
     for name, found in reference_predictions(loaders, "test", cfg).items():
         note(name, **found.metrics(cfg))
     if cfg.labels.kind == "scalar":
-        for name, features in {
-            "ridge on simple features": simple_features,
-            "ridge on the shear": expert_features,
-        }.items():
-            note(name, **ridge(loaders, features).metrics(cfg))
+        note("ridge on simple features", **ridge(loaders, simple_features).metrics(cfg))
+        note("ridge on the shear", **ridge(loaders, expert_features).metrics(cfg))
+    budget = {"training.epochs": EPOCHS[n], "training.patience": EPOCHS[n]}
+    # where the encoder has a class token, all models pool by it
+    own = {"head.pooling": "class_token"} if cfg.model.nglo else {}
     for name in names:
-        started, differs = (
-            time.perf_counter(),
-            {"training.epochs": EPOCHS[n], "training.patience": EPOCHS[n]} | MODELS[name],
-        )
-        if differs.get("experiment") == "baseline":
-            del differs["training.epochs"], differs["training.patience"]
-        if cfg.head.pooling == "class_token":
-            differs.pop("head.pooling", None)
-        cfg = settings(**differs)
+        started, differs = time.perf_counter(), {"head.pooling": "forecast"} | MODELS[name] | own
+        cfg = settings(**(differs if "experiment" in differs else budget | differs))
         seed_everything(cfg)
         loaders, model = make_loaders(cfg), build_model(cfg)
         standardise_features(model, loaders, cfg)
@@ -157,9 +141,8 @@ def tables(rows: pd.DataFrame) -> Iterator[str]:
         if "rmse" in mean:
             learned = ("ridge on simple features", *MODELS)
             rivals = [name for name in learned if name in mean.index and name not in PRETRAINED]
-            text["rmse / best without pretraining"] = [
-                f"{ratio:.2f}" for ratio in mean["rmse"] / mean["rmse"][rivals].min()
-            ]
+            ratios = mean["rmse"] / mean["rmse"][rivals].min()
+            text["rmse / best without pretraining"] = [f"{ratio:.2f}" for ratio in ratios]
         yield f"N = {n}, {groups.size().max()} runs\n{pd.DataFrame(text, mean.index).to_string()}"
 
 
@@ -171,10 +154,9 @@ def draw(rows: pd.DataFrame, path: Path) -> None:
     table = rows.groupby(["model", "N"], sort=False)["rmse"].agg(["mean", "std"])
     names, colours = list(dict.fromkeys(rows["model"])), iter(plt.cm.viridis(np.linspace(0, 0.85, len(PRETRAINED))))
     for number, name in enumerate(names):
-        style = {"color": next(colours), "marker": "o", "lw": 2} if name in PRETRAINED else {"color": "0.45", "lw": 1}
-        style |= (
-            {} if name in PRETRAINED else {"ls": ":" if name not in MODELS else "--", "marker": "sv^<>DPX*"[number % 9]}
-        )
+        style = {"color": "0.45", "lw": 1, "ls": "--" if name in MODELS else ":", "marker": "sv^<>DPX*"[number % 9]}
+        if name in PRETRAINED:
+            style = {"color": next(colours), "lw": 2, "marker": "o"}
         mean, std = table.loc[name, "mean"], table.loc[name, "std"]
         axes.errorbar(mean.index * 1.02 ** (number - len(names) / 2), mean, std, capsize=2, label=name, **style)
     axes.set(xscale="log", xlabel="labelled images", ylabel="RMSE")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from helpers.channels import CHANNELS, load_scalers, normalise, stack_scalers
+from helpers.channels import CHANNELS, Scaler, load_scalers, normalise, stack_scalers
 from helpers.config import Config, load_config
 from helpers.data.synthetic import SyntheticSun
 from helpers.data.workers import worker_pool
@@ -51,13 +51,14 @@ def pretrain(
     optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
     steps = epochs * (len(frames) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    zero = torch.from_numpy(normalise(np.zeros((len(CHANNELS), 1, 1, 1), np.float32), _scaler()))  # of 0 gauss
     model.train()
     for _ in (bar := tqdm(range(epochs), "pretraining", unit="epoch")):
         order = torch.randperm(len(frames))[: steps // epochs * batch_size]
         for index in order.split(batch_size):
             batch = frames[index].float()
             if torch.rand(()) < 0.5:
-                batch = _mirrored(batch)
+                batch = _mirrored(batch, zero)
             loss = F.mse_loss(model({"ts": batch[:, :, :2]}), batch[:, :, 2])
             optimizer.zero_grad()
             loss.backward()
@@ -77,10 +78,12 @@ def pretrain(
     return report
 
 
-def _mirrored(frames: Tensor) -> Tensor:
-    """North and south exchanged, (B, 13, T, H, W) normalised: a field along the mirror changes its sign."""
-    scaler = stack_scalers(load_scalers(), CHANNELS, trailing=3)
-    zero = torch.from_numpy(normalise(np.zeros((len(CHANNELS), 1, 1, 1), np.float32), scaler))  # of 0 gauss
+def _scaler() -> Scaler:
+    return stack_scalers(load_scalers(), CHANNELS, trailing=3)
+
+
+def _mirrored(frames: Tensor, zero: Tensor) -> Tensor:
+    """North and south exchanged, (B, 13, T, H, W) normalised: fields along the mirror change sign about `zero`."""
     turned = torch.tensor([name in ("hmi_m", "hmi_bx", "hmi_bz") for name in CHANNELS])[:, None, None, None]
     return torch.where(turned, 2 * zero - frames, frames).flip(3)
 
@@ -100,8 +103,7 @@ def _forecast_sample(job: tuple[int, int, int, int]) -> np.ndarray:
     hour = rng.integers(1, 59 * 24)
     images = [sun.frame(hour + step, side) for step in (-1, 0, 1)]
     frames = torch.from_numpy(np.stack(images, axis=1))  # (13, 3, N, N)
-    scaler = stack_scalers(load_scalers(), CHANNELS, trailing=3)
-    return normalise(F.avg_pool2d(frames, pooling), scaler).half().numpy()
+    return normalise(F.avg_pool2d(frames, pooling), _scaler()).half().numpy()
 
 
 @torch.no_grad()
