@@ -191,9 +191,9 @@ class Trainer:
         return state.loss / state.samples
 
     def loss_before_training(self) -> float:
-        """The training loss before any step, of as many training samples, evenly spaced, as validation has."""
+        """The training loss before any step, of as many samples, evenly spaced, as validation has, and at least 64."""
         data = self.loaders.train.dataset
-        count = min(len(data), len(self.loaders.val.dataset))
+        count = min(len(data), max(64, len(self.loaders.val.dataset)))  # fewer are another loss: labels have long tails
         chosen = torch.linspace(0, len(data) - 1, count).round().long().tolist()
         return self.judge(_in_order(self.loaders.train, Subset(data, chosen)))["loss"]
 
