@@ -60,34 +60,49 @@ def test_a_loss_that_rises_is_never_called_too_small():
 
 
 # ---------------------------------------------------------------------------------------------------- range test
-def quadratic(cfg):
-    """A model whose loss falls fastest at a known rate: one weight, Adam's steps are as long as the rate."""
+class Line(nn.Module):
+    """One weight; a step of Adam is as long as the rate."""
 
-    class Line(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1, 1))
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 1))
 
-        def forward(self, batch):
-            return batch["ts"].mean((1, 2, 3, 4))[:, None] * self.weight
+    def forward(self, batch):
+        return batch["ts"].mean((1, 2, 3, 4))[:, None] * self.weight
 
-    class Found:  # what compute_loss reads of Loaders
-        target_mean, target_std = torch.zeros(1), torch.ones(1)
-        train = torch.utils.data.DataLoader(
-            [{"ts": torch.ones(1, 1, 2, 2), "target": torch.ones(1)} for _ in range(16)], batch_size=4
-        )
 
-    return Line(), Found()
+class Found:
+    """What the range test reads of Loaders: samples of the sizes x and targets y."""
+
+    target_mean, target_std = torch.zeros(1), torch.ones(1)
+
+    def __init__(self, x, y):
+        samples = [{"ts": a * torch.ones(1, 1, 2, 2), "target": b[None]} for a, b in zip(x, y, strict=True)]
+        self.train = torch.utils.data.DataLoader(samples, batch_size=4)
+
+
+RANGE = {"diagnostics.range_lrs": [1e-4, 100.0], "diagnostics.range_steps": 120}
 
 
 def test_the_range_test_covers_its_rates_finds_the_blow_up_and_puts_the_weights_back():
-    cfg = load_config(overrides={"diagnostics.range_lrs": [1e-4, 100.0], "diagnostics.range_steps": 120})
-    model, loaders = quadratic(cfg)
-    table = diagnostics.range_test(model, loaders, cfg)
+    model = Line()
+    table = diagnostics.range_test(model, Found(torch.ones(16), torch.ones(16)), load_config(overrides=RANGE))
     assert table["lr"][0] == pytest.approx(1e-4) and len(table) < 120  # stopped when it blew up
     np.testing.assert_allclose(table["lr"][1:].values / table["lr"][:-1].values, 1e6 ** (1 / 119))
     assert torch.equal(model.weight, torch.zeros(1, 1))
     assert 1e-2 < table["lr"][table["smoothed"].idxmin()] < table["lr"].iloc[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_range_test_suggests_a_rate_that_works_where_batches_differ_by_factors(seed):
+    """With long tails the loss of the first batches can be the lowest of all; 16 steps of 0.1 reach the weight 1.5."""
+    x, noise = np.random.default_rng(seed).normal(size=(2, 120))
+    x = torch.from_numpy(np.exp(1.5 * x)).float()
+    y = x * torch.from_numpy(1.5 + 0.3 * noise).float()
+    table = diagnostics.range_test(Line(), Found(x, y), load_config(overrides=RANGE))
+    suggested = table["lr"][table["smoothed"].idxmin()] / 10
+    assert 0.1 / 5 < suggested < 0.1 * 5
+    assert table["loss"][0] == table["smoothed"][0] == 1  # shares of the loss before
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -46,7 +46,7 @@ def executed(tmp_path_factory):
 def test_learning_rate(executed):
     said, figures = executed("learning_rate")
     assert figures == 2 and "Traceback" not in said and "Warning" not in said
-    assert re.search(r"suggested: [\d.]+e-\d\d; training.lr is 1.5e-03", said)
+    assert re.search(r"suggested: [\d.]+e-\d\d; training.lr is 3.0e-03", said)
     assert len(re.findall(r"^lr [\d.]+e[+-]\d\d  \w+", said, re.M)) == 4 and "(limit 0.15)" in said
     assert re.search(r"bf16 and fp32 differ by \d\.\d+, seeds by \d\.\d+: (within|beyond) the spread", said)
     deviation = re.search(r"activations and gradients, measured: [\d.]+ MB \(([+-]\d+)%\)", said)

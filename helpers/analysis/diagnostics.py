@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from helpers.config import Config
 from helpers.data.dataset import Loaders
@@ -66,28 +67,33 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     """Learning-rate range test (Smith 2015, arXiv:1506.01186): raise the rate at every step and watch the loss.
 
     It grows geometrically between the `diagnostics.range_lrs`; the test stops early when the smoothed loss is four
-    times its lowest. The model keeps its weights. One row a step: `lr`, `loss` of that batch, and `smoothed`.
+    times its lowest. The model keeps its weights. One row a step: `lr`, `loss` of that batch as a share of its loss
+    before the test, and `smoothed`, the same of the batches so far. (Labels have long tails: losses of batches differ
+    by factors, whatever the model.)
     """
     accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
+    model.to(accelerator.device).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
     rates, losses = np.geomspace(*cfg.diagnostics.range_lrs, cfg.diagnostics.range_steps), []
-    model.to(accelerator.device).train()
     batches = chain.from_iterable(repeat(accelerator.prepare(loaders.train)))
     for lr, batch in zip(rates, batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = lr
         with accelerator.autocast():
             loss = task.loss(model(batch), batch["target"])
-        losses.append(loss.item())
-        smoothed = pd.Series(losses).ewm(alpha=0.1).mean()
-        if not math.isfinite(losses[-1]) or smoothed.iloc[-1] > 4 * smoothed.min():
+            with torch.no_grad():
+                unchanged = task.loss(functional_call(model, before, (batch,)), batch["target"])
+        losses.append((loss.item(), unchanged.item()))
+        now, then = pd.DataFrame(losses).ewm(alpha=0.1).mean().to_numpy().T
+        smoothed = now / then
+        if not math.isfinite(losses[-1][0]) or smoothed[-1] > 4 * smoothed.min():
             break
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
     model.load_state_dict(before, strict=False)
-    return pd.DataFrame({"lr": rates[: len(losses)], "loss": losses, "smoothed": smoothed})
+    return pd.DataFrame({"lr": rates[: len(losses)], "loss": [a / b for a, b in losses], "smoothed": smoothed})
 
 
 @dataclass(frozen=True)
