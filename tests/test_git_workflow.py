@@ -216,6 +216,7 @@ def both_moved(template, clone):
     notebook = nbformat.read(template / LESSON, as_version=4)
     notebook.cells.append(new_code_cell("theirs()", id="theirs"))
     nbformat.write(notebook, template / LESSON)
+    (template / "NEWS.md").write_text("# News\n\n- The lesson plots more.\n")
     publish(template, message="A better lesson")
 
 
@@ -240,7 +241,9 @@ def test_git_merge_origin_main_just_works(clone, both_moved):
 def test_make_update_does_the_same_keeps_the_outputs_and_can_be_undone(clone, both_moved, update):
     before = git(clone, "rev-parse", "HEAD")
     done = update()
-    assert done.returncode == 0 and "New in origin/main:\n  A better lesson (20" in done.stdout, done.stdout
+    assert done.returncode == 0 and "New in origin/main:\n# News\n- The lesson plots more.\n" in done.stdout, (
+        done.stdout
+    )
     assert_both_are_there(clone)
     (kept,) = (clone / "runs").glob("before-update-*/lesson.ipynb")
     assert "secret path" in kept.read_text()
@@ -475,7 +478,7 @@ def test_another_remote_works(template, clone, update):
     git(clone, "remote", "rename", "origin", "upstream")
     publish(template, "lr = 9")
     done = update("FROM=upstream")
-    assert done.returncode == 0 and "New in upstream/main:" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "New in upstream/main:\nCorrections" in done.stdout, done.stdout + done.stderr
 
 
 def test_notebooks_committed_with_outputs_before_the_settings_merge_too(template, person, make):

@@ -29,7 +29,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if not path.name.startswith("my_"))
 TOP_LEVEL = {
     "README.md", "Makefile", "config.yaml", "environment.yml", "pyproject.toml", "notebooks", "helpers", "tests",
-    "LICENSE", "CONTRIBUTING.md", "requirements.lock", ".gitattributes", ".gitignore", ".ci", ".github",
+    "LICENSE", "CITATION.cff", "CONTRIBUTING.md", "NEWS.md", "requirements.lock", ".gitattributes", ".gitignore",
+    ".ci", ".github",
 }  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_help_is_the_default_and_explains_every_target(make):
     phony = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
     for target in phony:
         assert re.search(rf"^  {target} +\w", listed, re.MULTILINE), target
-    expected = {"env", "run-notebook", "lab", "test", "bench", "cache", "update", "new-notebook", "clean"}
+    expected = {"env", "run-notebook", "lab", "test", "bench", "config", "cache", "update", "new-notebook", "clean"}
     assert expected <= set(phony)
 
 

@@ -1,23 +1,26 @@
-"""The section "Your own task" of the README, followed to the letter in a copy of the project."""
+"""The README says what is there; its section "Your own task", followed to the letter in a copy of the project."""
 
 import json
 import re
 import shlex
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from helpers.config import load_config
+from helpers.config import _SCHEMA, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+COURSE = ["hub", "data", "baseline", "finetune", "learning_rate", "compare", "use"]
 SMALL = "synthetic.visits=24 paths.reserve_gb=0 training.epochs=1 split.train=[2014-01-01,2014-01-29]"
 SMALL += " split.val=[2014-01-31,2014-02-08] split.test=[2014-02-10,2014-02-20]"
 
 
 @pytest.fixture(scope="module")
 def section() -> str:
-    return (ROOT / "README.md").read_text().split("## Your own task")[1].split("\n## ")[0]
+    return README.split("## Your own task")[1].split("\n## ")[0]
 
 
 @pytest.fixture
@@ -31,6 +34,37 @@ def project(tmp_path, section):
     for name, text in re.findall(r"```(?:yaml|python)\n# (\S+)\n(.*?)```", section, re.DOTALL):
         (folder / name).write_text(text)
     return folder
+
+
+def test_it_begins_with_two_commands_and_stays_short():
+    start = README.split("## Start")[1].split("\n## ")[0]
+    commands = re.search(r"```\n(.*?)```", start, re.DOTALL)[1]
+    assert commands == "make run-notebook NB=finetune\nmake test\n"
+    assert (
+        len(README.splitlines()) <= 220
+        and README.count("<!-- labels -->\n|") == README.count("|\n<!-- /labels -->") == 1
+    )
+
+
+def test_every_target_key_and_file_that_it_names_exists():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE)
+    assert len(named) > 8 and set(named) <= set(targets)
+    keys = set(re.findall(r"[`\" =]([a-z]+\.[a-z_]+)(?=[:=`])", README))
+    files = {"environment.yml", "last.pt", "helpers.my_hot_corona", "helpers.my_masks"}
+    assert len(keys) > 10 and keys - files <= _SCHEMA.keys()
+    assert all((ROOT / path).exists() for path in re.findall(r"\]\(([^#:)]+)\)", README))
+    tree = re.search(r"```\n(notebooks/ .*?)```", README, re.DOTALL)[1]
+    paths = [("helpers/" if line[0] == " " else "") + line.split()[0] for line in tree.splitlines()]
+    assert len(paths) > 10 and all((ROOT / path).exists() for path in paths if path != "runs/")
+
+
+def test_its_table_and_the_notebooks_lead_through_the_course():
+    there = [name for name in COURSE if (ROOT / "notebooks" / f"{name}.ipynb").exists()]
+    assert re.findall(r"^\| \[(\w+)\]\(notebooks/\1.ipynb\) \|", README, re.MULTILINE) == there
+    for name, after in pairwise(there[:4]):
+        text = (ROOT / "notebooks" / f"{name}.ipynb").read_text()
+        assert re.search(r"\*\*Next:\*\* \[(\w+)\]", text)[1] == after, name
 
 
 def test_the_files_of_the_section_are_complete_tasks(project, monkeypatch):

@@ -15,11 +15,9 @@ from helpers.tools.command import ROOT, Refusal, run
 CONFLICT = """\
 You and the template changed the same lines of:
 {files}
-Open each one; a notebook opens in JupyterLab as always. Both versions stand in it: yours between <<<<<<< and =======,
-the template's between ======= and >>>>>>>. Keep what you want, delete the marks and save. Then finish the merge:
+Each holds both versions: yours between <<<<<<< and =======, the template's between ======= and >>>>>>>. Keep what you
+want, delete the marks and save (or `git rm FILE`, if you want nothing of it); notebooks/hub.ipynb shows how. Then:
   git add {arguments} && git commit --no-edit
-Or, before that, take one version of a whole file, yours or the template's (`git rm FILE` if it was deleted there):
-  git checkout --ours FILE     or     git checkout --theirs FILE
 Or go back to before the merge, as if nothing had happened:
   git merge --abort"""
 
@@ -34,11 +32,12 @@ def main(remote: str) -> None:
     deepen = ["--unshallow"] if git("rev-parse", "--is-shallow-repository") == "true" else []
     git("fetch", "--quiet", *deepen, remote)
     news, before = f"{remote}/main", git("rev-parse", "--short", "HEAD")
-    commits = git("log", "--format=  %s (%as)", f"HEAD..{news}")
-    if not commits:
+    if not git("rev-list", f"HEAD..{news}"):
         print(f"Nothing new: your branch holds everything that {news} has.")
         return
-    print(f"New in {news}:\n{commits}")
+    # what its maintainers have written for users since you last updated
+    added = re.findall(r"^\+(?!\+\+)(.+)", git("diff", "--unified=0", f"HEAD...{news}", "--", "NEWS.md"), re.MULTILINE)
+    print(f"New in {news}:", *added or ["Corrections that change nothing in how you work."], sep="\n")
     spare_executed_notebooks(news, before)
     try:
         # the template's branch alone: `git merge origin main` would also merge commits of your own main
