@@ -45,6 +45,8 @@ KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of targ
 SPLITS = ("train", "val", "test")
 NETCDF = (".nc", ".nc4", ".h5", ".hdf5")
 _OVERLAYS = {"profiles": "profile", "tasks": "task", "experiments": "experiment"}  # block -> the key that chooses
+MATTER = ("profile", "task", "experiment", "seed", "data.reduce", "labels.path", "target.loss", "target.metrics")
+MATTER += ("head.pooling", "lora.rank", *(f"training.{key}" for key in ("regime", "lr", "epochs", "batch_size")))
 
 
 class ConfigError(ValueError):
@@ -274,6 +276,7 @@ class Config(_Section):
     shared: Annotated[SharedFolder, Field(exclude=True)]  # the shared folder of this machine
     scalers: Annotated[dict[str, Scaler], Field(exclude=True)]  # normalisation constants of each channel
     written: Annotated[dict[str, Any], Field(exclude=True)]  # paths before they were made absolute
+    set_by: Annotated[dict[str, str], Field(exclude=True)]  # dotted key -> the layer that its value is from
     profile: Annotated[str, COMPARED]
     task: str
     experiment: Annotated[Literal["baseline", "finetune"], COMPARED]
@@ -292,9 +295,22 @@ class Config(_Section):
     compare: Annotated[Compare, MACHINE]
     tracking: Annotated[Tracking, MACHINE]
 
+    def __eq__(self, other: object) -> bool:  # wherever the values come from
+        return isinstance(other, Config) and self.model_dump() == other.model_dump()
+
     def to_dict(self) -> dict[str, Any]:
         """The values as plain dicts and lists, to write beside a run; paths as written, so that the run can move."""
         return _nested({**dict(leaves(self.model_dump())), **self.written})
+
+    def explain(self, *keys: str) -> str:
+        """Lines "key value <- layer that set it" of these keys or sections, or of MATTER; ConfigError: no such key."""
+        values, lines = dict(leaves(self.to_dict())), []
+        for asked in keys or MATTER:
+            found = [key for key in values if f"{key}.".startswith(f"{asked}.")]
+            if not found:
+                raise ConfigError(f"{asked}: {_nearest(asked)}")
+            lines += [f"{key:28} {json.dumps(values[key]):20} <- {self.set_by[key]}" for key in found]
+        return "\n".join(lines)
 
     @property
     def runs_folder(self) -> Path:
@@ -389,17 +405,17 @@ def load_config(
     path = found[0].resolve()
     sources = [(file.name, _read(file)) for file in (path, path.with_name("config.local.yaml")) if file.exists()]
     sources += [("notebook parameters", parameters or {}), ("overrides=", overrides or {})]
+    arguments = {"profile": profile, "task": task, "experiment": experiment}
+    sources += [("this call", {key: name for key, name in arguments.items() if name is not None})]
     layers, problems = [], []
     for origin, tree in sources:  # in each of them: profiles, over these tasks, over these experiments
         layers += sorted(
             _layers(tree, origin, problems, "", {}),
             key=lambda layer: [key in layer[0] for key in ("experiment", "task", "profile")],
         )
-    chosen = {"profile": profile, "task": task, "experiment": experiment}
-    choices_exist = True
+    chosen, choices_exist = {}, True
     for block, key in _OVERLAYS.items():
-        if chosen[key] is None:
-            chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
+        chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
         names = sorted({needs[key] for needs, *_ in layers if [*needs] == [key]})
         if chosen[key] not in names:
             choices_exist = False
@@ -493,11 +509,11 @@ def _layers(
 
 def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:
     """Dotted key and marks of every setting; those of a section count for its keys."""
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from _schema_keys(field.annotation, f"{prefix}{name}.", (*marks, *field.metadata))
-        elif not field.exclude:
-            yield f"{prefix}{name}", (*marks, *field.metadata)
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, _Section):
+            yield from _schema_keys(info.annotation, f"{prefix}{name}.", (*marks, *info.metadata))
+        elif not info.exclude:
+            yield f"{prefix}{name}", (*marks, *info.metadata)
 
 
 _SCHEMA = dict(_schema_keys(Config))  # dotted key -> its marks
@@ -539,7 +555,7 @@ def _validated(layers: Sequence[tuple[str, dict]], chosen: dict, problems: list[
         scalers = load_scalers(shared.to_read(own) if isinstance(own, str) else None)
     except (OSError, ValueError) as error:
         problems.append(f"{'data.scalers' if shared else 'paths.shared'}: {error}")
-    extras = {"root": root, "shared": shared, "scalers": scalers, "written": written}
+    extras = {"root": root, "shared": shared, "scalers": scalers, "written": written, "set_by": set_by}
     try:
         config = Config.model_validate({**_nested(plain | located), **extras})
     except ValidationError as error:

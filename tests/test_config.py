@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,14 @@ def test_every_combination_that_is_shipped_loads(path, profile, task, experiment
 def test_every_key_stands_once_in_its_section():
     sections = {name: value for name, value in SHIPPED.items() if name not in config._OVERLAYS}
     assert dict(config.leaves(sections)).keys() == config._SCHEMA.keys()
+
+
+def test_every_key_is_explained_where_it_stands():
+    """A remark beside it, or in the line above where the value takes the whole line."""
+    lines = (ROOT / "config.yaml").read_text().split("\nprofiles:")[0].splitlines()
+    keys = [(above, line) for above, line in pairwise(lines) if re.match(r" *[a-z_]+: +[^# ]", line)]
+    assert len(keys) == len(config._SCHEMA)
+    assert not [line for above, line in keys if "#" not in line and not above.strip().startswith("#")]
 
 
 def test_it_is_found_from_a_folder_below(folder, monkeypatch):
@@ -173,6 +182,33 @@ def test_a_configuration_means_the_same_in_a_clone_elsewhere(path, tmp_path):
     elsewhere = tmp_path / "clone/config.yaml"
     elsewhere.write_text(path.read_text())
     assert load_config(path).to_dict() == load_config(elsewhere, {"paths.shared": None}).to_dict()
+
+
+def test_each_value_is_explained_by_the_layer_that_set_it(folder):
+    path = local(folder, "lora: {rank: 4}\nseed: 3")
+    cfg = load_config(path, {"lora.alpha": 3.0}, task="flare", parameters={"lora.dropout": 0.0})
+    said = dict(re.fullmatch(r"(\S+ +\S.*?) +<- (.+)", line).groups() for line in cfg.explain().splitlines())
+    said = {tuple(key.split(maxsplit=1)): layer for key, layer in said.items()}
+    assert [key for key, _ in said] == list(config.MATTER)
+    assert said["training.lr", "0.003"] == "profiles.tiny.tasks.flare.experiments.finetune in config.yaml"
+    assert said["head.pooling", '"forecast"'] == "tasks.flare in config.yaml"
+    assert said["seed", "3"] == "config.local.yaml" and said["task", '"flare"'] == "this call"
+    of_lora = [line.split(maxsplit=2) for line in cfg.explain("lora.alpha", "lora").splitlines()]
+    assert [key for key, *_ in of_lora] == ["lora.alpha", *(f"lora.{key}" for key in SHIPPED["lora"])]
+    assert [rest for *_, rest in of_lora][:4] == [
+        "<- overrides=", "<- config.local.yaml", "<- overrides=", "<- notebook parameters"
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"training.learning_rate: unknown key; did you mean training.lr\?"):
+        cfg.explain("training.learning_rate")
+
+
+def test_make_config_prints_them(make):
+    done = make("config", "TASK=translation", "KEY=head.decoder_channels", "P=training.lr=0.5")
+    assert re.search(r'^head.decoder_channels +\["hmi_m"\] +<- tasks.translation in config.yaml$', done.stdout, re.M)
+    assert "training.lr" not in done.stdout
+    assert re.search(r"^training.lr +0.5 +<- notebook parameters$", make("config", "P=training.lr=0.5").stdout, re.M)
+    done = make("config", "KEY=lr")
+    assert done.returncode and done.stdout.endswith("lr: unknown key; did you mean training.lr?\n")
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
