@@ -86,6 +86,7 @@ def test_data_bears_a_task_whose_labels_are_images(run, hub):
 
 def test_hub_says_where_things_are_and_builds_each_frame_once(hub):
     said = texts(hub)
+    assert re.search(r"^paths.labels +.*sun-0\" +<- profiles.tiny in config.yaml$", said, re.MULTILINE)
     assert "the environment variable SURYA_SHARED" in pages(hub, "you may write there")
     assert re.search(r"\b2 built in .*, 0 there already", said) and re.search(r"\b0 built, 2 there already", said)
     assert float(re.search(r"largest difference to a fresh reduction: (\S+)", said)[1]) < ERROR_BOUND

@@ -478,7 +478,9 @@ def test_another_remote_works(template, clone, update):
     git(clone, "remote", "rename", "origin", "upstream")
     publish(template, "lr = 9")
     done = update("FROM=upstream")
-    assert done.returncode == 0 and "New in upstream/main:\nCorrections" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "New in upstream/main:\nChanges that its NEWS.md does not" in done.stdout, (
+        done.stdout + done.stderr
+    )
 
 
 def test_notebooks_committed_with_outputs_before_the_settings_merge_too(template, person, make):

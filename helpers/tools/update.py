@@ -37,7 +37,7 @@ def main(remote: str) -> None:
         return
     # what its maintainers have written for users since you last updated
     added = re.findall(r"^\+(?!\+\+)(.+)", git("diff", "--unified=0", f"HEAD...{news}", "--", "NEWS.md"), re.MULTILINE)
-    print(f"New in {news}:", *added or ["Corrections that change nothing in how you work."], sep="\n")
+    print(f"New in {news}:", *added or ["Changes that its NEWS.md does not mention."], sep="\n")
     spare_executed_notebooks(news, before)
     try:
         # the template's branch alone: `git merge origin main` would also merge commits of your own main
