@@ -31,17 +31,18 @@ from helpers.training.references import reference_predictions
 from helpers.training.tasks import Predictions
 
 EPOCHS = {32: 30, 64: 20, 250: 8}
-# What differs from the fine-tune of config.yaml, read off a forecast; rates as tuned with 64 labels, three tries each
+# What differs from the fine-tune of config.yaml, read off a forecast. Of each model four rates a factor of three apart
+# were tried with 64 labels of Suns 0 to 2, one seed, and the best on validation was taken; heads learn at 3e-3.
 MODELS = {
     "linear baseline": {"experiment": "baseline"},
-    "scratch": {"head.pooling": "max", "training.regime": "scratch", "training.lr": 1e-3},
-    "scratch, read off a forecast": {"training.regime": "scratch", "training.lr": 3e-4},
+    "scratch": {"head.pooling": "max", "training.regime": "scratch", "training.lr": 3e-3},
+    "scratch, read off a forecast": {"training.regime": "scratch", "training.lr": 1e-3},
     "LoRA on random weights": {"head.pooling": "max", "model.weights": None, "training.lr": 1e-2},
     "LoRA on random weights, read off a forecast": {"model.weights": None, "training.lr": 1e-2},
-    "Surya, LoRA, max pooling": {"head.pooling": "max", "training.lr": 3e-3},
+    "Surya, LoRA, max pooling": {"head.pooling": "max", "training.lr": 1e-2},
     "Surya, head alone": {"training.regime": "probe", "training.lr": 3e-3},
-    "Surya, all trained": {"training.regime": "full", "training.lr": 1e-4, "training.head_lr": 3e-3},
-    "Surya, LoRA": {"training.lr": 3e-4, "training.head_lr": 3e-3},
+    "Surya, all trained": {"training.regime": "full", "training.lr": 3e-4},
+    "Surya, LoRA": {"training.lr": 3e-3},
 }
 PRETRAINED = [name for name in MODELS if name.startswith("Surya")]
 
@@ -110,7 +111,7 @@ def one_run(job: tuple[str, int, int, int, list[str], dict]) -> list[dict]:
     if cfg.labels.kind == "scalar":
         note("ridge on simple features", **ridge(loaders, simple_features).metrics(cfg))
         note("ridge on the shear", **ridge(loaders, expert_features).metrics(cfg))
-    budget = {"training.epochs": EPOCHS[n], "training.patience": EPOCHS[n]}
+    budget = {"training.epochs": EPOCHS[n], "training.patience": EPOCHS[n], "training.head_lr": 3e-3}
     # where the encoder has a class token, all models pool by it
     own = {"head.pooling": "class_token"} if cfg.model.nglo else {}
     for name in names:
