@@ -243,22 +243,21 @@ class Training(_Section):
 
 
 class Diagnostics(_Section):
+    train_samples: Count
     range_lrs: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     range_steps: Count
     sweep_lrs: Annotated[list[Positive], Field(min_length=1)]
     sweep_epochs: Count
-    precision_seeds: Annotated[list[int], Field(min_length=2)]
     diverged: Positive
     erratic: Positive
     flat: Positive
     overfitting: Positive
+    gap: Positive
 
 
 class Compare(_Section):
     seeds: Annotated[list[int], Field(min_length=2)]
     train_samples: Annotated[list[Count | None], Field(min_length=1)]
-    baseline_epochs: Count | None
-    finetune_epochs: Count | None
     draws: Count
     block_days: Positive | None
 

@@ -450,7 +450,7 @@ def test_draws_without_an_event_leave_an_interval_unless_they_are_most(config):
     runs, cfg = leave_runs(config, truth.astype(np.float32), 1 - truth.astype(np.float32), truth, 6)
     found = comparison.paired_difference(runs, cfg)  # about exp(-2) of the draws hold none of the two
     assert 0.05 < found.lost < 0.3 and found.low == found.high == found.value == 2 and "is better" in str(found)
-    few = str(comparison.Difference("tss", 0.4, 0.1, 0.6, 9, math.nan, 0.7))
+    few = str(comparison.Difference(("baseline", "finetune"), "tss", 0.4, 0.1, 0.6, 9, math.nan, 0.7))
     assert few.startswith("The difference CANNOT BE TOLD FROM NOISE: tss is not a number in 70% of the draws")
 
 

@@ -20,17 +20,13 @@ from helpers.training.tracking import list_runs
 
 SAMPLES = "training samples"
 DATA = ("data.", "labels.", "target.", "split.", "synthetic.")
+BUDGET = ("seed", "epochs", "lr", "max_train_samples")  # what a run was given
 
 
 def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
     """The runs that the section `compare` asks for: experiment and what to override in its configuration."""
-    runs = []
-    for experiment, samples, seed in product(("baseline", "finetune"), cfg.compare.train_samples, cfg.compare.seeds):
-        changes = {"seed": seed, "training.max_train_samples": samples}
-        if epochs := getattr(cfg.compare, f"{experiment}_epochs"):
-            changes["training.epochs"] = epochs
-        runs.append((experiment, changes))
-    return runs
+    each = product(("baseline", "finetune"), cfg.compare.train_samples, cfg.compare.seeds)
+    return [(experiment, {"seed": seed, "training.max_train_samples": samples}) for experiment, samples, seed in each]
 
 
 def find_run(cfg: Config) -> str | None:
@@ -45,28 +41,28 @@ def find_run(cfg: Config) -> str | None:
 
 
 def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | ImagePredictions]]:
-    """Test metrics (a column each) and predictions of the latest finished run of each experiment on the data of `cfg`.
-
-    Runs that were tested on other samples than the latest one, although their settings are equal, are named and left
-    out.
+    """Budget and test metrics (a column each) and predictions of the latest finished run of each experiment on the data
+    of `cfg`; says in what the budgets differ. Runs that were tested on other samples than the latest one, although
+    their settings are equal, are named and left out.
     """
     runs = on_the_same_data(list_runs(cfg.runs_folder, task=cfg.task, profile=cfg.profile), cfg)
-    columns, found, budgets = {}, {}, set()
+    columns, found = {}, {}
     for run in reversed(runs.groupby("experiment").tail(1).to_dict("records")):
         if not (run["folder"] / "predictions_test.csv").exists():
             continue
         predictions = test_predictions(run["folder"], cfg)
         if all(predictions.same_samples(newest) for newest in found.values()):
             found[run["experiment"]] = predictions
-            scores = {key: value for key, value in run.items() if key.startswith("test_")}
-            columns[f"{run['experiment']} ({run['name']})"] = scores
-            budgets.add((run["seed"], run["settings"]["training"]["max_train_samples"]))
+            given = {"seed": run["seed"], **run["settings"]["training"]}
+            scores = {key: round(value, 3) for key, value in run.items() if key.startswith("test_")}
+            budget = {key: math.inf if given[key] is None else given[key] for key in BUDGET}
+            columns[f"{run['experiment']} ({run['name']})"] = budget | scores
         else:
             print(f"Not compared: {run['name']}, tested on other frames or labels than the latest run. Run it again.")
-    if len(budgets) > 1:
-        print(f"Not a fair comparison: seed and training.max_train_samples are {' and '.join(map(str, budgets))}.")
-    metrics = pd.DataFrame(columns).sort_index(axis="columns").astype(float).round(3)
-    return metrics, dict(sorted(found.items()))
+    table = pd.DataFrame(columns).sort_index(axis="columns").astype(float)
+    if differ := [key for key in table.index if key in BUDGET and table.loc[key].nunique() > 1]:
+        print(f"These runs differ in {', '.join(differ)}, see the first rows. Of these, only epochs and lr may differ.")
+    return table, dict(sorted(found.items()))
 
 
 def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
@@ -127,9 +123,10 @@ def test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePred
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much the fine-tune is better (positive) or worse than the baseline, on the same test samples."""
+    """By how much a model is better (positive) or worse than its rival, on the same test samples."""
 
-    metric: str  # the first of `target.metrics`
+    sides: tuple[str, str]  # the rival, the model
+    metric: str
     value: float  # mean over seeds
     low: float  # 95% bootstrap interval over blocks of time
     high: float
@@ -141,9 +138,10 @@ class Difference:
     def __str__(self) -> str:
         blocks = f"{self.blocks} test days" if self.days == 1 else f"{self.blocks} blocks of {self.days:.2g} test days"
         lost = f"; {self.lost:.0%} of the draws held no event, and were left out" if self.lost else ""
+        seeds = "one seed each" if math.isnan(self.spread) else f"{self.spread:.3f} between seeds"
         measured = (
             f"{self.metric}: {abs(self.value):.3f} (95% interval of the gain {self.low:+.3f} to {self.high:+.3f} over "
-            f"{blocks}; {self.spread:.3f} between seeds{lost})"
+            f"{blocks}; {seeds}{lost})"
         )
         if math.isnan(self.value):
             return f"{self.metric} cannot be measured on this test split: it is not a number for one of the models."
@@ -152,25 +150,27 @@ class Difference:
             return f"The difference CANNOT BE TOLD FROM NOISE: {why}. Test on a longer split.test, with more events."
         if self.low <= 0 <= self.high or abs(self.value) <= self.spread:
             return f"The difference is WITHIN NOISE. {measured}."
-        return f"The fine-tune is {'better' if self.value > 0 else 'WORSE'} than the baseline. {measured}."
+        return f"{self.sides[1]} is {'better' if self.value > 0 else 'WORSE'} than {self.sides[0]}. {measured}."
 
 
-def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -> Difference:
-    """Fine-tune against baseline on the same test samples, seed by seed, with a bootstrap interval.
+def paired_difference(
+    runs: pd.DataFrame, cfg: Config, key: str | None = None, sides: tuple[str, str] = ("baseline", "finetune")
+) -> Difference:
+    """The second of `sides` against the first on the same test samples, seed by seed, with a bootstrap interval.
 
     Frames of one day are alike, and so are labels that look ahead over the same hours: blocks of `compare.block_days`
-    are drawn with replacement (block bootstrap, Kuensch 1989), the same ones for both models. `runs` differ in
-    experiment and seed alone (else a ValueError); of `key`, None is `target.metrics[0]`.
+    are drawn with replacement (block bootstrap, Kuensch 1989), the same ones for both models. `runs` differ in seed and
+    `experiment`, which names the side, alone (else a ValueError); of `key`, None is `target.metrics[0]`.
     """
     key = key or cfg.target.metrics[0]
     sign = 1 if metrics_of(cfg)[key].higher_is_better else -1
     pairs = []
     for _, group in runs.groupby("seed"):
         folders = dict(zip(group["experiment"], group["folder"], strict=True))
-        if {"baseline", "finetune"} <= set(folders):
-            pairs.append([test_predictions(folders[experiment], cfg) for experiment in ("baseline", "finetune")])
+        if set(sides) <= set(folders):
+            pairs.append([test_predictions(folders[side], cfg) for side in sides])
     if not pairs:
-        raise ValueError("No seed has a finished run of both baseline and finetune with these settings.")
+        raise ValueError(f"No seed has a finished run of both {' and '.join(sides)} with these settings.")
     if not all(p.same_samples(pairs[0][0]) for pair in pairs for p in pair):
         raise ValueError("The runs were tested on different samples; delete the old ones, or train them again.")
     times = pd.to_datetime(pd.Series(pairs[0][0].timestamps))
@@ -181,7 +181,7 @@ def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -
 
     def gains(chosen: np.ndarray) -> list[float]:
         scores = ([p.score(key, chosen, cfg) for p in pair] for pair in pairs)
-        return [sign * (finetune - baseline) for baseline, finetune in scores]
+        return [sign * (model - rival) for rival, model in scores]
 
     rng = np.random.default_rng(cfg.seed)
     drawn = (rng.integers(len(rows), size=len(rows)) for _ in range(cfg.compare.draws))
@@ -191,4 +191,4 @@ def paired_difference(runs: pd.DataFrame, cfg: Config, key: str | None = None) -
     each = gains(np.arange(len(times)))
     spread = float(np.std(each, ddof=1)) if len(each) > 1 else float("nan")
     days = length / pd.Timedelta("1D")
-    return Difference(key, float(np.mean(each)), float(low), float(high), len(rows), spread, lost, days)
+    return Difference(sides, key, float(np.mean(each)), float(low), float(high), len(rows), spread, lost, days)

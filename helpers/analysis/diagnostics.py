@@ -82,8 +82,7 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
             group["lr"] = lr
         with accelerator.autocast():
             loss = task.loss(model(batch), batch["target"])
-            with torch.no_grad():
-                unchanged = task.loss(functional_call(model, before, (batch,)), batch["target"])
+            unchanged = task.loss(functional_call(model, before, (batch,)), batch["target"])
         losses.append((loss.item(), unchanged.item()))
         now, then = pd.DataFrame(losses).ewm(alpha=0.1).mean().to_numpy().T
         smoothed = now / then
@@ -113,7 +112,8 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
 
     All numbers are shares of the same loss before training (epoch 0). *rise* is the highest training loss; *jumps* the
     mean rise of the training loss from one epoch to the next; *fall* how much the training loss has fallen; *turn* how
-    far the validation loss ends above its lowest. `diverged`: the run stopped because the loss was no longer finite.
+    far the validation loss ends above its lowest; *gap* how many times as high as the training loss it ends.
+    `diverged`: the run stopped because the loss was no longer finite.
     """
     limits, lowest = cfg.diagnostics, float(table[["train_loss", "val_loss"]].min().min())
     if lowest < 0:
@@ -122,15 +122,15 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     train, val = (table[name] / table[name].iloc[0] for name in ("train_loss", "val_loss"))
     rise = math.inf if diverged else float(train.max())
     jumps = float(train.iloc[1:].diff().clip(lower=0).mean()) if len(train) > 2 else 0.0
-    fall = float(1 - train.iloc[-2:].mean())
-    turn = float(val.iloc[-2:].mean() - val.min())
+    train_end, val_end = float(train.iloc[-2:].mean()), float(val.iloc[-2:].mean())
+    fall, turn, gap = 1 - train_end, val_end - float(val.min()), val_end / max(train_end, 1e-9)
     if rise > limits.diverged:
         word, advice = "diverged", "Divide training.lr by ten."
     elif jumps > limits.erratic or fall < -limits.flat:
         word, advice = "too large (erratic)", "Divide training.lr by three."
     elif fall < limits.flat:
         word, advice = "too small (flat)", "Triple training.lr, or train longer."
-    elif turn > limits.overfitting:
+    elif turn > limits.overfitting or gap > limits.gap:
         word, regime = "overfitting", cfg.training.regime if cfg.experiment == "finetune" else "probe"
         decay = "training.head_weight_decay" if regime == "probe" else "training.weight_decay"
         raised = f"lora.dropout or {decay}, lower lora.rank" if regime == "lora" else decay
@@ -138,7 +138,8 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
     else:
         word, advice = "healthy", "Nothing to mend."
     measured = (
-        f"rise {rise:.2f} (limit {limits.diverged:g}), jumps {jumps:.2f} (limit {limits.erratic:g}), "
-        f"fall {fall:.2f} (limit {limits.flat:g}), turn {turn:.2f} (limit {limits.overfitting:g})"
+        f"rise {rise:.2g} (limit {limits.diverged:g}), jumps {jumps:.2g} (limit {limits.erratic:g}), "
+        f"fall {fall:.2g} (limit {limits.flat:g}), turn {turn:.2g} (limit {limits.overfitting:g}), "
+        f"gap {gap:.2g} (limit {limits.gap:g})"
     )
     return Verdict(word, measured, advice)
