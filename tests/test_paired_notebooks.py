@@ -9,6 +9,7 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
+from exercises import check_exercises, folder_with_answers
 
 from helpers.tools.run_notebook import main
 
@@ -32,6 +33,7 @@ KEYS = PUBLISHED | {
 def run(tmp_path_factory):
     """The folder of the run of a notebook, which is executed when it is asked for first."""
     folder = tmp_path_factory.mktemp("paired")
+    root = folder_with_answers(folder / "project")
 
     def of(name: str, task: str = "flare"):
         run = folder / "runs" / f"{name}-{task}-tiny-001"
@@ -40,7 +42,7 @@ def run(tmp_path_factory):
                 patch.setenv("SURYA_SHARED", str(folder / "shared"))
                 settings = RELEASED if task in PUBLISHED else SMALL
                 words = [name, "--profile", "tiny", "--task", task, "--parameters", *settings]
-                assert main([*words, f"paths.runs={folder / 'runs'}"]) == 0
+                assert main([*words, f"paths.runs={folder / 'runs'}"], root=root) == 0
         return run
 
     return of
@@ -54,16 +56,22 @@ def outputs(run, name):
     return text, sum("image/png" in output.get("data", {}) for output in shown)
 
 
+MISTAKES = {
+    "baseline": (" takes ts ", "The model returns"),
+    "finetune": ("an even number of patches of patch_size 12", "pooling 'class_token' needs nglo=1"),
+}
+
+
 def check_record(run, name, task):
-    """The run is complete, and the page has its figures and the mistakes that are made on purpose."""
+    """The run is complete; the page has its figures, its mistakes made on purpose, and exercises that can be solved."""
     text, figures = outputs(run, name)
-    assert figures == 7 and "Traceback" not in text and "Warning" not in text
+    assert figures == {"baseline": 7, "finetune": 8}[name] and "Traceback" not in text and "Warning" not in text
+    check_exercises(nbformat.read(run / f"{name}.ipynb", as_version=4).cells, at_least=4)
     assert (run / f"{name}.html").read_text().count("data:image/png;base64") >= figures
     assert len(pd.read_csv(run / "history.csv")) == 3  # before training, and two epochs
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished" and KEYS[task] in summary["metrics"]
-    for mistake in ("an even number of patches of patch_size 12", " takes ts ", "The model returns"):
-        assert mistake in text
+    assert all(mistake in text for mistake in MISTAKES[name])
     assert f"{name} ({run.name})" in text
 
 
@@ -72,6 +80,7 @@ def test_the_fine_tune_loads_adapts_and_leaves_its_record(run):
     text, _ = outputs(run("finetune"), "finetune")
     assert "loaded     73 tensors" in text and "missing     0 tensors" in text
     assert "encoder                0       336,752" in text
+    assert "the output changes by 0.0\n" in text and "1D: (8, 64, 64) -> (8, 1), shuffling changes it by 0.000" in text
 
 
 def test_the_saved_model_is_small_and_has_no_frozen_weight(run):
