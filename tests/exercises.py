@@ -35,6 +35,7 @@ def folder_with_answers(folder: Path) -> Path:
     """A folder laid out like the project, for `run_notebook.main(..., root=)`, with the answers in its notebooks."""
     (folder / "notebooks").mkdir(parents=True)
     shutil.copy(ROOT / "config.yaml", folder)
+    (folder / "helpers").symlink_to(ROOT / "helpers")  # with the weights of the tiny model
     (folder / "notebooks" / "images").symlink_to(ROOT / "notebooks" / "images")
     for path in (ROOT / "notebooks").glob("[!m]*.ipynb"):  # not those called my_...
         nbformat.write(with_answers(nbformat.read(path, as_version=4)), folder / "notebooks" / path.name)
