@@ -3,14 +3,14 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab config plan cache test test-fast test-notebooks bench update new-notebook lint lock clean
+.PHONY: help env run-notebook lab config plan cache predict test test-fast test-notebooks bench update new-notebook lint lock clean
 
 # Variables of the command line: one that no target knows would be lost without a word.
-KNOWN := NB TASK PROFILE P KEY FROM NAME ARGS B PYTHON
+KNOWN := NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT ARGS B PYTHON
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(KNOWN),$(name)),, \
 	$(error No target knows '$(name)'; there are $(KNOWN). Settings go into one P, in quotes: P="training.lr=1e-3 seed=2"))))
 # These reach the recipes through the environment, word for word: neither make nor the shell looks for $ in them.
-$(foreach name,NB TASK PROFILE P KEY FROM NAME,$(eval override export $(name) := $$(value $(name))))
+$(foreach name,NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT,$(eval override export $(name) := $$(value $(name))))
 
 # The first of these that runs and can make an environment; choose another with `make PYTHON=/path/to/python3.12 ...`.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
@@ -52,6 +52,11 @@ lab: env  ## open JupyterLab on the same environment
 config: env  ## every setting, its value and the layer that set it [TASK=..] [PROFILE=..] [P=..] [KEY=training.lr, or a section]
 	@"$(PY)" -m helpers.tools.show_config $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") \
 		$(if $(KEY),--key "$$KEY") --parameters "$$P"
+
+predict: env  ## predict where there is no label: RUN=.. or RELEASED=.. TIMES=2014-01-07/2014-01-09 [EVERY=60] [OUT=..]
+	@"$(PY)" -m helpers.tools.predict --run "$$RUN" --released "$$RELEASED" --times "$$TIMES" \
+		$(if $(EVERY),--every "$$EVERY") $(if $(OUT),--out "$$OUT") $(if $(TASK),--task "$$TASK") \
+		$(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 
 test: env  ## run the tests and one whole notebook, 5 minutes [ARGS="tests/test_lora.py -k merge"]
 	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook" $(ARGS)

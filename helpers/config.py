@@ -235,6 +235,7 @@ class Training(_Section):
     patience: Count
     save_every_steps: Annotated[Count, MACHINE]
     resume: Annotated[str | None, MACHINE]
+    initial_run: str | None
     recompute_blocks: Annotated[list[int] | Literal["auto"], MACHINE]
     loader_workers: Annotated[NotNegative, MACHINE]
     max_train_samples: Annotated[Count | None, COMPARED]

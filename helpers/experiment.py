@@ -18,11 +18,14 @@ from helpers.training.memory import estimate_memory, recompute_if_needed
 from helpers.training.tracking import start_run
 
 
-def build_model(cfg: Config) -> nn.Module:
-    """The model of `cfg.experiment`, before training: that of baseline.ipynb or that of finetune.ipynb."""
+def build_model(cfg: Config, outputs: int | None = None) -> nn.Module:
+    """The model of `cfg.experiment`, before training: that of baseline.ipynb or that of finetune.ipynb.
+
+    `outputs` is how many numbers it predicts; None counts them in the configuration, or in the label file.
+    """
     if cfg.experiment == "baseline":
-        return linear_baseline(cfg)
-    model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg)
+        return linear_baseline(cfg, outputs)
+    model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg, outputs)
     channels = cfg.data.channels, cfg.model.weights_channels
     weights = find_weights(cfg.initial_weights, cfg.shared, cfg.paths.reserve_gb)
     load_filtered(model, weights, *channels, decoder_channels=cfg.head.decoder_channels)

@@ -107,14 +107,14 @@ class SolarDataset(Dataset):
 
     An item is a dict: `ts` (C, T, H, W) float32 normalised, channels as in `store.channels`, oldest frame first;
     `time_delta_input` (T,) hours relative to the sample; `target` (K,) in label units after the transform, or (C, H, W)
-    (masks: 0 to 1; frames: normalised); `timestamp` ISO text. `samples` has one row for each: `time`, and unless the
-    target is a frame `label`, the row of its label.
+    (masks: 0 to 1; frames: normalised), none where `labels` is None; `timestamp` ISO text. `samples` has one row for
+    each: `time`, and unless the target is a frame `label`, the row of its label.
     """
 
     def __init__(
         self,
         store: FrameStore,
-        labels: Labels | FrameTarget,
+        labels: Labels | FrameTarget | None,
         samples: pd.DataFrame,
         offsets_minutes: Sequence[int] = (-60, 0),
     ) -> None:
@@ -123,9 +123,9 @@ class SolarDataset(Dataset):
         self.targets = self._images = None  # (N, K) float32 in label units, or a reader of images
         if isinstance(labels, FrameTarget):
             self._images = ChannelTargets(store, labels, samples)
-        elif labels.paths is not None:
+        elif labels is not None and labels.paths is not None:
             self._images = MaskTargets(labels, samples, store.side // labels.reduce)
-        else:
+        elif labels is not None:
             self.targets = torch.as_tensor(labels.values[samples["label"]], dtype=torch.float32)
 
     def __len__(self) -> int:
@@ -133,12 +133,12 @@ class SolarDataset(Dataset):
 
     def __getitem__(self, row: int) -> dict[str, Tensor | str]:
         time = self.samples["time"].iloc[row]
-        return {
+        item = {
             "ts": self.store.read([time + pd.Timedelta(minutes, "min") for minutes in self.offsets_minutes]),
             "time_delta_input": torch.tensor(self.offsets_minutes, dtype=torch.float32) / 60,
-            "target": self.target(row),
             "timestamp": time.isoformat(),
         }
+        return item if self.labels is None else {**item, "target": self.target(row)}
 
     def target(self, row: int) -> Tensor:
         """The target of one sample without its input: (K,) or (C, H, W)."""

@@ -12,6 +12,7 @@ checkpoint a place, or says which has none. Three kinds are adapted, of which th
 import copy
 import hashlib
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from helpers.channels import CHANNELS
 from helpers.model.encoder import SuryaEncoder, encoder_of
 from helpers.model.heads import Specformer1D, Specformer2D
-from helpers.model.lora import merge_lora
+from helpers.model.lora import apply_lora, merge_lora
 from helpers.shared import atomic_write
 
 State = Mapping[str, Tensor]
@@ -34,9 +35,17 @@ Transfer = tuple[Tensor, str]  # values for a tensor of the model, and how they 
 PATCHES = "embedding.patch_embed.proj.weight"
 POSITIONS = "embedding.pos_embed"
 DECODER = "unembed.unembed.0."
-WRAPPERS = {"_orig_mod", "module", "model", "encoder"}  # what torch.compile and other classes add to names
+# what torch.compile, PEFT and other classes add to names
+WRAPPERS = {"_orig_mod", "module", "model", "encoder", "base_model", "base_layer"}
 MOST_FRAMES = 2  # that a released checkpoint was trained with
 ADAPTER_FORMAT = "surya-course-adapter-1"
+# LoRA's alpha in the fine-tuned models of the release, which all have 16 heads; neither stands in the files
+RELEASED = {
+    "solar_wind_weights.pth": 32.0,
+    "solar_flare_weights.pth": 8.0,
+    "ar_segmentation_weights.pth": 64.0,
+    "euv_spectra_weights.pth": None,
+}
 
 
 class CheckpointError(ValueError):
@@ -88,6 +97,8 @@ def load_filtered(
         return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
     targets = {key: tensor for key, tensor in encoder.state_dict(keep_vars=True).items() if "lora_" not in key}
+    if any("lora_" in key for key in state):
+        raise CheckpointError(f"{name} is fine-tuned, with adapters in it: `make predict RELEASED=...` reads it.")
     try:
         names = channel_names(state, encoder, channels, source_channels)
         transfers: dict[str, Transfer] = {key: (state[key], "") for key in targets if key in state}
@@ -296,11 +307,14 @@ def save_adapter(
     return Path(path)
 
 
-def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = None) -> dict[str, Any]:
+def load_adapter(
+    path: str | Path, model: nn.Module, fingerprint: str | None = None, any_head: bool = False
+) -> dict[str, Any]:
     """Fill what `save_adapter` wrote into a model; returns {"config", "extra", "fingerprint"} as saved.
 
     The model is built with the same settings, with `load_filtered` and `apply_lora` done. Another file, checkpoint
     (`fingerprint`; None: as `load_filtered` has noted) or shape raises a CheckpointError, and nothing is written then.
+    With `any_head` a head of another shape stays as it is in the model.
     """
     contents, name = read_file(Path(path)), Path(path).name
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
@@ -313,8 +327,10 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
             f"{holds or 'none that load_filtered put there'}: fill it from the checkpoint that the run used first."
         )
     state = contents["state"]
-    shapes, wanted = [{key: tuple(tensor.shape) for key, tensor in side.items()} for side in (state, targets)]
-    if other := [key for key in {**shapes, **wanted} if shapes.get(key) != wanted.get(key)]:
+    other = differing(state, targets)
+    if any_head and not any(key.startswith("encoder.") for key in other):
+        state, other = {key: tensor for key, tensor in state.items() if key not in other}, []
+    if other:
         raise CheckpointError(
             f"{name} was trained with another model; {len(other)} tensors are on one side alone or differ in shape "
             f"({_some(other)}): build model, head and adapters (apply_lora) with the settings in the file."
@@ -323,6 +339,12 @@ def load_adapter(path: str | Path, model: nn.Module, fingerprint: str | None = N
         for key, tensor in state.items():
             targets[key].copy_(tensor)
     return {key: contents[key] for key in ("config", "extra", "fingerprint")}
+
+
+def differing(state: State, other: State) -> list[str]:
+    """Names of the tensors that are in one of the two alone, or differ in shape."""
+    first, second = ({key: tuple(tensor.shape) for key, tensor in side.items()} for side in (state, other))
+    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -346,3 +368,75 @@ def export_merged(path: str | Path, model: nn.Module) -> Path:
     with atomic_write(path) as temporary:
         torch.save({key: tensor.detach().cpu() for key, tensor in merged.state_dict().items()}, temporary)
     return Path(path)
+
+
+# ------------------------------------------------------------------------------------- What the release has fine-tuned
+def load_released(
+    source: str | Path | State,  # a file, or its state dict; of PEFT where it has adapters
+    alpha: float | None = None,  # of the adapters; None: as the files of the release have it, by their names
+    num_heads: int | None = None,  # the same
+) -> Specformer1D | Specformer2D:
+    """A complete fine-tuned model of Surya's release in eval mode, its adapters kept as adapters.
+
+    Sizes and rank follow from the shapes. The head is theirs: of numbers, two linear layers on the class token; of
+    masks, the decoder. A CheckpointError names what is missing, too much, of another shape, or must be given.
+    """
+    state, name = open_checkpoint(source)
+    alpha = RELEASED.get(name) if alpha is None else alpha
+    num_heads = 16 if num_heads is None and name in RELEASED else num_heads
+    ranks = {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key}
+    if num_heads is None or ranks and alpha is None:
+        raise CheckpointError(f"{name} is none of {', '.join(RELEASED)}: its num_heads and LoRA alpha must be given.")
+    state = {key.removesuffix(".default.weight"): tensor for key, tensor in state.items()}
+    theirs = {"cls_token": "class_token", "linear.": "head.0.", "unembed.weight": "head.1.weight"}
+    theirs |= {"unembed.bias": "head.1.bias", "embedding.": "encoder.embedding.", "backbone.": "encoder.backbone."}
+    try:
+        model = _sized_as(state, num_heads)
+    except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
+        raise CheckpointError(f"{name} is no fine-tuned model of the release; look at its tensor {error}.") from None
+    if ranks:
+        adapted = {key.split(".")[-2] for key in state if key.endswith(".lora_A")}
+        apply_lora(model, max(ranks), alpha, dropout=0.0, targets=adapted)
+    targets = model.state_dict(keep_vars=True) | {f"encoder.{POSITIONS}": model.encoder.embedding.pos_embed}
+    for old, new in theirs.items():
+        state = {f"{new}{key.removeprefix(old)}" if key.startswith(old) else key: t for key, t in state.items()}
+    constants = {key: t for key, t in targets.items() if key.startswith("feature_")}  # of our heads: none
+    if wrong := differing(state | constants, targets):
+        raise CheckpointError(
+            f"{name}: {len(wrong)} tensors are missing, too many or of another shape ({_some(wrong)})."
+        )
+    check_transfers({key: (tensor, "") for key, tensor in state.items()}, targets)
+    with torch.no_grad():
+        for key, tensor in state.items():
+            targets[key].copy_(tensor)
+    model.encoder.loaded_from = fingerprint(state)
+    return model.eval()
+
+
+def _sized_as(state: State, num_heads: int) -> Specformer1D | Specformer2D:
+    """A model without adapters, as large as a released one; KeyError where the tensors that tell are not there."""
+    dim, planes, patch, _ = state[PATCHES].shape
+    frames, grid = planes // len(CHANNELS), math.isqrt(state[POSITIONS].shape[1])
+    blocks = {".".join(key.split(".")[1:3]) for key in state if key.startswith("backbone.blocks_")}
+    attention = "backbone.blocks_attention.0."
+    encoder = SuryaEncoder(
+        img_size=grid * patch,
+        patch_size=patch,
+        in_chans=len(CHANNELS),
+        time_dim=frames,
+        embed_dim=dim,
+        depth=len(blocks),
+        n_spectral_blocks=sum("spectral" in block for block in blocks),
+        num_heads=num_heads,
+        mlp_ratio=state[f"{attention}mlp.fc1.weight"].shape[0] / dim,
+        dp_rank=state[f"{attention}attn.to_dynamic_projection.weight"].shape[0] // num_heads,
+        nglo=int("cls_token" in state),
+    )
+    if "cls_token" not in state:
+        return Specformer2D(encoder, len(state[f"{DECODER}bias"]) // patch**2)
+    model = Specformer1D(encoder, len(state["unembed.bias"]), "class_token")
+    model.norm, model.head = (
+        nn.Identity(),
+        nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, len(state["unembed.bias"]))),
+    )
+    return model

@@ -174,19 +174,23 @@ class Specformer1D(FeatureModel):
         return self.norm(self.pool(tokens).float()).float()  # (B, width)
 
 
-def specformer(encoder: SuryaEncoder, cfg: Config) -> "Specformer1D | Specformer2D":
-    """The model of a configuration on this encoder: Specformer1D for numbers, Specformer2D for masks and images."""
+def specformer(encoder: SuryaEncoder, cfg: Config, outputs: int | None = None) -> "Specformer1D | Specformer2D":
+    """The model of a configuration on this encoder: Specformer1D for numbers, Specformer2D for masks and images.
+
+    `outputs` is how many numbers there are; None counts them in the configuration, or in the label file.
+    """
     if cfg.labels.numbers:
-        return Specformer1D(encoder, num_outputs(cfg), cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
+        count = outputs or num_outputs(cfg)
+        return Specformer1D(encoder, count, cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
     return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.reduce)
 
 
-def linear_baseline(cfg: Config) -> "LinearBaseline1D | LinearBaseline2D":
+def linear_baseline(cfg: Config, outputs: int | None = None) -> "LinearBaseline1D | LinearBaseline2D":
     """The linear baseline of a configuration: of channel means for numbers, pixel by pixel for masks and images."""
     in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
     if not cfg.labels.numbers:
         return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
-    return LinearBaseline1D(in_chans, num_outputs(cfg), frames)
+    return LinearBaseline1D(in_chans, outputs or num_outputs(cfg), frames)
 
 
 class PixelDecoder(nn.Conv2d):

@@ -66,6 +66,18 @@ class Predictions:
         scores = [sign * replace(self, threshold=level).score(key, slice(None), cfg) for level in levels]
         return None if np.isnan(scores).all() else levels[np.nanargmax(scores)]
 
+    def interval(self, level: float = 0.9) -> Tensor:
+        """Half width (K,) of intervals that hold a share `level` of the truth, if what comes is like this split.
+
+        Split conformal prediction (arXiv:1604.04173): the ceil((N + 1) level)-th smallest error, or infinity where N is
+        too small to say. Of validation.
+        """
+        errors, rank = (
+            (self.prediction - self.target).abs().sort(dim=0).values,
+            math.ceil((len(self.target) + 1) * level),
+        )
+        return errors[rank - 1] if rank <= len(errors) else torch.full_like(errors[0], math.inf)
+
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
         columns: dict[str, object] = {"timestamp": self.timestamps}

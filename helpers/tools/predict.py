@@ -1,0 +1,56 @@
+"""Predict at times without labels with what a run, or NASA, has trained: `make predict RUN=.. TIMES=..`."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from helpers.config import load_config
+from helpers.data.archive import parse_times
+from helpers.data.synthetic import ensure_synthetic
+from helpers.tools.command import ROOT, Refusal, read_choices, run
+from helpers.use import load_release, load_run, predict_times
+
+
+def main() -> None:
+    """Write the predictions of a run, or of a model that NASA released, for times that need no label."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.tools.predict", description=main.__doc__)
+    parser.add_argument("--run", default="", help="name of a finished run, such as finetune-flare-tiny-001")
+    parser.add_argument("--released", default="", help="flare_24h, solar_wind, ..., hf://owner/name/file, or a file")
+    parser.add_argument("--times", required=True, help="UTC: a first and a last one, 2014-01-07/2014-01-09, or a,b,c")
+    parser.add_argument("--every", type=int, default=60, help="minutes from one time to the next")
+    parser.add_argument(
+        "--out", type=Path, help="a .csv for numbers, a .zarr for images; not given: in the run's folder"
+    )
+    asked = read_choices(parser)
+    if bool(asked.run) == bool(asked.released):
+        raise Refusal(
+            "Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, one of NASA's."
+        )
+    if asked.released:
+        choices = {"profile": "surya_4k", "task": asked.released, **{k: v for k, v in asked.choices.items() if v}}
+        trained = load_release(asked.released, load_config(ROOT / "config.yaml", experiment="finetune", **choices))
+    else:
+        runs = load_config(ROOT / "config.yaml").runs_folder
+        trained = load_run(runs / asked.run, ROOT / "config.yaml")
+    ensure_synthetic(trained.cfg)
+    times = read_times(asked.times, asked.every)
+    name = re.sub(r"\W+", "-", f"{asked.run or asked.released}-{times[0]:%Y%m%d_%H%M}-{times[-1]:%Y%m%d_%H%M}")
+    folder = trained.cfg.runs_folder / asked.run
+    out = asked.out or folder / f"{name}.{'csv' if trained.cfg.labels.numbers else 'zarr'}"
+    print(f"{len(times)} times, written to {os.path.relpath(predict_times(trained, times, out))}")
+
+
+def read_times(text: str, every_minutes: int) -> pd.DatetimeIndex:
+    """The times of `first/last`, both included, every so many minutes, or of a list with commas."""
+    parts = re.split("[/,]", text)
+    times = pd.DatetimeIndex(parse_times(pd.Series(parts, range(-1, len(parts) - 1), name="TIMES"), "what was typed"))
+    if "/" in text and (len(times) != 2 or times[0] > times[1] or every_minutes < 1):
+        raise Refusal(f"TIMES={text} EVERY={every_minutes} holds no times: write the first one, /, and the last one.")
+    return pd.date_range(*times, freq=f"{every_minutes}min") if "/" in text else times
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,252 @@
+"""What was trained is used: on times without labels, on images, and models of the release's layout."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import xarray as xr
+import yaml
+
+from helpers import use
+from helpers.channels import UNITS
+from helpers.config import load_config
+from helpers.data.dataset import make_loaders
+from helpers.data.frames import prepare_store
+from helpers.data.synthetic import ensure_synthetic
+from helpers.experiment import train_run
+from helpers.model.checkpoint import CheckpointError
+from helpers.training.tasks import Predictions
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("use")
+SMALL = {
+    "paths.reserve_gb": 0.0,
+    "tracking.wandb": "disabled",
+    "synthetic.visits": 14,
+    "training.epochs": 1,
+    "target.event_threshold": None,
+    "split.train": ["2014-01-01", "2014-01-15"],
+    "split.val": ["2014-01-17", "2014-01-22"],
+    "split.test": ["2014-01-24", "2014-01-29"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a configuration that runs write to, and a Sun that all tests here share."""
+    folder = tmp_path_factory.mktemp("use")
+    (folder / "config.yaml").write_text((ROOT / "config.yaml").read_text())
+    sun = {"synthetic.folder": str(folder / "sun"), "paths.runs": str(folder / "runs")}
+    sun["model.weights"] = str(ROOT / "helpers/data/surya.tiny.pt")
+    local = yaml.safe_dump({key: value for key, value in sun.items()})
+    (folder / "config.local.yaml").write_text(local)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_of(place):
+    """The folder of a run of this task and experiment, trained when it is asked for first."""
+
+    def of(task: str, experiment: str = "finetune", **more) -> Path:
+        found = sorted((place / "runs").glob(f"{experiment}-{task}-tiny-*")) if not more else []
+        if not found:
+            settings = SMALL | ({"target.event_threshold": None} if task != "active_region" else {}) | more
+            cfg = load_config(place / "config.yaml", settings, task=task, experiment=experiment)
+            ensure_synthetic(cfg)
+            prepare_store(cfg, progress=False)
+            found = [place / "runs" / train_run(cfg)]
+        return found[0]
+
+    return of
+
+
+def copied(run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / run.name))
+
+
+@pytest.mark.parametrize("experiment", ["baseline", "finetune"])
+def test_a_run_says_again_what_it_said_of_its_test_split(run_of, place, tmp_path, experiment):
+    run = run_of("flare", experiment)
+    said = pd.read_csv(run / "predictions_test.csv")
+    bare = copied(run, tmp_path)
+    for path in bare.glob("predictions_*"):
+        path.unlink()
+    labels = place / "sun" / "flares.csv"
+    labels.rename(labels.with_suffix(".away"))
+    try:
+        trained = use.load_run(bare, place / "config.yaml")
+        out = use.predict_times(trained, pd.to_datetime(said["timestamp"]), tmp_path / "again.csv", progress=False)
+    finally:
+        labels.with_suffix(".away").rename(labels)
+    again = pd.read_csv(out)
+    assert again["timestamp"].tolist() == said["timestamp"].tolist()
+    assert np.array_equal(again["prediction_0"], said["prediction_0"])
+    assert np.allclose(again["physical_0"], 10 ** said["prediction_0"]) and "lower_0" not in again
+
+
+def test_the_interval_is_that_of_the_validation_errors(run_of, place):
+    run = run_of("flare")
+    trained = use.load_run(run, place / "config.yaml")
+    errors = np.sort(np.abs(pd.read_csv(run / "predictions_val.csv").eval("prediction_0 - target_0")))
+    rank = int(np.ceil(0.9 * (len(errors) + 1)))
+    expected = errors[rank - 1] if rank <= len(errors) else np.inf
+    assert trained.interval.item() == pytest.approx(expected, rel=1e-6)
+    table = use.number_table(torch.tensor([[-6.0]]), [pd.Timestamp("2014-01-24")], trained)
+    assert table["upper_0"][0] - table["lower_0"][0] == pytest.approx(2 * expected)
+
+
+def test_intervals_hold_the_share_that_they_promise():
+    generator = torch.Generator().manual_seed(0)
+    zeros, held = torch.zeros(39, 1), []
+    for _ in range(400):
+        half = Predictions(zeros, torch.randn(39, 1, generator=generator), []).interval()
+        held.append((torch.randn(50, generator=generator).abs() <= half).float().mean())
+    assert np.mean(held) == pytest.approx(0.9, abs=0.02)
+    assert Predictions(zeros[:5], zeros[:5], []).interval().isinf().all()  # five errors cannot promise 90%
+
+
+def test_maps_are_written_as_xarray_reads_them(run_of, place, tmp_path):
+    trained = use.load_run(run_of("active_region"), place / "config.yaml")
+    times = pd.to_datetime(["2014-01-25T01:00", "2014-01-25T00:00"])
+    with xr.open_zarr(use.predict_times(trained, times, tmp_path / "map.zarr", progress=False)) as found:
+        assert found["prediction"].shape == (2, 1, 64, 64) and list(found["time"].values) == sorted(times.values)
+        assert 0 <= found["prediction"].min() <= found["prediction"].max() <= 1
+        assert found.attrs["run"] == trained.about["run"] and found.attrs["commit"]
+
+
+def test_images_are_physical(run_of, place, tmp_path):
+    trained = use.load_run(run_of("translation"), place / "config.yaml")
+    with xr.open_zarr(use.predict_times(trained, ["2014-01-25"], tmp_path / "b.zarr", progress=False)) as found:
+        assert found["channel"].values.tolist() == ["hmi_m"] and found["prediction"].attrs["units"] == UNITS["hmi_m"]
+        assert 5 < float(abs(found["prediction"]).max()) < 1e4  # gauss, not deviations
+
+
+def test_a_killed_prediction_goes_on_to_the_same_file(run_of, place, tmp_path):
+    trained = use.load_run(run_of("active_region"), place / "config.yaml")
+    times = prepare_store(trained.cfg, progress=False).samples.samples["train"]["time"]
+    whole = use.predict_times(trained, times, tmp_path / "whole.zarr", progress=False)
+
+    class Killed(Exception):
+        pass
+
+    def stop_after(batches: int):
+        def outputs(loader, take=trained.outputs):
+            for number, batch in enumerate(take(loader)):
+                if number == batches:
+                    raise Killed
+                yield batch
+
+        return outputs
+
+    class Stopping(use.Trained):
+        outputs = None
+
+    stopping = Stopping(trained.model, trained.cfg, trained.to_units, trained.about)
+    for batches in (0, 1, 1):
+        object.__setattr__(stopping, "outputs", stop_after(batches))
+        with pytest.raises(Killed):
+            use.predict_times(stopping, times, tmp_path / "parts.zarr", progress=False)
+        assert not (tmp_path / "parts.zarr").exists()
+    use.predict_times(trained, times, tmp_path / "parts.zarr", progress=False)
+    first, second = (xr.open_zarr(path) for path in (whole, tmp_path / "parts.zarr"))
+    assert first.identical(second) and not list(tmp_path.glob("*.unfinished"))
+
+
+def test_nothing_is_overwritten_and_other_times_begin_anew(run_of, place, tmp_path):
+    trained = use.load_run(run_of("flare"), place / "config.yaml")
+    out = use.predict_times(trained, ["2014-01-25"], tmp_path / "a.csv", progress=False)
+    with pytest.raises(FileExistsError, match="nothing is overwritten"):
+        use.predict_times(trained, ["2014-01-25"], out)
+
+
+def test_a_time_without_frames_is_left_out_and_named(run_of, place, tmp_path, capsys):
+    trained = use.load_run(run_of("flare"), place / "config.yaml")
+    out = use.predict_times(trained, ["2014-01-25", "2014-01-25T12:00"], tmp_path / "a.csv", progress=False)
+    assert len(pd.read_csv(out)) == 1 and "Left out, as a frame lacks: 2014-01-25 12:00:00" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="None of the 1 times has its frames"):
+        use.predict_times(trained, ["2014-01-25T12:00"], tmp_path / "b.csv", progress=False)
+
+
+def spoil_config(run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["channels"].reverse()
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def spoil_status(run):
+    about = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(about | {"status": "running"}))
+
+
+SPOILT = {
+    "data.channels. Put that back": spoil_config,
+    "it is running": spoil_status,
+    "its weights .best.pt. are not there": lambda run: (run / "best.pt").unlink(),
+    "is no run, or its record is damaged": lambda run: (run / "summary.json").write_text("{}"),
+    "cut short": lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:1000]),
+}
+
+
+@pytest.mark.parametrize("told", SPOILT)
+def test_a_run_that_cannot_be_used_says_why(run_of, place, tmp_path, told):
+    run = copied(run_of("flare"), tmp_path)
+    SPOILT[told](run)
+    with pytest.raises(CheckpointError, match=told):
+        use.load_run(run, place / "config.yaml")
+
+
+def test_another_checkpoint_or_normalisation_is_refused(run_of, place, tmp_path):
+    run = run_of("flare")
+    scalers = yaml.safe_load((ROOT / "helpers/data/scalers.yaml").read_text())
+    first = next(iter(scalers))
+    scalers[first]["mean"] += 1
+    (tmp_path / "config.yaml").write_text((place / "config.yaml").read_text())
+    shutil.copy(place / "config.local.yaml", tmp_path)
+    saved = torch.load(run / "best.pt", weights_only=True)
+    spoilt = copied(run, tmp_path)
+    saved["extra"]["scalers"]["aia94"]["mean"] += 1
+    torch.save(saved, spoilt / "best.pt")
+    with pytest.raises(CheckpointError, match="another normalisation .* of .'aia94'"):
+        use.load_run(spoilt, place / "config.yaml")
+    saved = torch.load(run / "best.pt", weights_only=True)
+    torch.save(saved | {"fingerprint": "0" * 16}, spoilt / "best.pt")
+    with pytest.raises(CheckpointError, match="was trained on the checkpoint 0000"):
+        use.load_run(spoilt, place / "config.yaml")
+
+
+def test_embeddings_are_the_pooled_tokens(run_of, place, tmp_path):
+    trained = use.load_run(run_of("flare"), place / "config.yaml")
+    loaders = make_loaders(trained.cfg)
+    table = use.embed(trained.model, loaders, trained.cfg, "max")
+    assert table.sizes["sample"] == sum(loaders.sizes.values())
+    batch = next(iter(loaders.test))
+    with torch.no_grad():
+        expected = trained.model.encoder(batch["ts"]).amax(dim=1)
+    of_test = table.isel(sample=table["split"] == "test")
+    assert np.allclose(of_test["features"][: len(expected)], expected, atol=1e-5)
+    assert np.array_equal(of_test["target"][: len(expected)], batch["target"])
+    table.to_zarr(tmp_path / "embeddings.zarr")
+    assert xr.open_zarr(tmp_path / "embeddings.zarr").identical(table)
+
+
+def test_make_predict(run_of, place, make):
+    run = run_of("flare")
+    shutil.copy(ROOT / "Makefile", place)
+    words = ["-m", "helpers.tools.predict", "--run", run.name, "--times", "2014-01-25/2014-01-25 02:00"]
+    code = f"import pathlib, helpers.tools.predict as p; p.ROOT = pathlib.Path({str(place)!r}); p.run(p.main)"
+    done = subprocess.run([sys.executable, "-c", code, *words[2:]], capture_output=True, text=True, cwd=place)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(pd.read_csv(run / f"{run.name}-20140125_0000-20140125_0200.csv")) >= 1
+    for words, told in {
+        ("RUN=none", "TIMES=2014-01-25"): "is no run",
+        ("TIMES=2014-01-25",): "Which model?",
+        (f"RUN={run.name}", "TIMES=now"): "which is not a time",
+    }.items():
+        done = make("predict", *words)
+        assert done.returncode and told in done.stdout and "Traceback" not in done.stderr, done.stdout + done.stderr
