@@ -209,12 +209,13 @@ def _unfinished(out: Path, trained: Trained, data: SolarDataset) -> zarr.Group:
     """What an interrupted call for the same model and times has left beside `out`, or a group without predictions."""
     folder, own = out.with_name(f"{out.name}.unfinished"), trained.cfg.labels
     asked = trained.about | {"times": [time.isoformat() for time in data.samples["time"]]}
-    if (folder / "zarr.json").exists() and dict(zarr.open_group(folder, mode="r").attrs) == asked:
+    if (folder / ".zattrs").exists() and dict(zarr.open_group(folder, mode="r").attrs) == asked:
         return zarr.open_group(folder, mode="a")
     axes = {"time": data.samples["time"].to_numpy("datetime64[ns]")}
     if not own.numbers:
-        axes["channel"] = own.target_channels or [trained.cfg.target.name] * trained.cfg.num_outputs
-    xr.Dataset(coords=axes, attrs=asked).to_zarr(folder, mode="w", consolidated=False, zarr_format=3)
+        names = own.target_channels or [trained.cfg.target.name] * trained.cfg.num_outputs
+        axes["channel"] = np.array(names, object)  # of any length
+    xr.Dataset(coords=axes, attrs=asked).to_zarr(folder, mode="w", zarr_format=2, consolidated=False)
     return zarr.open_group(folder, mode="a")
 
 
@@ -224,8 +225,8 @@ def _create(group: zarr.Group, count: int, example: Tensor, cfg: Config) -> None
     axes, chunk = (("time", "number"), cfg.training.batch_size) if own.numbers else (("time", "channel", "y", "x"), 1)
     unit = "probability" if own.kind == "mask" else cfg.target.unit
     unit = ", ".join(UNITS[name] for name in own.target_channels) or unit
-    note = {"units": unit, "long_name": cfg.target.name, "orientation": "row 0 is the south"}
-    form = {"chunks": (chunk, *shape), "fill_value": float("nan"), "dimension_names": axes, "attributes": note}
+    note = {"units": unit, "long_name": cfg.target.name, "orientation": "row 0 is the south", "_ARRAY_DIMENSIONS": axes}
+    form = {"chunks": (chunk, *shape), "fill_value": float("nan"), "attributes": note}
     group.create_array("prediction", shape=(count, *shape), dtype="f4", **form)
 
 
@@ -250,7 +251,7 @@ def embed(model: nn.Module, loaders: Loaders, cfg: Config, pooling: str = "mean"
     for split in SPLITS:
         data = getattr(loaders, split).dataset
         batches = DataLoader(data, cfg.training.batch_size, num_workers=cfg.training.loader_workers)
-        about = {"time": ("sample", data.samples["time"]), "split": ("sample", [split] * len(data))}
+        about = {"time": ("sample", data.samples["time"]), "split": ("sample", np.full(len(data), split, object))}
         features = torch.cat([pooled(batch["ts"]) for batch in batches]).numpy()
         parts.append(xr.Dataset({"features": (("sample", "feature"), features)}, about))
         if data.targets is not None:

@@ -54,7 +54,11 @@ def test_what_does_not_stand_in_the_file_is_known_of_the_release_or_must_be_give
             load_released(state, **given)
     torch.save(state, tmp_path / "solar_flare_weights.pth")  # whose alpha is 8
     known = load_released(tmp_path / "solar_flare_weights.pth", num_heads=4)
-    assert {module.scaling for module in known.modules() if hasattr(module, "scaling")} == {8 / 8} != {unknown["alpha"] / 8}
+    assert (
+        {module.scaling for module in known.modules() if hasattr(module, "scaling")}
+        == {8 / 8}
+        != {unknown["alpha"] / 8}
+    )
 
 
 def without_one(state):
@@ -124,8 +128,8 @@ def test_the_wind_gets_its_unit_from_the_labels_of_the_training(tmp_path):
     frames = state["base_model.model.embedding.patch_embed.proj.weight"].shape[1] // 13
     torch.save(state, tmp_path / "wind.pth")
     speeds = {"train": (300, 800), "val": (250, 900), "test": (200, 400)}
-    for name, values in speeds.items():
-        rows = [f"2014-01-0{day} 00:00:00,{value}" for day, value in enumerate(values, 1)]
+    for month, (name, values) in enumerate(speeds.items(), 1):
+        rows = [f"2014-0{month}-0{day} 00:00:00,{value}" for day, value in enumerate(values, 1)]
         (tmp_path / f"{name}.csv").write_text("\n".join(["timestamp,V", *rows]))
     changes = {"labels.path": {name: str(tmp_path / f"{name}.csv") for name in speeds}, "model.time_dim": frames}
     changes |= {"data.offsets_minutes": [-60, 0][2 - frames :], "data.native_size": 64, "data.reduce": 1}

@@ -29,6 +29,7 @@ def main() -> None:
         raise Refusal(
             "Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, one of NASA's."
         )
+    times = read_times(asked.times, asked.every)
     if asked.released:
         choices = {"profile": "surya_4k", "task": asked.released, **{k: v for k, v in asked.choices.items() if v}}
         trained = load_release(asked.released, load_config(ROOT / "config.yaml", experiment="finetune", **choices))
@@ -36,7 +37,6 @@ def main() -> None:
         runs = load_config(ROOT / "config.yaml").runs_folder
         trained = load_run(runs / asked.run, ROOT / "config.yaml")
     ensure_synthetic(trained.cfg)
-    times = read_times(asked.times, asked.every)
     name = re.sub(r"\W+", "-", f"{asked.run or asked.released}-{times[0]:%Y%m%d_%H%M}-{times[-1]:%Y%m%d_%H%M}")
     folder = trained.cfg.runs_folder / asked.run
     out = asked.out or folder / f"{name}.{'csv' if trained.cfg.labels.numbers else 'zarr'}"
