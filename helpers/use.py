@@ -1,43 +1,34 @@
 """Use what a run, or NASA, has trained: predictions at times that have no label, and embeddings."""
 
-import json
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-import yaml
 import zarr
-from einops import reduce
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
-from helpers.channels import UNITS, denormalise, stack_scalers
+from helpers.channels import CHANNELS, UNITS, denormalise, stack_scalers
 from helpers.config import SPLITS, Config, load_config, settings_that_matter
-from helpers.data.dataset import Loaders, SolarDataset
+from helpers.data.dataset import Loaders, SolarDataset, in_batches
 from helpers.data.frames import open_store, prepare_store, store_path
 from helpers.data.labels import labels_of
 from helpers.experiment import build_model
-from helpers.model.checkpoint import CheckpointError, fingerprint, load_adapter, load_released, read_file
+from helpers.model.checkpoint import RELEASED, CheckpointError, fingerprint, load_adapter, load_released, read_file
+from helpers.model.encoder import encoder_of
+from helpers.model.heads import POOLS
 from helpers.shared import atomic_write, find_weights
 from helpers.training.devices import make_accelerator
-from helpers.training.tasks import ImagePredictions, Predictions, make_task
-from helpers.training.tracking import BEST
-
-# the fine-tuned models of Surya's release, by their tasks in config.yaml
-RELEASED = {
-    "flare_24h": "hf://nasa-ibm-ai4science/solar_flares_surya/solar_flare_weights.pth",
-    "solar_wind": "hf://nasa-ibm-ai4science/solar_wind_surya/solar_wind_weights.pth",
-    "ar_segmentation": "hf://nasa-ibm-ai4science/ar_segmentation_surya/ar_segmentation_weights.pth",
-    "euv_spectra": "hf://nasa-ibm-ai4science/euv_spectra_surya/euv_spectra_weights.pth",
-}
+from helpers.training.tasks import Predictions, make_task
+from helpers.training.tracking import BEST, commit_of, list_runs
 
 
 @dataclass(frozen=True)
@@ -48,16 +39,9 @@ class Trained:
     cfg: Config  # of its images and its target
     to_units: Callable[[Tensor], Tensor]  # from its outputs to target units; of events and masks to probabilities
     about: dict[str, str]  # where it comes from, to be written beside its predictions
+    count: int  # numbers that it predicts, or channels of its images
     interval: Tensor | None = None  # half width of the 90% interval of each number, (K,) in target units
-
-    def outputs(self, loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-        """Of each batch of a loader the predictions in target units, on the CPU, and the batch itself."""
-        accelerator = make_accelerator(self.cfg)
-        self.model.to(accelerator.device)
-        for batch in loader:
-            with torch.no_grad(), accelerator.autocast():
-                output = self.model(batch).float()
-            yield self.to_units(output.cpu().contiguous()), batch
+    threshold: float = 0.5  # the probability from which on an event is forecast
 
 
 def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
@@ -67,128 +51,122 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
     says why a run cannot be used: not finished, without weights, or its configuration, its checkpoint or the
     normalisation are not those that it was trained with.
     """
-    folder = Path(folder)
-    try:
-        about = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        settings = settings_that_matter(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")), "resume")
-        status, profile, task, commit = about["status"], settings["profile"], settings["task"], about["commit"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{folder} is no run, or its record is damaged ({type(error).__name__}: {error})."
-        ) from None
-    if status != "finished" or not (folder / BEST).exists():
-        why = f"it is {status}" if status != "finished" else f"its weights ({BEST}) are not there"
-        raise CheckpointError(f"The run {folder.name} cannot be used: {why}. Train it to the end, or choose another.")
-    saved = read_file(folder / BEST)
+    folder, runs = Path(folder), list_runs(Path(folder).parent)
+    run = next((run for run in runs.to_dict("records") if run["folder"] == folder), None)
+    if run is None or not (folder / BEST).exists():
+        there = ", ".join(runs["name"]) or "none"
+        raise CheckpointError(f"{folder} is no finished run with its weights ({BEST}). Finished runs there: {there}.")
+    saved, settings = read_file(folder / BEST), settings_that_matter(run["settings"], "resume")
     trained_with, extra = settings_that_matter(saved["config"], "resume"), saved["extra"]
     if changed := [key for key in {**settings, **trained_with} if settings.get(key) != trained_with.get(key)]:
         raise CheckpointError(
             f"{folder / 'config.yaml'} is not what the run was trained with: {', '.join(changed)}. Put that back."
         )
-    blocks = {"profiles": {profile: {}}, "tasks": {task: {}}}  # which may be gone from today's configuration
+    blocks = {"profiles": {run["profile"]: {}}, "tasks": {run["task"]: {}}}  # may be gone from today's configuration
     cfg = load_config(config, overrides=settings | blocks)
-    if other := [name for name, numbers in extra["scalers"].items() if asdict(cfg.scalers[name]) != numbers]:
+    if other := [name for name, scaler in cfg.scalers.items() if extra.get("scalers", {}).get(name) != asdict(scaler)]:
         raise CheckpointError(f"{folder.name} was trained with another normalisation (data.scalers) of {other}.")
     model = build_model(cfg, len(extra["target_mean"]))
     load_adapter(folder / BEST, model)
     mean, std = torch.tensor(extra["target_mean"]), torch.tensor(extra.get("target_std", 1.0))
     to_units = make_task(cfg, SimpleNamespace(target_mean=mean, target_std=std)).to_units
-    interval = None
-    if cfg.labels.kind == "scalar" and (folder / "predictions_val.csv").exists():
-        interval = Predictions.from_table(pd.read_csv(folder / "predictions_val.csv")).interval()
-    origin = {"run": folder.name, "commit": commit, "weights": fingerprint(saved["state"])}
-    return Trained(model.eval(), cfg, to_units, origin, interval)
+    errors, interval = folder / "predictions_val.csv", None
+    if cfg.labels.kind == "scalar" and errors.exists():
+        interval = Predictions.from_table(pd.read_csv(errors)).interval()
+    about = {"run": folder.name, "commit": run["commit"], "weights": fingerprint(saved["state"])}
+    count = len(mean) if cfg.labels.numbers else cfg.num_outputs
+    return Trained(model.eval(), cfg, to_units, about, count, interval, run.get("threshold") or 0.5)
 
 
 def load_release(name: str, cfg: Config, **unknown: float) -> Trained:
-    """A fine-tuned model of Surya's release: a name of `RELEASED`, hf://owner/name/file, or a file.
+    """A fine-tuned model of Surya's release: a task of `RELEASED`, hf://owner/name/file, or a file.
 
     `cfg` is of its task, with frames as it takes them. `unknown` are alpha and num_heads of a file that is not the
-    release's own. The outputs for spectra and the wind were scaled to 0 ... 1: of spectra the decades from -9 to -1.96,
-    of the wind the span of the training labels of the release, which are read for it.
+    release's own. Its numbers were scaled to 0 ... 1: of spectra the decades from -9 to -1.96, of the wind the span of
+    the training labels of the release, which are read for it.
     """
-    address = RELEASED.get(name, name)
+    address = RELEASED[name][0] if name in RELEASED else name
     model = load_released(find_weights(address, cfg.shared, cfg.paths.reserve_gb), **unknown)
-    takes = model.encoder.in_chans, model.encoder.time_dim, model.encoder.img_size
-    given = len(cfg.data.channels), cfg.model.time_dim, cfg.data.image_size
+    own, frames = cfg.labels, model.encoder.time_dim
+    takes = list(CHANNELS), [-60, 0][-frames:], model.encoder.img_size
+    given = cfg.data.channels, cfg.data.offsets_minutes, cfg.data.image_size
     if takes != given:
         raise CheckpointError(
-            f"{name} takes images of (channels, frames, pixels) {takes}, and task {cfg.task} on profile {cfg.profile} "
-            f"has {given}. Those of the release want their own task and PROFILE=surya_4k."
+            f"{name} takes the channels, minutes and pixels {takes}, and task {cfg.task} on profile {cfg.profile} has "
+            f"{given}. Models of the release want their own task and PROFILE=surya_4k."
         )
     low, high = -9.0, -1.96
-    if cfg.labels.kind == "scalar" and cfg.labels.transform == "none":
+    if cfg.task == "solar_wind":
         labels = labels_of(cfg)
         values = labels.values if labels.splits is None else labels.values[labels.splits == "train"]
         low, high = float(values.min()), float(values.max())
+    elif own.kind not in ("event", "mask") and cfg.task != "euv_spectra":
+        raise CheckpointError(
+            f"What the numbers of {name} mean is known of the tasks solar_wind and euv_spectra alone."
+        )
 
     def to_units(output: Tensor) -> Tensor:
-        return low + (high - low) * output if cfg.labels.kind == "scalar" else output.sigmoid()
+        return low + (high - low) * output if own.kind == "scalar" else output.sigmoid()
 
-    return Trained(model, cfg, to_units, {"released": address, "weights": model.encoder.loaded_from})
+    about = {"released": address, "weights": model.encoder.loaded_from}
+    return Trained(model, cfg, to_units, about, model.head[-1].out_features if own.numbers else cfg.num_outputs)
 
 
-def judge(trained: Trained, loaders: Loaders, split: str) -> Predictions | ImagePredictions:
-    """What such a model says of a split whose truth is known."""
-    loader = getattr(loaders, split)
-    collector = make_task(trained.cfg, loaders).collector(len(loader.dataset))
-    for prediction, batch in trained.outputs(loader):
-        collector.add(prediction, batch["target"], batch)
-    return collector.predictions()
+def computed(compute: Callable[[dict], Tensor], model: nn.Module, data: Dataset, cfg: Config) -> Iterator[Tensor]:
+    """What `compute`, the model or a part of it, returns of each batch of the samples, in order, on the CPU."""
+    accelerator = make_accelerator(cfg)
+    model.to(accelerator.device)
+    for batch in in_batches(data, cfg, cfg.training.loader_workers):
+        with torch.no_grad(), accelerator.autocast():
+            output = compute(batch).float()
+        yield output.cpu().contiguous()
 
 
 def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: bool = True) -> Path:
     """Predict at times (UTC) that need no label, and write `out`: numbers as CSV, masks and images as a Zarr store.
 
     Frames that lack are built, and no others. Times without frames are left out and named. A call that was interrupted
-    goes on with the batch at which it stopped, and writes the same file.
+    goes on with the batch at which it stopped, and writes the same file. Of numbers a row has `timestamp`, and of each
+    `prediction_<k>` in target units, `lower_<k>` and `upper_<k>` of its 90% interval where there is one, `physical_<k>`
+    where the target is a logarithm, and of a probability `event_<k>`, whether it reaches the run's threshold.
 
-    FileExistsError: `out` is there. ValueError: no time has its frames, or one is not in the calendar of frames.
+    FileExistsError: `out` is there. ValueError: its ending is wrong, no time has its frames, or one is not in their
+    calendar.
     """
-    cfg, out = trained.cfg, Path(out)
+    cfg, own, out = trained.cfg, trained.cfg.labels, Path(out)
+    if out.suffix != (".csv" if own.numbers else ".zarr"):
+        raise ValueError(f"OUT={out} must end in {'.csv, for numbers' if own.numbers else '.zarr, for images'}.")
     if out.exists():
         raise FileExistsError(f"{out} is there already, and nothing is overwritten: name another file in OUT.")
     data = _samples(cfg, times, progress)
-    group, size, first = _unfinished(out, trained, data), cfg.training.batch_size, 0
+    folder = _unfinished(out, trained, data)
+    array = zarr.open_group(folder, mode="a", use_consolidated=False)["prediction"]
     # each batch begins where it would have in one go, as the last bits of a number may depend on its batch
-    while "prediction" in group and first < len(data) and not np.isnan(group["prediction"][first : first + size]).any():
-        first += size
-    loader = DataLoader(Subset(data, range(first, len(data))), size, num_workers=cfg.training.loader_workers)
-    with tqdm(total=len(data), initial=first, unit="time", disable=not progress) as bar:
-        for prediction, _ in trained.outputs(loader):
-            channels = cfg.labels.target_channels
-            if channels:
-                prediction = denormalise(prediction, stack_scalers(cfg.scalers, channels))
-            if "prediction" not in group:
-                _create(group, len(data), prediction, cfg)
-            group["prediction"][first : first + len(prediction)] = prediction.numpy()
-            first += len(prediction)
-            bar.update(len(prediction))
-    if cfg.labels.numbers:
-        table = number_table(torch.from_numpy(group["prediction"][:]), data.samples["time"], trained)
-        with atomic_write(out) as temporary:
-            table.to_csv(temporary, index=False)
-        shutil.rmtree(group.store.root)
-    else:
-        zarr.consolidate_metadata(group.store)
-        group.store.root.rename(out)
-    return out
-
-
-def number_table(prediction: Tensor, times: Iterable, trained: Trained) -> pd.DataFrame:
-    """A row for each of N times: `timestamp`, and of each of the K numbers `prediction_<k>` in target units, with the
-    limits `lower_<k>` and `upper_<k>` of its 90% interval where there is one, and `physical_<k>` where the target is a
-    logarithm. `prediction` is (N, K).
-    """
-    own, columns = trained.cfg.labels, {"timestamp": [pd.Timestamp(time).isoformat() for time in times]}
-    for k, values in enumerate(prediction.T.numpy()):
-        columns[f"prediction_{k}"] = values
+    done = array.attrs.get("done", 0)
+    with tqdm(total=len(data), initial=done, unit="time", disable=not progress) as bar:
+        for output in computed(trained.model, trained.model, Subset(data, range(done, len(data))), cfg):
+            found = trained.to_units(output)
+            if own.target_channels:
+                found = denormalise(found, stack_scalers(cfg.scalers, own.target_channels))
+            array[done : done + len(found)] = found.numpy()
+            array.attrs["done"] = done = done + len(found)
+            bar.update(len(found))
+    if not own.numbers:
+        return folder.rename(out)
+    table = pd.DataFrame({"timestamp": [time.isoformat() for time in data.samples["time"]]})
+    for k, values in enumerate(array[:].T):
+        table[f"prediction_{k}"] = values
         if trained.interval is not None:
             half = trained.interval[k].item()
-            columns |= {f"lower_{k}": values - half, f"upper_{k}": values + half}
-        if own.kind == "scalar" and own.transform != "none":
-            columns[f"physical_{k}"] = own.physical(values)
-    return pd.DataFrame(columns)
+            table[f"lower_{k}"], table[f"upper_{k}"] = values - half, values + half
+        if own.kind == "event":
+            table[f"event_{k}"] = values >= trained.threshold
+        elif own.transform != "none" and own.aggregate != "any":
+            table[f"physical_{k}"] = own.physical(values)
+    with atomic_write(out) as temporary:
+        table.to_csv(temporary, index=False)
+    shutil.rmtree(folder)
+    return out
 
 
 def _samples(cfg: Config, times: Iterable, progress: bool) -> SolarDataset:
@@ -199,38 +177,39 @@ def _samples(cfg: Config, times: Iterable, progress: bool) -> SolarDataset:
     store = open_store(store_path(cfg), cfg.data.channels, cfg.data.reduce, cfg.data.native_size, cfg.scalers)
     whole = np.isin(wanted, store.times).all(axis=1)
     if not whole.all():
-        print(f"{report}\nLeft out, as a frame lacks: {', '.join(table['time'][~whole].astype(str))}")
+        lacking = table["time"][~whole]
+        span = f"{lacking.iloc[0]} to {lacking.iloc[-1]}"
+        print(f"{report}\n{len(lacking)} of {len(table)} times are left out, {span}, as a frame lacks.")
     if not whole.any():
         raise ValueError(f"None of the {len(table)} times has its frames in {store.path}.")
     return SolarDataset(store, None, table[whole].reset_index(drop=True), offsets)
 
 
-def _unfinished(out: Path, trained: Trained, data: SolarDataset) -> zarr.Group:
-    """What an interrupted call for the same model and times has left beside `out`, or a group without predictions."""
-    folder, own = out.with_name(f"{out.name}.unfinished"), trained.cfg.labels
-    asked = trained.about | {"times": [time.isoformat() for time in data.samples["time"]]}
-    if (folder / ".zattrs").exists() and dict(zarr.open_group(folder, mode="r").attrs) == asked:
-        return zarr.open_group(folder, mode="a")
-    axes = {"time": data.samples["time"].to_numpy("datetime64[ns]")}
+def _unfinished(out: Path, trained: Trained, data: SolarDataset) -> Path:
+    """The store that an interrupted call for the same model and times has left beside `out`, or a new one of NaN."""
+    folder, cfg, own = out.with_name(f"{out.name}.unfinished"), trained.cfg, trained.cfg.labels
+    request = repr((settings_that_matter(cfg, "resume"), [time.isoformat() for time in data.samples["time"]]))
+    asked = trained.about | {"predicted_by": commit_of(cfg.root)}
+    asked["request"] = hashlib.sha256(request.encode()).hexdigest()[:16]
+    if (folder / ".zmetadata").exists() and dict(zarr.open_group(folder, mode="r").attrs) == asked:  # written last
+        return folder
+    side, coords = cfg.data.image_size // own.reduce, {"time": data.samples["time"].to_numpy("datetime64[ns]")}
+    axes, shape, chunk = ("time", "number"), (trained.count,), cfg.training.batch_size
+    unit = {"mask": "probability", "event": "probability"}.get(own.kind, cfg.target.unit)
     if not own.numbers:
-        names = own.target_channels or [trained.cfg.target.name] * trained.cfg.num_outputs
-        axes["channel"] = np.array(names, object)  # of any length
-    xr.Dataset(coords=axes, attrs=asked).to_zarr(folder, mode="w", zarr_format=2, consolidated=False)
-    return zarr.open_group(folder, mode="a")
+        axes, shape, chunk = ("time", "channel", "y", "x"), (trained.count, side, side), 1
+        coords["channel"] = np.array(own.target_channels or [cfg.target.name], object)
+    note = {
+        "units": ", ".join(UNITS[name] for name in own.target_channels) or unit,
+        "orientation": "row 0 is the south",
+        "native_pixels": cfg.data.reduce * own.reduce,  # of SDO to a side of one of these
+    }
+    nothing = xr.Variable(axes, np.broadcast_to(np.float32("nan"), (len(data), *shape)), note)
+    form = {"zarr_format": 2, "consolidated": True, "encoding": {"prediction": {"chunks": (chunk, *shape)}}}
+    xr.Dataset({"prediction": nothing}, coords, asked).to_zarr(folder, mode="w", **form)
+    return folder
 
 
-def _create(group: zarr.Group, count: int, example: Tensor, cfg: Config) -> None:
-    """Make the array of `count` predictions like those in `example` (B, K) or (B, C, H, W)."""
-    own, shape = cfg.labels, tuple(example.shape[1:])
-    axes, chunk = (("time", "number"), cfg.training.batch_size) if own.numbers else (("time", "channel", "y", "x"), 1)
-    unit = "probability" if own.kind == "mask" else cfg.target.unit
-    unit = ", ".join(UNITS[name] for name in own.target_channels) or unit
-    note = {"units": unit, "long_name": cfg.target.name, "orientation": "row 0 is the south", "_ARRAY_DIMENSIONS": axes}
-    form = {"chunks": (chunk, *shape), "fill_value": float("nan"), "attributes": note}
-    group.create_array("prediction", shape=(count, *shape), dtype="f4", **form)
-
-
-@torch.no_grad()
 def embed(model: nn.Module, loaders: Loaders, cfg: Config, pooling: str = "mean") -> xr.Dataset:
     """The tokens of an encoder, pooled over each image (mean, max or class_token), for all samples of the three splits.
 
@@ -238,22 +217,19 @@ def embed(model: nn.Module, loaders: Loaders, cfg: Config, pooling: str = "mean"
         `features` (sample, feature) float32, with `time` and `split` of each sample and, for numbers, `target` (sample,
         output) in target units. `.to_zarr(path)` keeps it.
     """
-    accelerator, token, parts = make_accelerator(cfg), getattr(model, "class_token", None), []
-    encoder = model.to(accelerator.device).eval().encoder
+    encoder, token, parts = encoder_of(model.eval()), getattr(model, "class_token", None), []
+    if pooling not in ("mean", "max", "class_token") or pooling == "class_token" and not encoder.nglo:
+        raise ValueError(f"Features are pooled by mean or max, or class_token of a model that has one, not {pooling}.")
+    pool, first = POOLS[pooling](encoder.embed_dim), 0 if pooling == "class_token" else encoder.nglo
 
-    def pooled(ts: Tensor) -> Tensor:
-        with accelerator.autocast():
-            tokens = encoder(ts.to(accelerator.device), token).float()  # (B, nglo + L, D)
-        if pooling == "class_token":
-            return tokens[:, 0].cpu()
-        return reduce(tokens[:, encoder.nglo :], "b l d -> b d", pooling).cpu()
+    def pooled(batch: dict) -> Tensor:
+        return pool(encoder(batch["ts"].to(next(encoder.parameters()).device), token)[:, first:])
 
     for split in SPLITS:
         data = getattr(loaders, split).dataset
-        batches = DataLoader(data, cfg.training.batch_size, num_workers=cfg.training.loader_workers)
-        about = {"time": ("sample", data.samples["time"]), "split": ("sample", np.full(len(data), split, object))}
-        features = torch.cat([pooled(batch["ts"]) for batch in batches]).numpy()
-        parts.append(xr.Dataset({"features": (("sample", "feature"), features)}, about))
+        features = torch.cat([*computed(pooled, model, data, cfg)]).numpy()
+        coords = {"time": ("sample", data.samples["time"]), "split": ("sample", np.full(len(data), split, object))}
+        parts.append(xr.Dataset({"features": (("sample", "feature"), features)}, coords))
         if data.targets is not None:
             parts[-1]["target"] = ("sample", "output"), data.targets.numpy()
     return xr.concat(parts, "sample")

@@ -138,5 +138,5 @@ def test_the_wind_gets_its_unit_from_the_labels_of_the_training(tmp_path):
     with torch.no_grad():
         assert torch.allclose(trained.to_units(trained.model({"ts": ts})), 300 + 500 * output, atol=1e-2)
     larger = load_config(profile="tiny", task="solar_wind", overrides=changes | {"data.native_size": 128})
-    with pytest.raises(CheckpointError, match="takes images of .* PROFILE=surya_4k"):
+    with pytest.raises(CheckpointError, match="takes the channels, .* PROFILE=surya_4k"):
         load_release(str(tmp_path / "wind.pth"), larger, **unknown)

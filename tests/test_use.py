@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -91,15 +92,16 @@ def test_a_run_says_again_what_it_said_of_its_test_split(run_of, place, tmp_path
     assert np.allclose(again["physical_0"], 10 ** said["prediction_0"]) and "lower_0" not in again
 
 
-def test_the_interval_is_that_of_the_validation_errors(run_of, place):
+def test_the_interval_is_that_of_the_validation_errors(run_of, place, tmp_path):
     run = run_of("flare")
     trained = use.load_run(run, place / "config.yaml")
     errors = np.sort(np.abs(pd.read_csv(run / "predictions_val.csv").eval("prediction_0 - target_0")))
     rank = int(np.ceil(0.9 * (len(errors) + 1)))
     expected = errors[rank - 1] if rank <= len(errors) else np.inf
     assert trained.interval.item() == pytest.approx(expected, rel=1e-6)
-    table = use.number_table(torch.tensor([[-6.0]]), [pd.Timestamp("2014-01-24")], trained)
-    assert table["upper_0"][0] - table["lower_0"][0] == pytest.approx(2 * expected)
+    out = use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "a.csv", progress=False)
+    table = pd.read_csv(out)
+    assert table["upper_0"][0] - table["lower_0"][0] == pytest.approx(2 * expected, rel=1e-5)
 
 
 def test_intervals_hold_the_share_that_they_promise():
@@ -134,48 +136,60 @@ def test_images_are_physical(run_of, place, tmp_path):
         assert np.allclose(found["prediction"][0], gauss, rtol=1e-4, atol=1e-4)
 
 
-def test_a_killed_prediction_goes_on_to_the_same_file(run_of, place, tmp_path):
-    trained = use.load_run(run_of("active_region"), place / "config.yaml")
+@pytest.mark.parametrize(("task", "ending"), [("active_region", ".zarr"), ("flare", ".csv")])
+def test_a_killed_prediction_goes_on_to_the_same_file(run_of, place, tmp_path, monkeypatch, task, ending):
+    trained = use.load_run(run_of(task), place / "config.yaml")
     times = prepare_store(trained.cfg, progress=False).samples.samples["train"]["time"]
-    whole = use.predict_times(trained, times, tmp_path / "whole.zarr", progress=False)
+    whole = use.predict_times(trained, times, tmp_path / f"whole{ending}", progress=False)
+    take = use.computed
 
-    class Killed(Exception):
-        pass
+    def killed_after(batches: int):
+        def computed(*words):
+            yield from islice(take(*words), batches)
+            raise KeyboardInterrupt
 
-    def stop_after(batches: int):
-        def outputs(loader, take=trained.outputs):
-            for number, batch in enumerate(take(loader)):
-                if number == batches:
-                    raise Killed
-                yield batch
+        return computed
 
-        return outputs
-
-    class Stopping(use.Trained):
-        outputs = None
-
-    stopping = Stopping(trained.model, trained.cfg, trained.to_units, trained.about)
     for batches in (0, 1, 1):
-        object.__setattr__(stopping, "outputs", stop_after(batches))
-        with pytest.raises(Killed):
-            use.predict_times(stopping, times, tmp_path / "parts.zarr", progress=False)
-        assert not (tmp_path / "parts.zarr").exists()
-    use.predict_times(trained, times, tmp_path / "parts.zarr", progress=False)
-    first, second = (xr.open_zarr(path) for path in (whole, tmp_path / "parts.zarr"))
-    assert first.identical(second) and not list(tmp_path.glob("*.unfinished"))
+        monkeypatch.setattr(use, "computed", killed_after(batches))
+        with pytest.raises(KeyboardInterrupt):
+            use.predict_times(trained, times, tmp_path / f"parts{ending}", progress=False)
+        assert not (tmp_path / f"parts{ending}").exists()
+    monkeypatch.setattr(use, "computed", take)
+    asked = []
+    monkeypatch.setattr(use, "Subset", lambda data, rows: asked.append(rows) or torch.utils.data.Subset(data, rows))
+    again = use.predict_times(trained, times, tmp_path / f"parts{ending}", progress=False)
+    assert asked == [range(8, len(times))] and not list(tmp_path.glob("*.unfinished"))
+    if ending == ".csv":
+        assert again.read_bytes() == whole.read_bytes()
+    else:
+        assert xr.open_zarr(whole).identical(xr.open_zarr(again))
 
 
-def test_nothing_is_overwritten_and_other_times_begin_anew(run_of, place, tmp_path):
+def test_what_another_request_has_left_is_not_taken(run_of, place, tmp_path, monkeypatch):
+    trained = use.load_run(run_of("flare"), place / "config.yaml")
+    times = pd.to_datetime(["2014-01-25T01:00", "2014-01-25T02:00", "2014-01-27T01:00"])
+    whole = use.predict_times(trained, times, tmp_path / "whole.csv", progress=False)
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # all is computed, and nothing written yet
+        use.predict_times(trained, [*times[:2], pd.Timestamp("2014-01-27T02:00")], tmp_path / "a.csv", progress=False)
+    monkeypatch.undo()
+    assert use.predict_times(trained, times, tmp_path / "a.csv", progress=False).read_bytes() == whole.read_bytes()
+
+
+def test_nothing_is_overwritten(run_of, place, tmp_path):
     trained = use.load_run(run_of("flare"), place / "config.yaml")
     out = use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "a.csv", progress=False)
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         use.predict_times(trained, ["2014-01-25T01:00"], out)
+    with pytest.raises(ValueError, match="must end in .csv"):
+        use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "a.nc")
 
 
 def test_a_time_without_frames_is_left_out_and_named(run_of, place, tmp_path, capsys):
     trained = use.load_run(run_of("flare"), place / "config.yaml")
     out = use.predict_times(trained, ["2014-01-25T01:00", "2014-01-25T12:00"], tmp_path / "a.csv", progress=False)
-    assert len(pd.read_csv(out)) == 1 and "Left out, as a frame lacks: 2014-01-25 12:00:00" in capsys.readouterr().out
+    assert len(pd.read_csv(out)) == 1 and "1 of 2 times are left out, 2014-01-25 12:00:00" in capsys.readouterr().out
     with pytest.raises(ValueError, match="None of the 1 times has its frames"):
         use.predict_times(trained, ["2014-01-25T12:00"], tmp_path / "b.csv", progress=False)
 
@@ -193,9 +207,9 @@ def spoil_status(run):
 
 SPOILT = {
     "data.channels. Put that back": spoil_config,
-    "it is running": spoil_status,
-    "its weights .best.pt. are not there": lambda run: (run / "best.pt").unlink(),
-    "is no run, or its record is damaged": lambda run: (run / "summary.json").write_text("{}"),
+    "is no finished run .* Finished runs there: none": spoil_status,
+    "with its weights .best.pt.": lambda run: (run / "best.pt").unlink(),
+    "is no finished run": lambda run: (run / "summary.json").write_text("{}"),
     "cut short": lambda run: (run / "best.pt").write_bytes((run / "best.pt").read_bytes()[:1000]),
 }
 
@@ -209,17 +223,12 @@ def test_a_run_that_cannot_be_used_says_why(run_of, place, tmp_path, told):
 
 
 def test_another_checkpoint_or_normalisation_is_refused(run_of, place, tmp_path):
-    run = run_of("flare")
-    scalers = yaml.safe_load((ROOT / "helpers/data/scalers.yaml").read_text())
-    first = next(iter(scalers))
-    scalers[first]["mean"] += 1
-    (tmp_path / "config.yaml").write_text((place / "config.yaml").read_text())
-    shutil.copy(place / "config.local.yaml", tmp_path)
+    run = run_of("translation")
     saved = torch.load(run / "best.pt", weights_only=True)
     spoilt = copied(run, tmp_path)
-    saved["extra"]["scalers"]["aia94"]["mean"] += 1
+    saved["extra"]["scalers"]["hmi_m"]["mean"] += 1  # of the target alone
     torch.save(saved, spoilt / "best.pt")
-    with pytest.raises(CheckpointError, match="another normalisation .* of .'aia94'"):
+    with pytest.raises(CheckpointError, match="another normalisation .* of .'hmi_m'"):
         use.load_run(spoilt, place / "config.yaml")
     saved = torch.load(run / "best.pt", weights_only=True)
     torch.save(saved | {"fingerprint": "0" * 16}, spoilt / "best.pt")
@@ -238,22 +247,39 @@ def test_embeddings_are_the_pooled_tokens(run_of, place, tmp_path):
     of_test = table.isel(sample=table["split"] == "test")
     assert np.allclose(of_test["features"][: len(expected)], expected, atol=1e-5)
     assert np.array_equal(of_test["target"][: len(expected)], batch["target"])
+    for wrong in ("class_token", "median"):
+        with pytest.raises(ValueError, match="Features are pooled by"):
+            use.embed(trained.model, loaders, trained.cfg, wrong)
     table.to_zarr(tmp_path / "embeddings.zarr", zarr_format=2)
     assert xr.open_zarr(tmp_path / "embeddings.zarr").identical(table)
 
 
 def test_make_predict(run_of, place, make):
     run = run_of("flare")
-    shutil.copy(ROOT / "Makefile", place)
-    words = ["-m", "helpers.tools.predict", "--run", run.name, "--times", "2014-01-25 01:00/2014-01-25 02:00"]
     code = f"import pathlib, helpers.tools.predict as p; p.ROOT = pathlib.Path({str(place)!r}); p.run(p.main)"
-    done = subprocess.run([sys.executable, "-c", code, *words[2:]], capture_output=True, text=True, cwd=place)
+    words = ["--run", run.name, "--times", "2014-01-25 01:00/2014-01-25 02:00"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(pd.read_csv(run / f"{run.name}-20140125_0100-20140125_0200.csv")) == 2
     for words, told in {
-        ("RUN=none", "TIMES=2014-01-25"): "is no run",
+        ("RUN=none", "TIMES=2014-01-25"): "is no finished run",
         ("TIMES=2014-01-25",): "Which model?",
-        (f"RUN={run.name}", "TIMES=now"): "which is not a time",
+        ("RUN=none", "TIMES=now"): "which is not a time",
+        ("RUN=none", "TIMES=2014-01-25/2014-01-24"): "holds no times",
+        ("RUN=none", "TIMES=2014-01-25", "TASK=flare"): "A run has its own task",
+        ("RELEASED=hf://a/b/c.pth", "TIMES=2014-01-25"): "needs the TASK",
     }.items():
         done = make("predict", *words)
         assert done.returncode and told in done.stdout and "Traceback" not in done.stderr, done.stdout + done.stderr
+
+
+def test_a_training_begins_with_what_another_run_has_trained(run_of, capsys):
+    first = torch.load(run_of("flare") / "best.pt", weights_only=True)["state"]
+    begin = {"training.initial_run": run_of("flare").name, "training.lr": 1e-12}
+    for task, same_head in (("flare", True), ("flare_now", False)):
+        second = torch.load(run_of(task, **begin) / "best.pt", weights_only=True)["state"]
+        assert ("and its head." if same_head else "a fresh head") in capsys.readouterr().out
+        for key in first:
+            if key.startswith("encoder.") or same_head:
+                assert torch.allclose(second[key], first[key], atol=1e-6), key
+    assert second["head.1.weight"].shape != first["head.1.weight"].shape

@@ -231,19 +231,7 @@ def make_loaders(cfg: Config) -> Loaders:
         for data in sets.values():
             data.keep_masks()
     workers = 0 if in_memory else cfg.training.loader_workers
-    loaders = {
-        name: DataLoader(
-            data,
-            batch_size=cfg.training.batch_size,
-            shuffle=name == "train",
-            generator=torch.Generator().manual_seed(cfg.seed),
-            num_workers=workers,
-            # not fork: a forked process inherits CUDA and the threads of zarr in a state that it cannot use
-            multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
-            pin_memory=torch.cuda.is_available(),
-        )
-        for name, data in sets.items()
-    }
+    loaders = {name: in_batches(data, cfg, workers, shuffle=name == "train") for name, data in sets.items()}
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
     if cfg.labels.kind == "event":
         counts = ", ".join(f"{name} {data.targets.sum(0).int().tolist()} of {len(data)}" for name, data in sets.items())
@@ -253,6 +241,20 @@ def make_loaders(cfg: Config) -> Loaders:
     if cfg.labels.kind == "mask" and cfg.labels.mask_reduce == "majority":
         report += lost_by_reducing(sets["train"])
     return Loaders(**loaders, **_target_statistics(sets["train"], cfg.labels.kind), report=report)
+
+
+def in_batches(data: Dataset, cfg: Config, workers: int, shuffle: bool = False) -> DataLoader:
+    """Batches of these samples, in their order or in a seeded random one; `workers` processes read ahead."""
+    return DataLoader(
+        data,
+        batch_size=cfg.training.batch_size,
+        shuffle=shuffle,
+        generator=torch.Generator().manual_seed(cfg.seed),
+        num_workers=workers,
+        # not fork: a forked process inherits CUDA and the threads of zarr in a state that it cannot use
+        multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
 
 
 def fingerprint(splits: Iterable[SolarDataset]) -> str:

@@ -39,12 +39,12 @@ DECODER = "unembed.unembed.0."
 WRAPPERS = {"_orig_mod", "module", "model", "encoder", "base_model", "base_layer"}
 MOST_FRAMES = 2  # that a released checkpoint was trained with
 ADAPTER_FORMAT = "surya-course-adapter-1"
-# LoRA's alpha in the fine-tuned models of the release, which all have 16 heads; neither stands in the files
+# Surya's own fine-tunes: by task the file on the hub, and the alpha of its adapters, which does not stand in it
 RELEASED = {
-    "solar_wind_weights.pth": 32.0,
-    "solar_flare_weights.pth": 8.0,
-    "ar_segmentation_weights.pth": 64.0,
-    "euv_spectra_weights.pth": None,
+    "flare_24h": ("hf://nasa-ibm-ai4science/solar_flares_surya/solar_flare_weights.pth", 8.0),
+    "solar_wind": ("hf://nasa-ibm-ai4science/solar_wind_surya/solar_wind_weights.pth", 32.0),
+    "ar_segmentation": ("hf://nasa-ibm-ai4science/ar_segmentation_surya/ar_segmentation_weights.pth", 64.0),
+    "euv_spectra": ("hf://nasa-ibm-ai4science/euv_spectra_surya/euv_spectra_weights.pth", None),
 }
 
 
@@ -308,13 +308,13 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | Path, model: nn.Module, fingerprint: str | None = None, any_head: bool = False
+    path: str | Path, model: nn.Module, fingerprint: str | None = None, head: bool = True
 ) -> dict[str, Any]:
     """Fill what `save_adapter` wrote into a model; returns {"config", "extra", "fingerprint"} as saved.
 
     The model is built with the same settings, with `load_filtered` and `apply_lora` done. Another file, checkpoint
     (`fingerprint`; None: as `load_filtered` has noted) or shape raises a CheckpointError, and nothing is written then.
-    With `any_head` a head of another shape stays as it is in the model.
+    Without `head`, what lies outside the encoder stays as it is in the model.
     """
     contents, name = read_file(Path(path)), Path(path).name
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
@@ -326,11 +326,10 @@ def load_adapter(
             f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds "
             f"{holds or 'none that load_filtered put there'}: fill it from the checkpoint that the run used first."
         )
-    state = contents["state"]
-    other = differing(state, targets)
-    if any_head and not any(key.startswith("encoder.") for key in other):
-        state, other = {key: tensor for key, tensor in state.items() if key not in other}, []
-    if other:
+    state = {key: tensor for key, tensor in contents["state"].items() if head or key.startswith("encoder.")}
+    targets = {key: tensor for key, tensor in targets.items() if head or key.startswith("encoder.")}
+    shapes, wanted = [{key: tuple(tensor.shape) for key, tensor in side.items()} for side in (state, targets)]
+    if other := [key for key in {**shapes, **wanted} if shapes.get(key) != wanted.get(key)]:
         raise CheckpointError(
             f"{name} was trained with another model; {len(other)} tensors are on one side alone or differ in shape "
             f"({_some(other)}): build model, head and adapters (apply_lora) with the settings in the file."
@@ -339,12 +338,6 @@ def load_adapter(
         for key, tensor in state.items():
             targets[key].copy_(tensor)
     return {key: contents[key] for key in ("config", "extra", "fingerprint")}
-
-
-def differing(state: State, other: State) -> list[str]:
-    """Names of the tensors that are in one of the two alone, or differ in shape."""
-    first, second = ({key: tuple(tensor.shape) for key, tensor in side.items()} for side in (state, other))
-    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -382,33 +375,30 @@ def load_released(
     masks, the decoder. A CheckpointError names what is missing, too much, of another shape, or must be given.
     """
     state, name = open_checkpoint(source)
-    alpha = RELEASED.get(name) if alpha is None else alpha
-    num_heads = 16 if num_heads is None and name in RELEASED else num_heads
+    known = {address.rpartition("/")[2]: alpha for address, alpha in RELEASED.values()}
+    alpha = known.get(name) if alpha is None else alpha
+    num_heads = 16 if num_heads is None and name in known else num_heads
     ranks = {tensor.shape[0] for key, tensor in state.items() if "lora_A" in key}
     if num_heads is None or ranks and alpha is None:
-        raise CheckpointError(f"{name} is none of {', '.join(RELEASED)}: its num_heads and LoRA alpha must be given.")
-    state = {key.removesuffix(".default.weight"): tensor for key, tensor in state.items()}
+        raise CheckpointError(f"{name} is none of {', '.join(known)}: its num_heads and LoRA alpha must be given.")
     theirs = {"cls_token": "class_token", "linear.": "head.0.", "unembed.weight": "head.1.weight"}
     theirs |= {"unembed.bias": "head.1.bias", "embedding.": "encoder.embedding.", "backbone.": "encoder.backbone."}
     try:
         model = _sized_as(state, num_heads)
-    except (KeyError, IndexError, ZeroDivisionError, ValueError) as error:
-        raise CheckpointError(f"{name} is no fine-tuned model of the release; look at its tensor {error}.") from None
-    if ranks:
-        adapted = {key.split(".")[-2] for key in state if key.endswith(".lora_A")}
-        apply_lora(model, max(ranks), alpha, dropout=0.0, targets=adapted)
-    targets = model.state_dict(keep_vars=True) | {f"encoder.{POSITIONS}": model.encoder.embedding.pos_embed}
-    for old, new in theirs.items():
-        state = {f"{new}{key.removeprefix(old)}" if key.startswith(old) else key: t for key, t in state.items()}
-    constants = {key: t for key, t in targets.items() if key.startswith("feature_")}  # of our heads: none
-    if wrong := differing(state | constants, targets):
-        raise CheckpointError(
-            f"{name}: {len(wrong)} tensors are missing, too many or of another shape ({_some(wrong)})."
-        )
-    check_transfers({key: (tensor, "") for key, tensor in state.items()}, targets)
-    with torch.no_grad():
+        if ranks:
+            adapted = {key.split(".")[-4] for key in state if key.endswith(".lora_A.default.weight")}
+            apply_lora(model, max(ranks), alpha, dropout=0.0, targets=adapted)
+        filled = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("feature_")}  # 0 and 1
         for key, tensor in state.items():
-            targets[key].copy_(tensor)
+            old = next((old for old in theirs if key.startswith(old)), "")
+            filled[f"{theirs.get(old, '')}{key.removeprefix(old).removesuffix('.default.weight')}"] = tensor
+
+        del filled[f"encoder.{POSITIONS}"]  # they follow from the grid
+        model.load_state_dict(filled)  # names what is missing, too much, or of another shape
+        if odd := [k for k, tensor in filled.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]:
+            raise ValueError(f"{_some(odd)} does not hold finite floating-point numbers")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{name} is no whole fine-tuned model of the release: {error}") from None
     model.encoder.loaded_from = fingerprint(state)
     return model.eval()
 
@@ -416,27 +406,15 @@ def load_released(
 def _sized_as(state: State, num_heads: int) -> Specformer1D | Specformer2D:
     """A model without adapters, as large as a released one; KeyError where the tensors that tell are not there."""
     dim, planes, patch, _ = state[PATCHES].shape
-    frames, grid = planes // len(CHANNELS), math.isqrt(state[POSITIONS].shape[1])
     blocks = {".".join(key.split(".")[1:3]) for key in state if key.startswith("backbone.blocks_")}
-    attention = "backbone.blocks_attention.0."
-    encoder = SuryaEncoder(
-        img_size=grid * patch,
-        patch_size=patch,
-        in_chans=len(CHANNELS),
-        time_dim=frames,
-        embed_dim=dim,
-        depth=len(blocks),
-        n_spectral_blocks=sum("spectral" in block for block in blocks),
-        num_heads=num_heads,
-        mlp_ratio=state[f"{attention}mlp.fc1.weight"].shape[0] / dim,
-        dp_rank=state[f"{attention}attn.to_dynamic_projection.weight"].shape[0] // num_heads,
-        nglo=int("cls_token" in state),
-    )
+    first, spectral = "backbone.blocks_attention.0.", sum("spectral" in block for block in blocks)
+    side = patch * math.isqrt(state[POSITIONS].shape[1])
+    ratio = len(state[f"{first}mlp.fc1.weight"]) / dim
+    dp_rank = len(state[f"{first}attn.to_dynamic_projection.weight"]) // num_heads
+    shape = side, patch, len(CHANNELS), planes // len(CHANNELS), dim, len(blocks), spectral, num_heads, ratio
     if "cls_token" not in state:
-        return Specformer2D(encoder, len(state[f"{DECODER}bias"]) // patch**2)
-    model = Specformer1D(encoder, len(state["unembed.bias"]), "class_token")
-    model.norm, model.head = (
-        nn.Identity(),
-        nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, len(state["unembed.bias"]))),
-    )
+        return Specformer2D(SuryaEncoder(*shape, dp_rank=dp_rank), len(state[f"{DECODER}bias"]) // patch**2)
+    outputs = len(state["unembed.bias"])
+    model = Specformer1D(SuryaEncoder(*shape, dp_rank=dp_rank, nglo=1), outputs, "class_token")
+    model.norm, model.head = nn.Identity(), nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, outputs))
     return model

@@ -10,6 +10,7 @@ import pandas as pd
 from helpers.config import load_config
 from helpers.data.archive import parse_times
 from helpers.data.synthetic import ensure_synthetic
+from helpers.model.checkpoint import RELEASED
 from helpers.tools.command import ROOT, Refusal, read_choices, run
 from helpers.use import load_release, load_run, predict_times
 
@@ -29,18 +30,23 @@ def main() -> None:
         raise Refusal(
             "Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, one of NASA's."
         )
-    times = read_times(asked.times, asked.every)
+    times, choices = read_times(asked.times, asked.every), {key: given for key, given in asked.choices.items() if given}
     if asked.released:
-        choices = {"profile": "surya_4k", "task": asked.released, **{k: v for k, v in asked.choices.items() if v}}
+        if "task" not in choices and asked.released not in RELEASED:
+            raise Refusal(
+                f"RELEASED={asked.released} needs the TASK that it was made for; or name {', '.join(RELEASED)}."
+            )
+        choices = {"profile": "surya_4k", "task": asked.released} | choices
         trained = load_release(asked.released, load_config(ROOT / "config.yaml", experiment="finetune", **choices))
+    elif choices:
+        raise Refusal(f"A run has its own {', '.join(choices)}: leave that out.")
     else:
-        runs = load_config(ROOT / "config.yaml").runs_folder
-        trained = load_run(runs / asked.run, ROOT / "config.yaml")
+        trained = load_run(load_config(ROOT / "config.yaml").runs_folder / asked.run, ROOT / "config.yaml")
     ensure_synthetic(trained.cfg)
-    name = re.sub(r"\W+", "-", f"{asked.run or asked.released}-{times[0]:%Y%m%d_%H%M}-{times[-1]:%Y%m%d_%H%M}")
-    folder = trained.cfg.runs_folder / asked.run
-    out = asked.out or folder / f"{name}.{'csv' if trained.cfg.labels.numbers else 'zarr'}"
-    print(f"{len(times)} times, written to {os.path.relpath(predict_times(trained, times, out))}")
+    ending = "csv" if trained.cfg.labels.numbers else "zarr"
+    name = re.sub(r"\W+", "-", asked.run or asked.released)
+    out = trained.cfg.runs_folder / asked.run / f"{name}-{times[0]:%Y%m%d_%H%M}-{times[-1]:%Y%m%d_%H%M}.{ending}"
+    print(f"written: {os.path.relpath(predict_times(trained, times, asked.out or out))}")
 
 
 def read_times(text: str, every_minutes: int) -> pd.DatetimeIndex:

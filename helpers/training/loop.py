@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from helpers.config import Config
 from helpers.data.dataset import Loaders
-from helpers.model.checkpoint import load_adapter, save_adapter, trained_state
+from helpers.model.checkpoint import load_adapter, read_file, save_adapter, trained_state
 from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError
 from helpers.training.devices import make_accelerator
@@ -142,11 +142,13 @@ class Trainer:
         # whatever was drawn before, in cells of a notebook or elsewhere; and another dropout in each process
         set_seed(cfg.seed, device_specific=self.accelerator.num_processes > 1)
         loaders.train.generator.manual_seed(cfg.seed)
-        if cfg.training.initial_run:
-            taken = load_adapter(cfg.runs_folder / cfg.training.initial_run / BEST, model, any_head=True)
-            self.accelerator.print(
-                f"Begins as {cfg.training.initial_run}, trained for {taken['config']['target']['name']}"
-            )
+        if cfg.training.initial_run and not cfg.training.resume:
+            path, now = cfg.runs_folder / cfg.training.initial_run / BEST, cfg.to_dict()
+            saved = read_file(path)["config"]
+            same = all(saved[section] == now[section] for section in ("labels", "target", "head"))
+            load_adapter(path, model, head=same)
+            head = "its head" if same else "a fresh head, as labels, target or head differ"
+            self.accelerator.print(f"Begins with what {path.parent.name} trained in the encoder, and {head}.")
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
         self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)
@@ -234,7 +236,7 @@ class Trainer:
             state.score, state.history.best_epoch = value * self.sign, epoch
             state.best = {key: tensor.detach().clone() for key, tensor in trained_state(self.inner).items()}
             if self.run is not None:
-                scalers = {name: asdict(self.cfg.scalers[name]) for name in self.cfg.data.channels}
+                scalers = {name: asdict(scaler) for name, scaler in self.cfg.scalers.items()}
                 extra = {"epoch": epoch, "scalers": scalers, **self.loaders.scale}
                 save_adapter(self.run.folder / BEST, self.inner, self.cfg.to_dict(), extra=extra)
         elif epoch - state.history.best_epoch >= self.cfg.training.patience:

@@ -72,11 +72,8 @@ class Predictions:
         Split conformal prediction (arXiv:1604.04173): the ceil((N + 1) level)-th smallest error, or infinity where N is
         too small to say. Of validation.
         """
-        errors, rank = (
-            (self.prediction - self.target).abs().sort(dim=0).values,
-            math.ceil((len(self.target) + 1) * level),
-        )
-        return errors[rank - 1] if rank <= len(errors) else torch.full_like(errors[0], math.inf)
+        errors, rank = (self.prediction - self.target).abs(), math.ceil((len(self.target) + 1) * level)
+        return errors.kthvalue(rank, dim=0).values if rank <= len(errors) else torch.full_like(errors[0], math.inf)
 
     def table(self) -> pd.DataFrame:
         """One row a sample: timestamp, then target_<k> and prediction_<k> for each output."""
