@@ -28,4 +28,4 @@ def test_it_predicts_probes_and_shares(tmp_path, monkeypatch, task):
     assert "so one is trained now" in text and "Traceback" not in text and "Warning" not in text
     card = (folder / "share" / "README.md").read_text()
     assert f"finetune-{task}-tiny-001" in card and "synthetic" in card
-    assert (folder / "share" / "model.pt").stat().st_size > 1e6
+    assert (folder / "share" / "merged.pt").stat().st_size > 1e6
