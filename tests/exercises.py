@@ -13,7 +13,7 @@ import nbformat
 
 from helpers.tools.command import ROOT
 
-CHECK = "with attempt():"
+CHECK = re.compile(r"^with (exercises\.)?attempt\(\):", re.MULTILINE)
 
 
 def with_answers(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -26,7 +26,7 @@ def with_answers(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 r"<details><summary>Answer</summary>\n\n.*?```python\n(.+?)\n```.*</details>", cell.source, re.DOTALL
             )
             assert answer, f"no folded answer follows the exercise\n{before.source}"
-            source = f"{answer[1]}\n{before.source[before.source.index(CHECK) :]}"
+            source = f"{answer[1]}\n{before.source[CHECK.search(before.source).start() :]}"
             cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": ["answer"]}))
     return nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
 

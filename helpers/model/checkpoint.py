@@ -97,8 +97,8 @@ def load_filtered(
         return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
     targets = {key: tensor for key, tensor in encoder.state_dict(keep_vars=True).items() if "lora_" not in key}
-    if any("lora_" in key for key in state):
-        raise CheckpointError(f"{name} is fine-tuned, with adapters in it: `make predict RELEASED=...` reads it.")
+    if adapters := [key for key in state if "lora_" in key]:
+        raise CheckpointError(f"{name} is fine-tuned, with adapters ({_some(adapters)}): use load_released to read it.")
     try:
         names = channel_names(state, encoder, channels, source_channels)
         transfers: dict[str, Transfer] = {key: (state[key], "") for key in targets if key in state}
