@@ -114,6 +114,7 @@ def test_intervals_hold_the_share_that_they_promise():
     assert Predictions(zeros[:5], zeros[:5], []).interval().isinf().all()  # five errors cannot promise 90%
 
 
+@pytest.mark.notebook
 def test_maps_are_written_as_xarray_reads_them(run_of, place, tmp_path):
     trained = use.load_run(run_of("active_region"), place / "config.yaml")
     times = pd.to_datetime(["2014-01-25T02:00", "2014-01-25T01:00"])
@@ -123,6 +124,7 @@ def test_maps_are_written_as_xarray_reads_them(run_of, place, tmp_path):
         assert found.attrs["run"] == trained.about["run"] and found.attrs["commit"]
 
 
+@pytest.mark.notebook
 def test_images_are_physical(run_of, place, tmp_path):
     trained = use.load_run(run_of("translation"), place / "config.yaml")
     data, scaler = make_loaders(trained.cfg).test.dataset, trained.cfg.scalers["hmi_m"]
@@ -136,6 +138,7 @@ def test_images_are_physical(run_of, place, tmp_path):
         assert np.allclose(found["prediction"][0], gauss, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize(("task", "ending"), [("active_region", ".zarr"), ("flare", ".csv")])
 def test_a_killed_prediction_goes_on_to_the_same_file(run_of, place, tmp_path, monkeypatch, task, ending):
     trained = use.load_run(run_of(task), place / "config.yaml")
@@ -222,6 +225,7 @@ def test_a_run_that_cannot_be_used_says_why(run_of, place, tmp_path, told):
         use.load_run(run, place / "config.yaml")
 
 
+@pytest.mark.notebook
 def test_another_checkpoint_or_normalisation_is_refused(run_of, place, tmp_path):
     run = run_of("translation")
     saved = torch.load(run / "best.pt", weights_only=True)
@@ -254,6 +258,7 @@ def test_embeddings_are_the_pooled_tokens(run_of, place, tmp_path):
     assert xr.open_zarr(tmp_path / "embeddings.zarr").identical(table)
 
 
+@pytest.mark.notebook
 def test_make_predict(run_of, place, make):
     run = run_of("flare")
     code = f"import pathlib, helpers.tools.predict as p; p.ROOT = pathlib.Path({str(place)!r}); p.run(p.main)"
@@ -273,6 +278,7 @@ def test_make_predict(run_of, place, make):
         assert done.returncode and told in done.stdout and "Traceback" not in done.stderr, done.stdout + done.stderr
 
 
+@pytest.mark.notebook
 def test_a_training_begins_with_what_another_run_has_trained(run_of, capsys):
     first = torch.load(run_of("flare") / "best.pt", weights_only=True)["state"]
     begin = {"training.initial_run": run_of("flare").name, "training.lr": 1e-12}
