@@ -46,8 +46,7 @@ def place(tmp_path_factory):
     (folder / "config.yaml").write_text((ROOT / "config.yaml").read_text())
     sun = {"synthetic.folder": str(folder / "sun"), "paths.runs": str(folder / "runs")}
     sun["model.weights"] = str(ROOT / "helpers/data/surya.tiny.pt")
-    local = yaml.safe_dump({key: value for key, value in sun.items()})
-    (folder / "config.local.yaml").write_text(local)
+    (folder / "config.local.yaml").write_text(yaml.safe_dump(sun))
     return folder
 
 
@@ -58,7 +57,7 @@ def run_of(place):
     def of(task: str, experiment: str = "finetune", **more) -> Path:
         found = sorted((place / "runs").glob(f"{experiment}-{task}-tiny-*")) if not more else []
         if not found:
-            settings = SMALL | ({"target.event_threshold": None} if task != "active_region" else {}) | more
+            settings = SMALL | more
             cfg = load_config(place / "config.yaml", settings, task=task, experiment=experiment)
             ensure_synthetic(cfg)
             prepare_store(cfg, progress=False)

@@ -392,7 +392,6 @@ def load_released(
         for key, tensor in state.items():
             old = next((old for old in theirs if key.startswith(old)), "")
             filled[f"{theirs.get(old, '')}{key.removeprefix(old).removesuffix('.default.weight')}"] = tensor
-
         del filled[f"encoder.{POSITIONS}"]  # they follow from the grid
         model.load_state_dict(filled)  # names what is missing, too much, or of another shape
         if odd := [k for k, tensor in filled.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]:

@@ -20,22 +20,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m helpers.tools.predict", description=main.__doc__)
     parser.add_argument("--run", default="", help="name of a finished run, such as finetune-flare-tiny-001")
     parser.add_argument("--released", default="", help="flare_24h, solar_wind, ..., hf://owner/name/file, or a file")
-    parser.add_argument("--times", required=True, help="UTC: a first and a last one, 2014-01-07/2014-01-09, or a,b,c")
+    parser.add_argument("--times", required=True, help="UTC: a first and a last one, 2014-01-07/2014-01-09, or one")
     parser.add_argument("--every", type=int, default=60, help="minutes from one time to the next")
-    parser.add_argument(
-        "--out", type=Path, help="a .csv for numbers, a .zarr for images; not given: in the run's folder"
-    )
+    parser.add_argument("--out", type=Path, help=".csv for numbers, .zarr for images; by default in the run's folder")
     asked = read_choices(parser)
     if bool(asked.run) == bool(asked.released):
-        raise Refusal(
-            "Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, one of NASA's."
-        )
+        raise Refusal("Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, of NASA's.")
     times, choices = read_times(asked.times, asked.every), {key: given for key, given in asked.choices.items() if given}
     if asked.released:
         if "task" not in choices and asked.released not in RELEASED:
-            raise Refusal(
-                f"RELEASED={asked.released} needs the TASK that it was made for; or name {', '.join(RELEASED)}."
-            )
+            raise Refusal(f"RELEASED={asked.released} needs the TASK it was made for; or name {', '.join(RELEASED)}.")
         choices = {"profile": "surya_4k", "task": asked.released} | choices
         trained = load_release(asked.released, load_config(ROOT / "config.yaml", experiment="finetune", **choices))
     elif choices:
@@ -50,12 +44,12 @@ def main() -> None:
 
 
 def read_times(text: str, every_minutes: int) -> pd.DatetimeIndex:
-    """The times of `first/last`, both included, every so many minutes, or of a list with commas."""
-    parts = re.split("[/,]", text)
-    times = pd.DatetimeIndex(parse_times(pd.Series(parts, range(-1, len(parts) - 1), name="TIMES"), "what was typed"))
-    if "/" in text and (len(times) != 2 or times[0] > times[1] or every_minutes < 1):
+    """The times of `first/last`, both included, every so many minutes; or the one that is given."""
+    parts = text.split("/")
+    times = parse_times(pd.Series(parts, range(-1, len(parts) - 1), name="TIMES"), "what was typed")
+    if len(times) > 2 or times.iloc[0] > times.iloc[-1] or every_minutes < 1:
         raise Refusal(f"TIMES={text} EVERY={every_minutes} holds no times: write the first one, /, and the last one.")
-    return pd.date_range(*times, freq=f"{every_minutes}min") if "/" in text else times
+    return pd.date_range(times.iloc[0], times.iloc[-1], freq=f"{every_minutes}min")
 
 
 if __name__ == "__main__":

@@ -152,27 +152,13 @@ def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
     """The finished runs in the folder `runs`, oldest first, of the `wanted` experiment, task or profile, with folder,
     settings (a dict) and metrics. A run whose record cannot be read is left out and named.
     """
-    columns = [
-        "name",
-        "experiment",
-        "task",
-        "profile",
-        "finished",
-        "seed",
-        "folder",
-        "settings",
-        "data_fingerprint",
-        "commit",
-    ]
+    columns = ["name", "experiment", "task", "profile", "finished", "seed", "folder", "settings"]
+    columns += ["data_fingerprint", "commit"]
     rows = []
     for path in Path(runs).glob("*/summary.json"):
         try:
-            run = {
-                "data_fingerprint": None,
-                "commit": "unknown",
-                "folder": path.parent,
-                **json.loads(path.read_text(encoding="utf-8")),
-            }
+            record = json.loads(path.read_text(encoding="utf-8"))
+            run = {"data_fingerprint": None, "commit": "unknown", "folder": path.parent, **record}
             if run["status"] == "finished" and all(run[key] == value for key, value in wanted.items()):
                 run["settings"] = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
                 run["seed"] = run["settings"]["seed"]
