@@ -14,7 +14,7 @@ import xarray as xr
 import zarr
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from helpers.channels import CHANNELS, UNITS, denormalise, stack_scalers
 from helpers.config import SPLITS, Config, load_config, settings_that_matter

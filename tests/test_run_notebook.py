@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from helpers.config import ConfigError, parse_parameters
@@ -70,6 +71,16 @@ def test_a_failing_cell_has_the_last_word_and_leaves_its_html(course, capfd):
     assert "the Sun is too bright" in html and "before" in html
     assert main(["bad"], course.root) == 1  # the next run takes the next number
     assert sorted(path.name for path in folder.parent.iterdir()) == ["bad-flare-tiny-001", "bad-flare-tiny-002"]
+
+
+def test_bars_are_text_in_a_run_without_a_browser_and_jupyters_own_in_one(course):
+    course("bar", "from tqdm.auto import tqdm\nfor _ in tqdm(range(3), 'epoch 1'): pass")
+    assert main(["bar"], course.root) == 0
+    outputs = nbformat.read(course.root / "runs/bar-flare-tiny-001/bar.ipynb", 4).cells[1].outputs
+    assert "epoch 1: 100%" in "".join(output.get("text", "") for output in outputs)
+    in_jupyter = nbformat.read(course.root / "notebooks/bar.ipynb", 4)
+    NotebookClient(in_jupyter, kernel_name="python3").execute()
+    assert "application/vnd.jupyter.widget-view+json" in str(in_jupyter.cells[1].outputs)
 
 
 def test_a_dead_kernel_is_told_in_a_sentence(course, capfd):

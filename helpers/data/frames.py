@@ -31,7 +31,7 @@ import zarr
 from numcodecs import blosc
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, VLenUTF8Codec
 
 from helpers import channels as physics

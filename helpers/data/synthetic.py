@@ -38,7 +38,7 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from helpers.channels import CHANNELS, GOES_CLASSES, UNITS
 from helpers.config import Config

@@ -59,8 +59,9 @@ class ThisPython(AsyncKernelManager):
     @property
     def kernel_spec(self) -> KernelSpec:
         """Figures go into the notebook, also where MPLBACKEND is Agg; its warnings on Ctrl-C would worry people."""
-        figures = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-        return KernelSpec(**get_kernel_dict(["--log-level=CRITICAL"]), env=figures)
+        surroundings = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+        surroundings["SPYDER_TEXT"] = "1"  # tqdm takes it for a console: its bars are text, as no browser is here
+        return KernelSpec(**get_kernel_dict(["--log-level=CRITICAL"]), env=surroundings)
 
 
 def run(notebook: Path, folder: Path, parameters: dict[str, Any]) -> int:

@@ -15,7 +15,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from helpers.config import Config
 from helpers.data.dataset import Loaders
