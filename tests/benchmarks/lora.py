@@ -1,9 +1,9 @@
 """Which rank and which layers does LoRA need? The fine-tune of config.yaml from 64 labels, one change at a time.
 
 All runs, written by `--csv notebooks/images/lora.csv`, are shown by the notebook learning_rate. Every adapter has the
-same scale, alpha / rank = 2, and the same rate, 3e-4, with a head at 3e-3. Scores are those of later times of the same
-Sun; what counts is the difference to the adapters of config.yaml on the same Sun and seed. Suns 0 to 2 alone: 200 to
-202 are for the report of finetune.py.
+same scale, alpha / rank = 2, and the rate of config.yaml. Scores are those of later times of the same Sun; what counts
+is the difference to the adapters of config.yaml on the same Sun and seed. Suns 0 to 2 alone: 200 to 202 are for the
+report of finetune.py.
 """
 
 import argparse
@@ -75,8 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         settings = {"synthetic.folder": f"{asked.folder or temporary}/sun-{{seed}}", "tracking.wandb": "disabled"}
         settings |= {"head.pooling": "forecast", "training.max_train_samples": 64}
-        settings |= {"training.epochs": 20, "training.patience": 20}
-        settings |= {"training.lr": 3e-4, "training.head_lr": 3e-3} | parse_parameters(asked.set)
+        settings |= {"training.epochs": 20, "training.patience": 20} | parse_parameters(asked.set)
         prepare("flare", asked.suns, settings)
         jobs = [(sun, seed, name, settings) for seed, sun, name in product(asked.seeds, asked.suns, CHANGES)]
         with worker_pool(asked.workers) as pool:
