@@ -4,6 +4,7 @@ import math
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,25 +12,25 @@ import torch
 
 from helpers.analysis.plots import PLOTS
 from helpers.config import KINDS, load_config
-from helpers.training import metrics
 from helpers.training.metrics import EVENTS, IMAGES, NUMBERS, RANKS, NumberMetric
-from helpers.training.tasks import LOSSES, ImageCollector
+from helpers.training.tasks import LOSSES, make_task
 
 ROOT = Path(__file__).parents[1]
 ALL = list(NUMBERS)
 
 
 def compute_metrics(prediction, target, names, threshold=None):
-    return metrics.compute_metrics(prediction, target, {name: NUMBERS[name] for name in names}, threshold)
+    return {name: NUMBERS[name].score(prediction, target, threshold) for name in names}
 
 
 def collect(names, threshold, span, *batches, samples=None):
-    """What is collected of (prediction, target) batches; with `samples` of each image, too."""
-    made = {name: IMAGES[name].make(threshold, span) for name in names}
-    collector = ImageCollector(made, samples, masks=set(names) <= set(KINDS["mask"]["metric"]))
-    for k, (prediction, target) in enumerate(batches):
-        collector.add(prediction, target, {"timestamp": [f"{k}-{i}" for i in range(len(target))]})
-    return collector
+    """What is found in (prediction, target) batches; with `samples` of each image, too."""
+    task = "active_region" if set(names) <= set(KINDS["mask"]["metric"]) else "translation"
+    cfg = load_config(ROOT / "config.yaml", task=task)
+    target = cfg.target.model_copy(update={"metrics": names, "mask_threshold": threshold})
+    task = make_task(cfg.model_copy(update={"target": target}), SimpleNamespace(target_span=span))
+    times = [{"timestamp": [f"{k}-{i}" for i in range(len(batch[1]))]} for k, batch in enumerate(batches)]
+    return task.collect([(*batch, time) for batch, time in zip(batches, times, strict=True)], samples)
 
 
 def formulas(p: np.ndarray, t: np.ndarray, threshold: float) -> dict[str, float]:
@@ -94,9 +95,7 @@ def test_the_direction_of_better_is_right():
         assert better or name in RANKS and close[name] == far[name] == 1, name  # which a shift does not change
     prediction, target = images()
     for name, metric in IMAGES.items():
-        close, far = (
-            collect([name], 0.4, 1.0, (p, target)).predictions().values[name] for p in (prediction, 1 - prediction)
-        )
+        close, far = (collect([name], 0.4, 1.0, (p, target)).values[name] for p in (prediction, 1 - prediction))
         assert (close > far) is metric.higher_is_better, name
 
 
@@ -160,7 +159,7 @@ def test_percentages_are_of_physical_values_and_the_other_metrics_in_target_unit
     prediction = target + rng.normal(0, 0.1, (40, 3))
     both = [torch.from_numpy(values) for values in (prediction, target)]
     some = {name: NUMBERS[name] for name in ("mape", "mae")}
-    found = metrics.compute_metrics(*both, some, physical=labels(transform).physical)
+    found = {name: metric.score(*both, physical=labels(transform).physical) for name, metric in some.items()}
     p, t = (prediction, target) if transform == "none" else (10**prediction, 10**target)
     each = [np.mean(np.abs((p[:, k] - t[:, k]) / t[:, k])) for k in range(3)]
     assert found["mape"] == pytest.approx(100 * np.mean(each))
@@ -185,7 +184,8 @@ def test_a_metric_of_ones_own_may_ask_for_physical_values():
     kinds = {"label": {}, "physical": {"physical": True}, "events": {"physical": True, "of_events": True}}
     own = {name: NumberMetric(higher_is_better=False, compute=largest, **kind) for name, kind in kinds.items()}
     prediction, target = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]])
-    found = metrics.compute_metrics(prediction, target, own, 2.0, labels("log10").physical)
+    physical = labels("log10").physical
+    found = {name: metric.score(prediction, target, 2.0, physical) for name, metric in own.items()}
     assert found == pytest.approx({"label": 1, "physical": (9 + 90) / 2, "events": (9 + 90) / 2})
     assert [len(values) for values in given] == [2, 2, 3] and given[2][2] == 100
 
@@ -199,7 +199,7 @@ def test_a_spectrum_is_judged_at_once():
         name: replace(metric, compute=lambda *given, of=metric.compute: calls.append(given[0].shape) or of(*given))
         for name, metric in NUMBERS.items()
     }
-    found = metrics.compute_metrics(prediction, target, counted, -4.0)
+    found = {name: metric.score(prediction, target, -4.0) for name, metric in counted.items()}
     assert calls == [(200, 40)] * len(NUMBERS)  # not once an output, which took 3 s
     some = [formulas(prediction[:, k].double().numpy(), target[:, k].double().numpy(), -4.0) for k in range(40)]
     assert found == pytest.approx({name: np.mean([values[name] for values in some]) for name in NUMBERS}, rel=1e-6)
@@ -218,7 +218,7 @@ def test_masks_are_judged_by_their_overlap_over_all_pixels():
     called, inside = prediction >= 0.4, target == 1
     both, either = (called & inside).sum(), (called | inside).sum()
     names, batches = ["iou", "dice", "average_precision"], ((prediction[:2], target[:2]), (prediction[2:], target[2:]))
-    found = collect(names, 0.4, 1.0, *batches).predictions().values
+    found = collect(names, 0.4, 1.0, *batches).values
     assert found["iou"] == pytest.approx((both / either).item())
     assert found["dice"] == pytest.approx((2 * both / (called.sum() + inside.sum())).item())
     order = prediction.flatten().argsort(descending=True)
@@ -229,13 +229,13 @@ def test_masks_are_judged_by_their_overlap_over_all_pixels():
 
 def test_the_averaged_edge_of_a_finer_mask_is_inside_from_one_half():
     prediction, target = torch.tensor([[[[0.9, 0.9], [0.1, 0.1]]]]), torch.tensor([[[[1.0, 0.5], [0.25, 0.0]]]])
-    assert collect(["iou"], 0.5, 1.0, (prediction, target)).predictions().values["iou"] == 1
+    assert collect(["iou"], 0.5, 1.0, (prediction, target)).values["iou"] == 1
 
 
 def test_empty_masks_agree_with_empty_predictions_alone():
     nothing, something = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
     batches = ((nothing, nothing), (something, nothing))
-    scores = collect(["iou", "dice"], 0.5, 1.0, *batches, samples=0).predictions().scores
+    scores = collect(["iou", "dice"], 0.5, 1.0, *batches, samples=0).scores
     assert scores["iou"].tolist() == scores["dice"].tolist() == [1, 0]
 
 
@@ -246,17 +246,15 @@ def test_images_are_judged_by_error_and_likeness():
         ["rmse", "mae", "correlation", "ssim"],
         ((prediction[:2], target[:2]), (prediction[2:], target[2:])),
     )
-    collector = collect(names, 0.5, 300.0, *batches, samples=0)
-    found, both = collector.predictions().values, torch.stack([prediction.flatten(), target.flatten()])
+    judged = collect(names, 0.5, 300.0, *batches, samples=0)
+    found, both = judged.values, torch.stack([prediction.flatten(), target.flatten()])
     assert found["rmse"] == pytest.approx((prediction - target).square().mean().sqrt().item(), rel=1e-5)
     assert found["mae"] == pytest.approx((prediction - target).abs().mean().item(), rel=1e-5)
     assert found["correlation"] == pytest.approx(torch.corrcoef(both.double())[0, 1].item(), rel=1e-6)
     first = torch.stack([prediction[0].flatten(), target[0].flatten()])
-    assert collector.predictions().scores["correlation"][0] == pytest.approx(
-        torch.corrcoef(first.double())[0, 1].item(), rel=1e-6
-    )
+    assert judged.scores["correlation"][0] == pytest.approx(torch.corrcoef(first.double())[0, 1].item(), rel=1e-6)
     perfect = collect(["ssim", "correlation"], 0.5, 300.0, (target, target))
-    assert perfect.predictions().values == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
+    assert perfect.values == pytest.approx({"ssim": 1, "correlation": 1}, rel=1e-5)
     assert found["ssim"] < 0.9
 
 
@@ -264,8 +262,8 @@ def test_a_constant_image_has_no_likeness():
     flat, varied = torch.full((2, 1, 16, 16), 3.3), torch.rand(2, 1, 16, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert collect(["correlation"], 0.5, 1.0, (flat, varied)).predictions().values["correlation"] == 0
-        assert math.isnan(collect(["correlation"], 0.5, 1.0, (varied, flat)).predictions().values["correlation"])
+        assert collect(["correlation"], 0.5, 1.0, (flat, varied)).values["correlation"] == 0
+        assert math.isnan(collect(["correlation"], 0.5, 1.0, (varied, flat)).values["correlation"])
 
 
 def test_the_names_that_the_config_allows_are_those_there_are():

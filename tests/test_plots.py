@@ -15,7 +15,7 @@ from helpers.channels import CHANNELS, denormalise
 from helpers.config import load_config
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
-from helpers.training.resume import History
+from helpers.training.loop import History
 from helpers.training.tasks import ImagePredictions, Predictions, make_task
 
 ROOT = Path(__file__).parents[1]
@@ -212,11 +212,9 @@ def image_predictions(cfg, size: int = 32) -> ImagePredictions:
     truth, said = (torch.zeros(cfg.num_outputs, size, size) for _ in range(2))
     truth[:, 8:16, 8:20], said[:, 10:18, 8:20] = 1, 0.9
     times = [str(k) for k in range(3)]
-    collector = make_task(cfg, SimpleNamespace(target_span=1.0)).collector(3)
     ts = torch.randn(1, len(cfg.data.channels), 2, size, size, generator=torch.Generator().manual_seed(0))
-    for time in times:
-        collector.add(said[None], truth[None], {"timestamp": [time], "ts": ts})
-    return collector.predictions()
+    batches = [(said[None], truth[None], {"timestamp": [time], "ts": ts}) for time in times]
+    return make_task(cfg, SimpleNamespace(target_span=1.0)).collect(batches, 3)
 
 
 def test_masks_are_drawn_with_both_outlines_and_what_is_wrong(tmp_path):

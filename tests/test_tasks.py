@@ -211,21 +211,20 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     loaders = make_loaders(cfg)
     truth = torch.stack([loaders.test.dataset.target(k) for k in range(3)])
     said = truth.clone()
-    said[0] = 0  # misses all of the first
-    collector = make_task(cfg, loaders).collector(3)
-    collector.add(said[:2], truth[:2], {"timestamp": ["c", "a"], "ts": torch.zeros(2, 13, 2, 32, 32)})
-    collector.add(said[2:], truth[2:], {"timestamp": ["b"], "ts": torch.zeros(1, 13, 2, 32, 32)})
-    found = collector.predictions()
+    said[2] = 0  # misses all of the last
+    ts = torch.zeros(3, 13, 2, 32, 32)
+    batches = [(said[:2], truth[:2], {"timestamp": ["a", "b"], "ts": ts[:2]})]
+    batches += [(said[2:], truth[2:], {"timestamp": ["c"], "ts": ts[2:]})]
+    found = make_task(cfg, loaders).collect(batches, 3)
     inside = truth.sum((1, 2, 3))
-    assert found.values["iou"] == pytest.approx((inside[1:].sum() / inside.sum()).item())
+    assert found.values["iou"] == pytest.approx((inside[:2].sum() / inside.sum()).item())
     assert found.timestamps == ["a", "b", "c"] and found.scores["iou"].tolist() == [1, 1, 0]
     assert [example["timestamp"] for example in found.examples] == ["a", "b", "c"]
-    assert torch.equal(found.examples[2]["target"], truth[0])
+    assert torch.equal(found.examples[2]["target"], truth[2])
     again = ImagePredictions.from_table(found.table())
     assert again.same_samples(found) and not again.same_samples(ImagePredictions({}, found.scores.iloc[1:]))
-    quick = make_task(cfg, loaders).collector()
-    quick.add(said, truth, {"timestamp": ["c", "a", "b"]})
-    assert quick.predictions().values == pytest.approx(found.values)
+    quick = make_task(cfg, loaders).collect([(said, truth, {"timestamp": ["a", "b", "c"]})])
+    assert quick.values == pytest.approx(found.values)
 
 
 def test_what_is_to_beat_without_a_model(config):

@@ -55,12 +55,11 @@ def test_a_run_leaves_config_history_figures_and_summary(cfg):
     assert summary["status"] == "finished" and summary["metrics"] == {"test_rmse": 0.3, "test_tss": None}
 
 
-def test_the_first_row_fixes_the_columns(cfg):
+def test_a_new_name_is_a_new_column(cfg):
     run = start_run(cfg)
     run.log({"train": 1.0}, step=0)
-    with pytest.raises(ValueError, match="has the columns step, train, but this row has step, train, lr. Log the same"):
-        run.log({"train": 1.0, "lr": 0.1}, step=1)
-    assert (run.folder / "history.csv").read_text().splitlines() == ["step,train", "0,1.0"]
+    run.log({"train": 0.5, "lr": 0.1}, step=1)
+    assert (run.folder / "history.csv").read_text().splitlines() == ["step,train,lr", "0,1.0,", "1,0.5,0.1"]
 
 
 def test_a_killed_process_leaves_what_it_measured(cfg):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from helpers.channels import UNITS, colormap, denormalise, stack_scalers
 from helpers.config import KINDS, Config, find_named
-from helpers.training.resume import History
+from helpers.training.loop import History
 from helpers.training.tasks import ImagePredictions, Predictions
 
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}

@@ -14,9 +14,7 @@ from helpers.config import Config
 
 
 def make_accelerator(cfg: Config) -> Accelerator:
-    """An Accelerator on `training.device` in `training.precision`; a ValueError where these, or the batches of several
-    processes, do not fit the machine.
-    """
+    """An Accelerator on `training.device` in `training.precision`; a ValueError where these do not fit the machine."""
     # Accelerate keeps the first device and precision of a process, and another cell may ask for another one
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.pop("ACCELERATE_TORCH_DEVICE", None)
@@ -26,10 +24,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
         device = choose_device(cfg.training.device)
         cpu, os.environ["ACCELERATE_TORCH_DEVICE"] = device.type == "cpu", str(device)
     if cfg.training.precision == "fp16" and cpu:
-        raise ValueError(
-            "training.precision: fp16 needs a GPU, and this runs on cpu: its small range needs loss scaling, which "
-            "exists for CUDA alone. Set training.precision to bf16 or fp32."
-        )
+        raise ValueError("training.precision: fp16 needs a GPU, and this runs on cpu: set it to bf16 or fp32.")
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision={"fp32": "no"}.get(cfg.training.precision, cfg.training.precision),
@@ -37,10 +32,7 @@ def make_accelerator(cfg: Config) -> Accelerator:
         dataloader_config=DataLoaderConfiguration(split_batches=True),  # batch_size is that of all processes together
     )
     if cfg.training.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"{accelerator.num_processes} processes cannot share batches of {cfg.training.batch_size} samples equally: "
-            f"set training.batch_size to a multiple of {accelerator.num_processes}."
-        )
+        raise ValueError(f"training.batch_size must be a multiple of {accelerator.num_processes}, the processes here.")
     return accelerator
 
 

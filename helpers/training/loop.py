@@ -1,31 +1,45 @@
 """The training loop that the notebooks share: device, precision, accumulation, schedule, best epoch.
 
-Read `fit` and `Trainer.train_epoch`: they are the loop. What lets a training stop and go on stands in `resume.py`.
+Read `fit` and `Trainer.train_epoch`: they are the loop.
 """
 
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 
+import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
-from helpers.config import Config
-from helpers.data.dataset import Loaders
-from helpers.model.checkpoint import load_adapter, read_file, save_adapter, trained_state
+from helpers.config import Config, settings_that_matter
+from helpers.data.dataset import Loaders, fingerprint, in_batches
+from helpers.model.checkpoint import CheckpointError, load_adapter, loaded_from, read_file, save_adapter, trained_state
 from helpers.model.heads import FeatureModel
-from helpers.shared import DiskFullError
+from helpers.shared import DiskFullError, atomic_write, remove_leftovers
 from helpers.training.devices import make_accelerator
-from helpers.training.resume import History, RunState
-from helpers.training.tasks import ImagePredictions, Predictions, Task, make_task
+from helpers.training.tasks import ImagePredictions, Judged, Predictions, Task, make_task
 from helpers.training.tracking import BEST, STATE, Run, how_to_go_on
+
+
+@dataclass
+class History:
+    """One row an epoch (epoch 0 is before training, on a part of the training split) and which epoch was kept."""
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped: str = ""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The rows as a table indexed by epoch."""
+        return pd.DataFrame(self.rows).set_index("epoch")
 
 
 class Diverged(FloatingPointError):
@@ -41,9 +55,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 def seed_everything(cfg: Config) -> None:
-    """Seed Python, NumPy and torch, so that new layers start the same in every run of this configuration.
-
-    With `training.deterministic` every later operation is the same bit for bit, or raises where the device cannot.
+    """Seed Python, NumPy and torch, so that new layers start the same in every run; with `training.deterministic` every
+    later operation is the same bit for bit, or raises where the device cannot.
     """
     set_seed(cfg.seed)
     if cfg.training.deterministic:
@@ -52,9 +65,8 @@ def seed_everything(cfg: Config) -> None:
 
 
 def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> None:
-    """Give a 1D model the mean and deviation of its features over `head.feature_batches` batches of the training split.
-
-    It is moved to the device that will train it. A 2D model, which reads normalised pixels or tokens, stays as it is.
+    """Move a 1D model to its device, and give it the mean and deviation of its features over `head.feature_batches`
+    batches of the training split. A 2D model, which reads normalised pixels or tokens, stays as it is.
     """
     if isinstance(model, FeatureModel):
         accelerator = make_accelerator(cfg)
@@ -66,15 +78,10 @@ def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> Non
 def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None) -> History:
     """Train what requires a gradient and leave the model with the weights of its best epoch.
 
-    Losses are in the units of learning (`tasks.py`: numbers are standardised), metrics in target units. Epoch 0 is
-    judged before any step, so a broken set-up shows at once. In several processes each computes its share of every
-    batch; where the last one of an epoch does not divide, Accelerate fills it up with samples that count twice then.
-
-    Args:
-        model: takes the batch dict, returns (B, K) or (B, C, H, W).
-        cfg: `training` and `target` are read. With `training.resume` it goes on where that run stopped.
-        run: gets a row an epoch as it happens, the best weights, and the state from which an interrupted training can
-            go on. None keeps everything in memory alone.
+    The model takes the batch dict and returns (B, K) or (B, C, H, W). Losses are in the units of learning (`tasks.py`),
+    metrics in target units. Epoch 0 is judged before any step, so a broken set-up shows at once. The run gets a row an
+    epoch as it happens, the best weights, and the state from which `training.resume` goes on. In several processes each
+    computes its share of every batch; a last one that does not divide is filled up with samples that count twice then.
 
     Raises:
         ValueError: nothing to train, an output that does not have the target's shape, or a metric that cannot choose.
@@ -85,24 +92,25 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     try:
         if cfg.training.resume:
             trainer.resume()
-        while trainer.state.epoch <= cfg.training.epochs and not trainer.state.history.stopped:
+        while trainer.epoch <= cfg.training.epochs and not trainer.history.stopped:
             started = time.perf_counter()
-            loss = trainer.train_epoch() if trainer.state.epoch else trainer.loss_before_training()
-            trainer.end_epoch(loss, trainer.judge(loaders.val), time.perf_counter() - started)
+            loss = trainer.train_epoch() if trainer.epoch else trainer.loss_before_training()
+            trainer.end_epoch(loss, started)
     except KeyboardInterrupt:
         raise Interrupted(f"Interrupted. {trainer.what_remains()}") from None
     except DiskFullError as error:
         raise DiskFullError(f"{error} {trainer.what_remains()}") from None
     finally:
         trainer.finish()
-    return trainer.state.history
+    return trainer.history
 
 
 def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Predictions | ImagePredictions:
     """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time."""
     accelerator, task, loader = make_accelerator(cfg), make_task(cfg, loaders), getattr(loaders, split)
     model.to(accelerator.device)
-    return _judge(model, _in_order(loader), task, accelerator, samples=len(loader.dataset))[1]
+    in_order = in_batches(loader.dataset, cfg, loader.num_workers)  # the training loader shuffles
+    return judge(model, in_order, task, accelerator, samples=len(loader.dataset))[1]
 
 
 def predict_splits(
@@ -133,47 +141,56 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
 
 # ---- The loop
 class Trainer:
-    """One call of `fit`."""
+    """One call of `fit`, and all that a later process needs to go on as if it had never stopped.
+
+    Of `epoch`, which is to be done, so many `batches` and `samples` are done already, and `loss` is the sum over these.
+    """
 
     def __init__(self, model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None) -> None:
         self.loaders, self.cfg = loaders, cfg
         self.task, self.accelerator = make_task(cfg, loaders), make_accelerator(cfg)
         self.run = run if self.accelerator.is_main_process else None
         # whatever was drawn before, in cells of a notebook or elsewhere; and another dropout in each process
-        set_seed(cfg.seed, device_specific=self.accelerator.num_processes > 1)
+        set_seed(cfg.seed, device_specific=True)
         loaders.train.generator.manual_seed(cfg.seed)
         if cfg.training.initial_run and not cfg.training.resume:
             path, now = cfg.runs_folder / cfg.training.initial_run / BEST, cfg.to_dict()
             saved = read_file(path)["config"]
             same = all(saved[section] == now[section] for section in ("labels", "target", "head"))
             load_adapter(path, model, head=same)
-            head = "its head" if same else "a fresh head, as labels, target or head differ"
-            self.accelerator.print(f"Begins with what {path.parent.name} trained in the encoder, and {head}.")
+            head = "its head" if same else "a fresh head"
+            self.accelerator.print(f"Begins with the encoder of {path.parent.name}, and {head}.")
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
         self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)
-        steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
-        share = partial(_learning_rate_share, steps=steps, cfg=cfg)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
-        self.key = cfg.target.metrics[0]
-        self.sign = 1 if self.task.metrics[self.key].higher_is_better else -1
-        parts = {"optimizer": optimizer, "schedule": self.schedule}
-        if self.accelerator.scaler is not None:
-            parts["scaler"] = self.accelerator.scaler
-        path = self.run.folder / STATE if self.run is not None else None
-        self.state = RunState(path, model, parts, loaders, cfg)
+        self.steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_share)
+        self.parts = [part for part in (optimizer, self.schedule, self.accelerator.scaler) if part is not None]
+        # what must be the same in the run that goes on
+        data = fingerprint(getattr(loaders, name).dataset for name in loaders.sizes)
+        self.origin = {"config": settings_that_matter(cfg, "resume"), "data": data, "checkpoint": loaded_from(model)}
         if self.run is not None:
-            origin = self.state.origin
-            self.run.describe(data_fingerprint=origin["data"], checkpoint_fingerprint=origin["checkpoint"] or "none")
+            self.run.describe(data_fingerprint=data, checkpoint_fingerprint=loaded_from(model) or "none")
+        self.history, self.best, self.saved = History(), {}, "nothing was saved to go on from"
+        self.begin_epoch(0)
         total = cfg.training.epochs * len(self.train)
         self.bar = tqdm(total=total, unit="batch", disable=not self.accelerator.is_main_process)
 
+    def learning_rate_share(self, step: int) -> float:
+        """Share of the learning rate at an optimiser step: a linear rise, then half a cosine or nothing."""
+        warmup = round(self.cfg.training.warmup * self.steps)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.cfg.training.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+
     def train_epoch(self) -> float:
         """One pass over the training split, or over what is left of it; the mean loss."""
-        state, accelerator = self.state, self.accelerator
-        self.bar.set_description(f"epoch {state.epoch}/{self.cfg.training.epochs}")
+        accelerator = self.accelerator
+        self.bar.set_description(f"epoch {self.epoch}/{self.cfg.training.epochs}")
         self.model.train()
-        for batch in skip_first_batches(self.train, state.batches) if state.batches else self.train:
+        for batch in skip_first_batches(self.train, self.batches) if self.batches else self.train:
             with accelerator.accumulate(self.model):
                 loss = self.task.loss(self.model(batch), batch["target"])
                 value = accelerator.reduce(loss.detach(), "mean").item()  # of all processes
@@ -188,129 +205,177 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             size = len(batch["target"]) * accelerator.num_processes
-            state.loss += value * size
-            state.samples += size
-            state.batches += 1
+            self.loss += value * size
+            self.samples += size
+            self.batches += 1
             self.bar.update()
             if accelerator.sync_gradients:
                 self.schedule.step()
                 if self.schedule.last_epoch % self.cfg.training.save_every_steps == 0:
-                    state.save()
-        return state.loss / state.samples
+                    self.save()
+        return self.loss / self.samples
 
     def loss_before_training(self) -> float:
         """The training loss before any step, of as many samples, evenly spaced, as validation has, and at least 64."""
-        data = self.loaders.train.dataset
-        count = min(len(data), max(64, len(self.loaders.val.dataset)))  # fewer are another loss: labels have long tails
-        chosen = torch.linspace(0, len(data) - 1, count).round().long().tolist()
-        return self.judge(_in_order(self.loaders.train, Subset(data, chosen)))["loss"]
+        train = self.loaders.train
+        # fewer are another loss: labels have long tails
+        count = min(len(train.dataset), max(64, len(self.loaders.val.dataset)))
+        chosen = torch.linspace(0, len(train.dataset) - 1, count).round().long().tolist()
+        some = in_batches(Subset(train.dataset, chosen), self.cfg, train.num_workers)
+        return judge(self.model, some, self.task, self.accelerator)[0]
 
-    def judge(self, loader: DataLoader) -> dict[str, float]:
-        """Loss and metrics over all samples of a loader."""
-        loss, found = _judge(self.model, loader, self.task, self.accelerator)
+    def end_epoch(self, train_loss: float, started: float) -> None:
+        """Judge validation, write the row of the epoch, keep the weights if they are the best; stop out of patience."""
+        history, name, patience = self.history, self.cfg.target.metrics[0], self.cfg.training.patience
+        val_loss, found = judge(self.model, self.loaders.val, self.task, self.accelerator)
         found.threshold = found.choose_threshold(self.cfg)
-        return {"loss": loss, **found.metrics(self.cfg)}
-
-    def end_epoch(self, loss: float, judged: Mapping[str, float], seconds: float) -> None:
-        """Write the row of the epoch, keep the weights if they are the best, and decide whether to go on."""
-        state, epoch = self.state, self.state.epoch
-        rate, judged = self.optimizer.param_groups[0]["lr"], {f"val_{name}": value for name, value in judged.items()}
-        state.history.rows.append({"epoch": epoch, "lr": rate, "train_loss": loss, **judged, "seconds": seconds})
+        row = {"epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "train_loss": train_loss}
+        row |= {"val_loss": val_loss, **{f"val_{key}": value for key, value in found.metrics(self.cfg).items()}}
+        history.rows.append(row | {"seconds": time.perf_counter() - started})
         if self.run is not None:
-            self.run.log(state.history.rows[-1], step=epoch)
-        value = judged[f"val_{self.key}"]
-        self.bar.set_postfix({"train loss": f"{loss:.3f}", f"val {self.key}": f"{value:.3f}"})
-        if epoch == 0 and not math.isfinite(judged["val_loss"]):
+            self.run.log(history.rows[-1], step=self.epoch)
+        value, best = row[f"val_{name}"], history.rows[history.best_epoch][f"val_{name}"]
+        self.bar.set_postfix({"train loss": f"{train_loss:.3f}", f"val {name}": f"{value:.3f}"})
+        if self.epoch == 0 and not math.isfinite(val_loss):
             raise FloatingPointError(
-                f"The validation loss is {judged['val_loss']} before any training. Look for NaN in the inputs and "
-                "targets with one batch of loaders.val, and in the weights that were loaded."
+                f"The validation loss is {val_loss} before any training. Look for NaN in the inputs and targets of one "
+                "batch of loaders.val, and in the weights that were loaded."
             )
-        if epoch == 0 and math.isnan(value):
+        if self.epoch == 0 and math.isnan(value):
             raise ValueError(
-                f"The validation {self.key} is not a number, so it cannot choose the best epoch: those of events need "
-                "events and quiet times in every column, r2 and rrse targets that differ, mape targets other than "
-                "zero, iou and dice a mask with a pixel inside. Put another metric first in target.metrics, lengthen "
-                "split.val, or raise training.max_val_samples."
+                f"The validation {name} is not a number, so it cannot choose the best epoch: it needs events and "
+                "quiet times in every column, targets that differ, or a mask with a pixel inside. Put another metric "
+                "first in target.metrics, lengthen split.val, or raise training.max_val_samples."
             )
-        if value * self.sign > state.score:
-            state.score, state.history.best_epoch = value * self.sign, epoch
-            state.best = {key: tensor.detach().clone() for key, tensor in trained_state(self.inner).items()}
+        better = value > best if self.task.metrics[name].higher_is_better else value < best
+        if better or self.epoch == 0:
+            history.best_epoch = self.epoch
+            self.best = {key: tensor.detach().clone() for key, tensor in trained_state(self.inner).items()}
             if self.run is not None:
-                scalers = {name: asdict(scaler) for name, scaler in self.cfg.scalers.items()}
-                extra = {"epoch": epoch, "scalers": scalers, **self.loaders.scale}
+                scalers = {channel: asdict(scaler) for channel, scaler in self.cfg.scalers.items()}
+                extra = {"epoch": self.epoch, "scalers": scalers, **self.loaders.scale}
                 save_adapter(self.run.folder / BEST, self.inner, self.cfg.to_dict(), extra=extra)
-        elif epoch - state.history.best_epoch >= self.cfg.training.patience:
-            state.history.stopped = f"no better validation {self.key} for {self.cfg.training.patience} epochs"
-        state.begin_epoch(epoch + 1)
-        state.save()
+        elif self.epoch - history.best_epoch >= patience:
+            history.stopped = f"no better validation {name} for {patience} epochs"
+        self.begin_epoch(self.epoch + 1)
+        self.save()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Nothing of this epoch is done; the order of its samples follows from the generator as it is now."""
+        self.epoch, self.batches, self.samples, self.loss = epoch, 0, 0, 0.0
+        self.order = self.loaders.train.generator.get_state()
+
+    def where(self) -> str:
+        """How far the training is."""
+        return f"after batch {self.batches} of epoch {self.epoch}" if self.batches else f"after epoch {self.epoch - 1}"
+
+    def save(self) -> None:
+        """Write all that changes to one file of the run's folder. All processes call this together.
+
+        Accelerate's `save_state` writes a folder, which cannot take the place of the one before in one step. A file
+        can: a kill at any moment leaves the old state or the new one, whole.
+        """
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        randomness = gather_object([{"torch": torch.get_rng_state(), "cuda": cuda}])
+        if self.run is None:
+            return
+        state = {
+            **self.origin,
+            "model": {key: tensor.detach() for key, tensor in trained_state(self.inner).items()},
+            "best": self.best,
+            "parts": [part.state_dict() for part in self.parts],
+            "random": randomness,
+            "order": self.order,
+            "progress": (self.epoch, self.batches, self.samples, self.loss),
+            "history": vars(self.history),
+        }
+        with atomic_write(self.run.folder / STATE) as path:
+            torch.save(state, path)
+        self.saved = f"the last good state is {self.run.folder / STATE} ({self.where()})"
 
     def resume(self) -> None:
-        """Take everything from the run `training.resume`; what follows is as if it had never stopped."""
-        name, state, accelerator = self.cfg.training.resume, self.state, self.accelerator
-        state.load(self.cfg.runs_folder / name / STATE, accelerator.process_index, accelerator.num_processes)
-        for row in state.history.rows if self.run is not None else ():
+        """Take everything from the run `training.resume` (else a CheckpointError), as if it had never stopped."""
+        path, processes = self.cfg.runs_folder / self.cfg.training.resume / STATE, self.accelerator.num_processes
+        if not path.is_file():
+            there = sorted(found.parent.name for found in self.cfg.runs_folder.glob(f"*/{STATE}"))
+            raise CheckpointError(
+                f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
+            )
+        remove_leftovers(path.parent)  # of a kill while it saved
+        state, own = read_file(path), trained_state(self.inner)
+        before, now = state["config"], self.origin["config"]
+        other = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
+        reasons = {
+            f"other settings: {', '.join(other)}": other,
+            "other frames or labels": state["data"] != self.origin["data"],
+            "another checkpoint under the model": state["checkpoint"] != self.origin["checkpoint"],
+            "another model": set(state["model"]) != set(own),
+            f"{len(state['random'])} process(es), and now there are {processes}": len(state["random"]) != processes,
+        }
+        if found := [reason for reason, holds in reasons.items() if holds]:
+            raise CheckpointError(
+                f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(found)}."
+            )
+        with torch.no_grad():
+            for key, tensor in state["model"].items():
+                own[key].copy_(tensor)
+        for part, saved in zip(self.parts, state["parts"], strict=True):
+            part.load_state_dict(saved)
+        self.epoch, self.batches, self.samples, self.loss = state["progress"]
+        self.history, self.best, self.order = History(**state["history"]), state["best"], state["order"]
+        self.loaders.train.generator.set_state(self.order)
+        random = state["random"][self.accelerator.process_index]
+        torch.set_rng_state(random["torch"])
+        torch.cuda.set_rng_state_all(random["cuda"][: torch.cuda.device_count()])
+        for row in self.history.rows if self.run is not None else ():
             self.run.log(row, step=row["epoch"])
-        self.bar.update(min(max(state.epoch - 1, 0) * len(self.train) + state.batches, self.bar.total))
-        accelerator.print(f"going on with {name}, {state.where}")
-        state.save()  # under the new name: this run, too, may be interrupted before its first step
+        self.bar.update(max(self.epoch - 1, 0) * len(self.train) + self.batches)
+        self.accelerator.print(f"going on with {path.parent.name}, {self.where()}")
+        self.save()  # under the new name: this run, too, may be interrupted before its first step
 
     def finish(self) -> None:
         """Give the model its own forward back, and the weights of its best epoch."""
         self.bar.close()
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        self.inner.load_state_dict(self.state.best, strict=False)
+        self.inner.load_state_dict(self.best, strict=False)
 
     def what_remains(self) -> str:
         """Which weights the model has when a training ends early, what is on the disk, and how to go on."""
-        best = f"The model has the weights of epoch {self.state.history.best_epoch}, its best so far"
-        weights = best if self.state.best else "Nothing is trained"
+        best = f"The model has the weights of epoch {self.history.best_epoch}, its best so far"
         how = f" {how_to_go_on(self.run.name, self.cfg)}" if self.run is not None else ""
-        return f"{weights}; {self.state.saved}.{how}"
+        return f"{best if self.best else 'Nothing is trained'}; {self.saved}.{how}"
 
     def _diverged(self, what: str) -> Diverged:
-        state, lr = self.state, self.cfg.training.lr
-        return Diverged(
-            f"{what} at batch {state.batches + 1} of epoch {state.epoch}. Lower training.lr (now {lr}) or lengthen "
-            "training.warmup; if it happens in the first batches, look for NaN in the inputs with one batch of the "
-            f"loader. {self.what_remains()}",
-            state.history,
+        message = (
+            f"{what} at batch {self.batches + 1} of epoch {self.epoch}. Lower training.lr (now {self.cfg.training.lr}) "
+            "or lengthen training.warmup; in the first batches, look for NaN in the inputs."
         )
-
-
-def _learning_rate_share(step: int, steps: int, cfg: Config) -> float:
-    """Share of the learning rate at an optimiser step: a linear rise, then half a cosine or nothing."""
-    warmup = round(cfg.training.warmup * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if cfg.training.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return Diverged(f"{message} {self.what_remains()}", self.history)
 
 
 # ---- Judging
 @torch.no_grad()
-def _judge(
+def judge(
     model: nn.Module, loader: DataLoader, task: Task, accelerator: Accelerator, samples: int | None = None
 ) -> tuple[float, Predictions | ImagePredictions]:
-    """Mean loss and predictions of all samples of a loader, each once, however many processes share them."""
-    collector, total, count = task.collector(samples), 0.0, 0
+    """Mean loss and predictions of all samples of a loader (`samples`, where images are to be kept, `ImageTask`), each
+    once, however many processes share them.
+    """
+    losses, sizes = [], []
+
+    def judged() -> Iterator[Judged]:
+        for batch in accelerator.prepare_data_loader(loader):
+            with accelerator.autocast():
+                output = model(batch).float()
+            output, target = accelerator.gather_for_metrics((output, batch["target"]))
+            batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
+            if accelerator.num_processes > 1:
+                del batch["ts"]  # only this process's share
+            output, target = output.cpu().contiguous(), target.cpu()
+            losses.append(task.loss(output, target).item())
+            sizes.append(len(target))
+            yield task.to_units(output), target, batch
+
     model.eval()
-    for batch in accelerator.prepare_data_loader(loader):
-        with accelerator.autocast():
-            output = model(batch).float()
-        output, target = accelerator.gather_for_metrics((output, batch["target"]))
-        batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
-        if accelerator.num_processes > 1:
-            del batch["ts"]  # only this process's share
-        output, target = output.cpu().contiguous(), target.cpu()
-        total, count = total + task.loss(output, target).item() * len(target), count + len(target)
-        collector.add(task.to_units(output), target, batch)
-    return total / count, collector.predictions()
-
-
-def _in_order(loader: DataLoader, data: Subset | None = None) -> DataLoader:
-    """The samples of a loader, or `data`, in the order of time: a training loader shuffles."""
-    names = ("batch_size", "num_workers", "multiprocessing_context", "pin_memory")
-    same = {name: getattr(loader, name) for name in names}
-    # a generator of its own, because an iterator would draw from the global one
-    return DataLoader(data or loader.dataset, generator=torch.Generator(), **same)
+    found = task.collect(judged(), samples)
+    return float(np.average(losses, weights=sizes)), found

@@ -62,28 +62,25 @@ def estimate_memory(
 
 
 def recompute_if_needed(model: nn.Module, batch: Mapping[str, Any], cfg: Config, free: int | None = None) -> None:
-    """With `training.recompute_blocks: auto`, let as few blocks of the encoder as possible recompute their activations,
-    so that a training step of the shape of `batch` fits into `free` bytes (None: of the device); says so.
-
-    The model, with what trains chosen, is moved to its device. A tenth of the memory is left for libraries.
+    """With `training.recompute_blocks: auto`, move the model (with what trains chosen) to its device, and let as few
+    blocks of the encoder as possible recompute their activations, so that a training step of the shape of `batch` fits
+    into 0.9 (the rest is for libraries) of `free` bytes (None: of the device); says so.
     """
     if cfg.training.recompute_blocks != "auto" or not hasattr(model, "encoder"):
         return
     accelerator, backbone = make_accelerator(cfg), encoder_of(model).backbone
     model.to(accelerator.device)
     free = free_memory(accelerator.device) if free is None else free
-    needed = []  # bytes that a step adds, by the number of blocks that recompute
     for count in range(cfg.model.depth + 1):
         backbone.recompute_blocks = frozenset(range(count))
-        share = cfg.training.batch_size // accelerator.num_processes
-        estimate = estimate_memory(model, batch, cfg, share)
-        needed.append(estimate.optimizer + estimate.step)
-        if fits := needed[-1] <= 0.9 * free:
+        estimate = estimate_memory(model, batch, cfg, cfg.training.batch_size // accelerator.num_processes)
+        added = estimate.optimizer + estimate.step
+        if added <= 0.9 * free:
             break
     if count:
-        sizes = f"{needed[0] / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {accelerator.device}"
-        print(f"{count} of {cfg.model.depth} blocks recompute their activations: a step would add {sizes}.")
-    if not fits:
+        sizes = f"a step adds {added / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free on {accelerator.device}"
+        print(f"{count} of {cfg.model.depth} blocks recompute their activations, so that {sizes}.")
+    if added > 0.9 * free:
         print(f"Even so it may not fit: lower training.batch_size, which is {cfg.training.batch_size}.")
 
 

@@ -20,8 +20,30 @@ class NumberMetric:
     higher_is_better: bool
     # of prediction and target of a whole split, both (N, K) float64: one value, or one an output (K,), to be averaged
     compute: Callable[..., Tensor]
-    of_events: bool = False  # it counts events, so `compute` takes the event threshold as a third argument
+    of_events: bool = False  # `compute` takes the event threshold as a third argument
+    of_alarms: bool = True  # ... and predictions from it on are alarms, else probabilities
     physical: bool = False  # all that `compute` takes is physical, 10**x of logarithms, instead of in target units
+
+    def score(
+        self,
+        prediction: Tensor,  # (N, K) float in target units; several outputs are averaged with equal weight
+        target: Tensor,
+        threshold: float | None = None,  # what counts as an event, in target units
+        physical: Callable[[Any], Any] = lambda values: values,  # from target units, `cfg.labels.physical`
+        alarm: float | None = None,  # from which prediction on an event is forecast; None: `threshold`
+    ) -> float:
+        """The metric of a whole split; a ValueError where shapes differ: (N,) and (N, 1) would broadcast to N x N."""
+        if prediction.shape != target.shape or prediction.ndim != 2:
+            raise ValueError(
+                f"Predictions {(*prediction.shape,)} and targets {(*target.shape,)} must both be (samples, outputs)."
+            )
+        given = [prediction.double().contiguous(), target.double().contiguous()]
+        if self.of_events:
+            given.append(float(np.float32(threshold)))  # as the targets are kept
+            if self.of_alarms and alarm is not None:  # moved, so that both thresholds are the same
+                given[0] = given[0] - alarm + given[2]
+        given = [physical(values) for values in given] if self.physical else given
+        return float(self.compute(*given).double().mean())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +87,7 @@ def event_metric(score: Callable[..., Any], counts: bool, higher_is_better: bool
             found = torch.tensor([score(e, p) if known else torch.nan for e, p, known in columns], dtype=torch.float64)
         return found.where(defined, torch.nan)
 
-    return NumberMetric(higher_is_better=higher_is_better, compute=compute, of_events=True)
+    return NumberMetric(higher_is_better=higher_is_better, compute=compute, of_events=True, of_alarms=counts)
 
 
 def brier_skill(events: np.ndarray, probability: np.ndarray) -> float:
@@ -85,8 +107,7 @@ SCORES = {
 RANKS = {"auc": skill.roc_auc_score, "average_precision": skill.average_precision_score}
 PROBABILITIES = {"brier_skill": brier_skill, "log_loss": skill.log_loss}
 EVENTS = {name: event_metric(score, counts=True) for name, score in SCORES.items()}  # what yes or no is judged by
-for _name, _score in (RANKS | PROBABILITIES).items():
-    EVENTS[_name] = event_metric(_score, counts=False, higher_is_better=_name != "log_loss")
+EVENTS |= {name: event_metric(score, False, name != "log_loss") for name, score in (RANKS | PROBABILITIES).items()}
 NUMBERS = {
     "rmse": NumberMetric(higher_is_better=False, compute=lambda p, t: ((p - t) ** 2).mean(0).sqrt()),
     "mae": NumberMetric(higher_is_better=False, compute=lambda p, t: (p - t).abs().mean(0)),
@@ -97,41 +118,9 @@ NUMBERS = {
 }
 
 
-def compute_metrics(
-    prediction: Tensor,  # (N, K) float in target units; several outputs are averaged with equal weight
-    target: Tensor,
-    metrics: dict[str, NumberMetric],  # by name, entries of `NUMBERS` or `EVENTS`, or your own
-    threshold: float | None = None,  # what counts as an event, in target units
-    physical: Callable[[Any], Any] = lambda values: values,  # from target units to physical ones, `cfg.labels.physical`
-    alarm: float | None = None,  # from which prediction on an event is forecast; None: `threshold`
-) -> dict[str, float]:
-    """These metrics of a whole split.
-
-    Raises ValueError where shapes differ: a (N,) target against (N, 1) would broadcast to N x N without a word.
-    """
-    if prediction.shape != target.shape or prediction.ndim != 2:
-        raise ValueError(
-            f"Predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} must both be (samples, outputs)."
-        )
-    threshold = threshold if threshold is None else float(np.float32(threshold))  # as the targets are kept
-    prediction, target, found = prediction.double().contiguous(), target.double().contiguous(), {}
-    for name, metric in metrics.items():
-        given = [prediction, target]
-        if metric.of_events:  # moved, so that both thresholds are the same; a probability is judged as it is
-            moved = prediction if alarm is None or name in RANKS | PROBABILITIES else prediction - alarm + threshold
-            given = [moved, target, threshold]
-        given = [physical(values) for values in given] if metric.physical else given
-        found[name] = float(metric.compute(*given).double().mean())
-    return found
-
-
 # ---- Masks and images
 class PixelCorrelation(torchmetrics.PearsonCorrCoef):
     """Pearson's correlation over all pixels of all images; 0 for a constant prediction, NaN for a constant target."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.set_dtype(torch.float64)
 
     def update(self, preds: Tensor, target: Tensor) -> None:  # (B, C, H, W)
         super().update(preds.flatten().double(), target.flatten().double())

@@ -41,10 +41,8 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
         if cfg.labels.target_channels and cfg.labels.target_offset_minutes > 0:
             references["persistence"] = data.at_offset(0).target
         for name, predicted in references.items():
-            collector = make_task(cfg, loaders).collector(samples=0)
-            for row, time in enumerate(times):
-                collector.add(predicted(row)[None], data.target(row)[None], {"timestamp": [time]})
-            predictions[name] = collector.predictions()
+            judged = ((predicted(n)[None], data.target(n)[None], {"timestamp": [time]}) for n, time in enumerate(times))
+            predictions[name] = make_task(cfg, loaders).collect(judged, samples=0)
         return predictions
     known = known_labels(data.labels, data.samples, cfg)
     before = pd.DatetimeIndex(data.samples["label_time"].to_numpy("datetime64[s]") - ROTATION)
@@ -76,10 +74,9 @@ def known_labels(labels: Labels, samples: pd.DataFrame, cfg: Config) -> np.ndarr
 
 
 def past_activity(loaders: Loaders, data: SolarDataset, cfg: Config) -> np.ndarray:
-    """Predictions (N, K) from `history` alone: ridge regression, of events logistic regression (probabilities).
-
-    It is fitted on training without the labels of validation and test, even where these lie earlier; its penalty is
-    chosen on validation, by squared error or log loss, without the labels of test.
+    """Predictions (N, K) from `history` alone: ridge regression, of events logistic regression (probabilities). Fitted
+    on training without the labels of validation and test, even where these lie earlier; the penalty is chosen on
+    validation, by squared error or log loss, without the labels of test.
     """
     train, val, test = (getattr(loaders, name).dataset for name in SPLITS)
     events, mean, columns = cfg.labels.kind == "event", loaders.target_mean.numpy(), []

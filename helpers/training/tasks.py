@@ -6,7 +6,7 @@ all but images. Predictions of numbers are kept whole; images are judged as they
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -14,15 +14,15 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 import torch
-import torchmetrics
 from torch import Tensor
 from torch.nn import functional as F
 
 from helpers.config import Config, find_named
 from helpers.data.dataset import Loaders
-from helpers.training.metrics import EVENTS, IMAGES, NUMBERS, PROBABILITIES, RANKS, compute_metrics
+from helpers.training.metrics import EVENTS, IMAGES, NUMBERS
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
+Judged = tuple[Tensor, Tensor, Mapping[str, Any]]
 
 
 # ---- Predictions
@@ -37,16 +37,15 @@ class Predictions:
 
     def metrics(self, cfg: Config) -> dict[str, float]:
         """Those of `metrics_of`; of yes or no with a chosen threshold "tss_at_0.5", too, the TSS at 0.5."""
-        units = cfg.event_threshold, cfg.labels.physical, self.threshold
-        found = compute_metrics(self.prediction, self.target, metrics_of(cfg), *units)
+        found = {key: self.score(key, slice(None), cfg) for key in metrics_of(cfg)}
         if self.threshold is not None and cfg.labels.kind == "event":
             found["tss_at_0.5"] = replace(self, threshold=None).score("tss", slice(None), cfg)
         return found
 
     def score(self, key: str, rows: np.ndarray | slice, cfg: Config) -> float:
         """One metric of some of the samples."""
-        units = cfg.event_threshold, cfg.labels.physical, self.threshold
-        return compute_metrics(self.prediction[rows], self.target[rows], {key: metrics_of(cfg)[key]}, *units)[key]
+        both = self.prediction[rows], self.target[rows]
+        return metrics_of(cfg)[key].score(*both, cfg.event_threshold, cfg.labels.physical, self.threshold)
 
     def choose_threshold(self, cfg: Config) -> float | None:
         """The prediction from which on an event is best forecast here (validation), by the first metric that depends
@@ -56,14 +55,15 @@ class Predictions:
         if not events.any():
             return None
         # recall alone would have it always warn, precision hardly ever; tss is always there
-        others = {"recall", "precision", *RANKS, *PROBABILITIES}
-        key, metric = next((k, m) for k, m in metrics_of(cfg).items() if m.of_events and k not in others)
-        sign = 1 if metric.higher_is_better else -1
+        asked = [metric for key, metric in metrics_of(cfg).items() if key not in ("recall", "precision")]
+        metric = next(metric for metric in asked if metric.of_events and metric.of_alarms)
         said, best = self.prediction.double().unique(), self.prediction[events].double().unique()
         # scores are best right below the prediction of an event, of which there may be few among many others
         below = torch.searchsorted(said, best.quantile(torch.linspace(0, 1, 50).double(), interpolation="nearest"))
         levels = ((said[below] + said[(below - 1).clamp(0)]) / 2).tolist()
-        scores = [sign * replace(self, threshold=level).score(key, slice(None), cfg) for level in levels]
+        given = self.prediction, self.target, cfg.event_threshold, cfg.labels.physical
+        scores = np.array([metric.score(*given, level) for level in levels])
+        scores = scores if metric.higher_is_better else -scores
         return None if np.isnan(scores).all() else levels[np.nanargmax(scores)]
 
     def interval(self, level: float = 0.9) -> Tensor:
@@ -135,61 +135,6 @@ def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Conf
     return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
 
 
-class NumberCollector:
-    """Takes predictions of numbers batch by batch, and keeps them all."""
-
-    def __init__(self) -> None:
-        self.batches, self.times = [], []
-
-    def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
-        """One batch: prediction and target (B, K) in target units on the CPU, and the batch with its timestamps."""
-        self.batches.append((prediction, target))
-        self.times += batch["timestamp"]
-
-    def predictions(self) -> Predictions:
-        """Everything that was taken, in the order of time."""
-        prediction, target = (torch.cat(part) for part in zip(*self.batches, strict=True))
-        order = np.argsort(self.times)
-        return Predictions(prediction[order], target[order], [self.times[i] for i in order])
-
-
-class ImageCollector:
-    """Takes predictions of masks or images batch by batch: metrics and a few examples.
-
-    Of `samples`, the number that will come, None keeps the metrics of the split alone, which is faster. The metrics of
-    `masks` are given 0 and 1; a pixel on the averaged edge of a finer mask is inside from one half up.
-    """
-
-    def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None, masks: bool) -> None:
-        self._metrics, self._detailed, self._masks, self._inside = metrics, samples is not None, masks, False
-        self._drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
-        self._rows, self._examples = [], []  # a dict an image
-
-    def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
-        """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
-        judged = (target >= 0.5).int() if self._masks else target
-        self._inside = self._inside or self._masks and bool(judged.any())
-        if not self._detailed:
-            for metric in self._metrics.values():
-                metric.update(prediction, judged)
-            return
-        for k, time in enumerate(batch["timestamp"]):
-            if len(self._rows) in self._drawn and "ts" in batch:
-                seen = {"timestamp": time, "ts": batch["ts"][k].cpu()}
-                self._examples.append({**seen, "prediction": prediction[k], "target": target[k]})
-            # calling a metric takes the image in and returns the value of this image by itself
-            scores = {name: float(metric(prediction[[k]], judged[[k]])) for name, metric in self._metrics.items()}
-            self._rows.append({"timestamp": time, **scores, "target_mean": target[k].mean().item()})
-
-    def predictions(self) -> ImagePredictions:
-        """What was kept, in the order of time."""
-        nothing = self._masks and not self._inside  # then an empty mask would be a perfect one
-        values = {name: math.nan if nothing else float(metric.compute()) for name, metric in self._metrics.items()}
-        scores = pd.DataFrame(self._rows, columns=["timestamp", *values, "target_mean"])
-        examples = sorted(self._examples, key=lambda example: example["timestamp"])
-        return ImagePredictions(values, scores.sort_values("timestamp", ignore_index=True), examples)
-
-
 # ---- Losses
 def bce_dice(output: Tensor, target: Tensor, share: float) -> Tensor:
     """Cross-entropy plus soft Dice loss (V-Net, arXiv:1606.04797; one term an image) of masks.
@@ -220,8 +165,8 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce":
 
 # ---- Tasks
 class Task:
-    """What a kind of target decides. Each has a `collector(samples)` for the predictions of a split of so many samples,
-    or of one of which the metrics are enough (None).
+    """What a kind of target decides. Each has a `collect(judged, samples)`, which puts the predictions of a split
+    together: from batches in order of prediction and target in target units, on the CPU, and what these are of.
     """
 
     registry: dict[str, Any]  # the metrics that there are
@@ -256,8 +201,13 @@ class NumberTask(Task):
     def to_units(self, output: Tensor) -> Tensor:
         return output * self.loaders.target_std.to(output.device) + self.loaders.target_mean.to(output.device)
 
-    def collector(self, samples: int | None = None) -> NumberCollector:
-        return NumberCollector()
+    def collect(self, judged: Iterable[Judged], samples: int | None = None) -> Predictions:
+        predictions, targets, times = [], [], []
+        for prediction, target, batch in judged:
+            predictions.append(prediction)
+            targets.append(target)
+            times += batch["timestamp"]
+        return Predictions(torch.cat(predictions), torch.cat(targets), times)
 
 
 class ImageTask(Task):
@@ -265,10 +215,32 @@ class ImageTask(Task):
 
     registry, predictions = IMAGES, ImagePredictions
 
-    def collector(self, samples: int | None = None) -> ImageCollector:
-        threshold, span = self.cfg.target.mask_threshold, self.loaders.target_span
-        metrics = {name: metric.make(threshold, span) for name, metric in self.metrics.items()}
-        return ImageCollector(metrics, samples, masks=self.cfg.labels.kind == "mask")
+    def collect(self, judged: Iterable[Judged], samples: int | None = None) -> ImagePredictions:
+        """Metrics, and of `samples`, the number that will come, those of each image and a few examples; None is faster.
+
+        A pixel on the averaged edge of a finer mask is inside from one half up.
+        """
+        own, masks = (self.cfg.target.mask_threshold, self.loaders.target_span), self.cfg.labels.kind == "mask"
+        metrics = {name: metric.make(*own) for name, metric in self.metrics.items()}
+        drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
+        rows, examples, inside = [], [], False
+        for prediction, target, batch in judged:
+            truth = (target >= 0.5).int() if masks else target
+            inside = inside or bool(truth.any())
+            if samples is None:
+                for metric in metrics.values():
+                    metric.update(prediction, truth)
+                continue
+            for k, time in enumerate(batch["timestamp"]):
+                if len(rows) in drawn and "ts" in batch:
+                    seen = {"timestamp": time, "ts": batch["ts"][k].cpu()}
+                    examples.append({**seen, "prediction": prediction[k], "target": target[k]})
+                # calling a metric takes the image in and returns the value of this image by itself
+                scores = {name: float(metric(prediction[[k]], truth[[k]])) for name, metric in metrics.items()}
+                rows.append({"timestamp": time, **scores, "target_mean": target[k].mean().item()})
+        nothing = masks and not inside  # then an empty mask would be a perfect one
+        values = {name: math.nan if nothing else float(metric.compute()) for name, metric in metrics.items()}
+        return ImagePredictions(values, pd.DataFrame(rows, columns=["timestamp", *values, "target_mean"]), examples)
 
 
 class Odds(Task):
@@ -280,13 +252,12 @@ class Odds(Task):
         share = self.loaders.target_mean.float()
         share = share if share.ndim == 1 else share.mean()
         for k in np.flatnonzero((share <= 0) | (share >= 1))[:1]:
-            what, names = "Every pixel of the training masks", ("outside", "inside")
-            mend = "thin structures vanish in reduced masks, unless labels.mask_reduce is any or mean"
+            what = f"pixel of the training masks is {'inside' if share.max() else 'outside'}"
+            mend = "labels.mask_reduce: any or mean keeps thin structures"
             if share.ndim:
-                what, names = f"Every label of column {k + 1} of {len(share)} in the training split", ("0", "1")
-                mend = "rare events need a longer split.train, a larger training.max_train_samples or another event_at"
-            found = names[int(share.reshape(-1)[k])]
-            raise ValueError(f"{what} is {found}, so there is nothing to tell apart. Look at labels.path; {mend}.")
+                what = f"label of column {k + 1} of {len(share)} in the training split is {share[k]:.0f}"
+                mend = "rare events need a longer split.train or another event_at"
+            raise ValueError(f"Every {what}, so there is nothing to tell apart. Look at labels.path; {mend}.")
         return share
 
     def learned(self, output: Tensor, target: Tensor) -> tuple[Tensor, ...]:
@@ -330,7 +301,6 @@ def check_shapes(output: Tensor, target: Tensor) -> None:
     """Raise ValueError with both shapes and the settings to look at when they differ."""
     if output.shape != target.shape:
         raise ValueError(
-            f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}. The "
-            "second number must be that of labels.value_columns, or of the target's channels (num_outputs or out_chans "
-            "of the head); images of another resolution mean that the model was built with another labels.reduce."
+            f"The model returns {tuple(output.shape)} but the targets of the batch are {tuple(target.shape)}: look at "
+            "num_outputs or out_chans of the head, labels.value_columns, and for the size of images labels.reduce."
         )

@@ -21,7 +21,7 @@ import pandas as pd
 import yaml
 
 from helpers.config import Config
-from helpers.shared import atomic_write, disk_errors, make_folder, share
+from helpers.shared import atomic_write, make_folder, share
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,39 +35,25 @@ class Run:
     """One run and its folder `runs/<name>/`, for `with`, or call `finish()` at the end."""
 
     def __init__(self, folder: Path, cfg: Config) -> None:
-        self.folder, self.name = folder, folder.name
-        self._columns: list[str] | None = None
-        self._metrics: dict[str, Any] = {}
+        self.folder, self.name, self._rows = folder, folder.name, []
         self._about = {"name": self.name, "experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
-        self._about |= {"started": datetime.now(UTC).isoformat(), "commit": commit_of(cfg.root)}
+        self._about |= {"started": datetime.now(UTC).isoformat(), "commit": commit_of(cfg.root), "status": "running"}
         with atomic_write(folder / "config.yaml") as path:
             path.write_text(yaml.safe_dump(cfg.to_dict(), sort_keys=False), encoding="utf-8")
-        self._write_summary("running")
+        self._note(metrics={}, data_fingerprint=None)
         self._wandb = _start_wandb(cfg, folder, self._about["commit"])
 
     def describe(self, **origin: str) -> None:
         """Note where the numbers come from, such as the fingerprints of data and checkpoint."""
-        self._about |= origin
-        self._write_summary("running")
+        self._note(**origin)
         self._online(lambda run: run.config.update(origin))
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Append one row to history.csv, on disk at once, so that a killed kernel leaves what was measured.
-
-        The first column is `step`, the epoch; the first call fixes the names of the others, else a ValueError.
-        """
-        row = {"step": step, **{key: _plain(value) for key, value in metrics.items()}}
-        self._columns = self._columns or list(row)
-        if set(row) != set(self._columns):
-            raise ValueError(
-                f"{self.folder / 'history.csv'} has the columns {', '.join(self._columns)}, but this row has "
-                f"{', '.join(row)}. Log the same names at every step; single numbers belong into run.summary(...)."
-            )
-        path = self.folder / "history.csv"
-        with disk_errors(self.folder):
-            table = pd.DataFrame([row], columns=self._columns)
-            table.to_csv(path, mode="a", header=not path.exists(), index=False)
-        self._online(lambda run: run.log(row, step=step))
+        """Add a row to history.csv, on disk at once, so that a killed kernel leaves what was measured; step: epoch."""
+        self._rows.append({"step": step, **{key: _plain(value) for key, value in metrics.items()}})
+        with atomic_write(self.folder / "history.csv") as path:
+            pd.DataFrame(self._rows).to_csv(path, index=False)
+        self._online(lambda run: run.log(self._rows[-1], step=step))
 
     def figure(self, name: str, figure: "Figure") -> Path:
         """Save a figure as `<name>.png` in the run's folder; returns the file."""
@@ -82,18 +68,15 @@ class Run:
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Add final numbers (test metrics, parameter counts, ...) to summary.json; later calls add to earlier ones."""
-        self._metrics |= {key: _plain(value) for key, value in values.items()}
-        self._write_summary("running")
-        self._online(lambda run: run.summary.update(self._metrics))
+        self._note(metrics=self._about["metrics"] | {key: _plain(value) for key, value in values.items()})
+        self._online(lambda run: run.summary.update(self._about["metrics"]))
 
     def finish(self, status: str = "finished") -> None:
         """Close the run; `list_runs` shows it from now on. A second call does nothing."""
-        if "finished" in self._about:
-            return
-        self._about["finished"] = datetime.now(UTC).isoformat()
-        self._write_summary(status)
-        self._online(lambda run: run.finish(exit_code=int(status != "finished")))
-        self._wandb = None
+        if self._about["status"] == "running":
+            self._note(finished=datetime.now(UTC).isoformat(), status=status)
+            self._online(lambda run: run.finish(exit_code=int(status != "finished")))
+            self._wandb = None
 
     def __enter__(self) -> Self:
         return self
@@ -103,10 +86,10 @@ class Run:
         with suppress(OSError) if kind else nullcontext():
             self.finish("failed" if kind else "finished")
 
-    def _write_summary(self, status: str) -> None:
-        content = {**self._about, "status": status, "metrics": self._metrics}
+    def _note(self, **values: Any) -> None:
+        self._about |= values
         with atomic_write(self.folder / "summary.json") as path:
-            path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+            path.write_text(json.dumps(self._about, indent=2), encoding="utf-8")
 
     def _online(self, action: Callable[[Any], object]) -> None:
         if self._wandb is not None:
@@ -131,17 +114,15 @@ def start_run(cfg: Config, name: str | None = None) -> Run:
     folder = make_folder(cfg.runs_folder / name)
     if (folder / "summary.json").exists():
         raise FileExistsError(
-            f"{folder} holds the results of an earlier run, and runs are not overwritten. "
-            "Pass name=None to get the next free number, or another name."
+            f"{folder} holds an earlier run, and runs are not overwritten. Pass name=None to get the next free number."
         )
     return Run(folder, cfg)
 
 
 def claim_run(runs: Path, prefix: str) -> Path:
     """Make and return the folder `runs/<prefix>-<NNN>` with the next free number, also while others do the same."""
-    names = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in make_folder(runs).iterdir()]
-    for number in count(1 + max((int(match[1]) for match in names if match), default=0)):
-        folder = runs / f"{prefix}-{number:03}"
+    for number in count(1):
+        folder = make_folder(runs) / f"{prefix}-{number:03}"
         with suppress(FileExistsError):
             folder.mkdir()
             share(folder)
@@ -152,17 +133,13 @@ def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
     """The finished runs in the folder `runs`, oldest first, of the `wanted` experiment, task or profile, with folder,
     settings (a dict) and metrics. A run whose record cannot be read is left out and named.
     """
-    columns = ["name", "experiment", "task", "profile", "finished", "seed", "folder", "settings"]
-    columns += ["data_fingerprint", "commit"]
-    rows = []
+    columns, rows = ["name", "experiment", "task", "profile", "finished", "folder", "settings", "seed"], []
     for path in Path(runs).glob("*/summary.json"):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            run = {"data_fingerprint": None, "commit": "unknown", "folder": path.parent, **record}
+            run = {"folder": path.parent, **json.loads(path.read_text(encoding="utf-8"))}
             if run["status"] == "finished" and all(run[key] == value for key, value in wanted.items()):
-                run["settings"] = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-                run["seed"] = run["settings"]["seed"]
-                rows.append({**{key: run[key] for key in columns}, **run["metrics"]})
+                settings = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+                rows.append({**run, "settings": settings, "seed": settings["seed"], **run["metrics"]})
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             print(f"Left out: {path.parent}, whose record is damaged ({type(error).__name__}: {error}).")
     return pd.DataFrame(rows, columns=None if rows else columns).sort_values("finished", ignore_index=True)
@@ -195,17 +172,15 @@ def commit_of(folder: Path) -> str:
 # ---- Weights & Biases
 def wandb_mode(cfg: Config) -> str:
     """`online`, `offline` or `disabled`; for `auto`, what WANDB_MODE says, else online if the person is logged in."""
-    if cfg.tracking.wandb != "auto":
-        return cfg.tracking.wandb
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+    if mode := os.environ.get("WANDB_MODE") if cfg.tracking.wandb == "auto" else cfg.tracking.wandb:
+        return mode
     import wandb
 
-    try:
+    with suppress(wandb.Error):  # a key that cannot be one
         wandb.setup(wandb.Settings(silent=True))
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    except wandb.Error:  # a key that cannot be one
-        return "offline"
+        if wandb.login(prompt=False, verify=False):
+            return "online"
+    return "offline"
 
 
 def _start_wandb(cfg: Config, folder: Path, commit: str) -> Any:
