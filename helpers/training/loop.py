@@ -166,11 +166,13 @@ class Trainer:
         self.steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
         self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_share)
         self.parts = [part for part in (optimizer, self.schedule, self.accelerator.scaler) if part is not None]
-        # what must be the same in the run that goes on
-        data = fingerprint(getattr(loaders, name).dataset for name in loaders.sizes)
-        self.origin = {"config": settings_that_matter(cfg, "resume"), "data": data, "checkpoint": loaded_from(model)}
+        data, weights = fingerprint(getattr(loaders, name).dataset for name in loaders.sizes), loaded_from(model)
+        # what must be the same in the run that goes on, by what it is called where it is not
+        self.origin = {"other frames or labels": data, "another checkpoint under the model": weights}
+        self.origin |= {"another model": [*trained_state(model)]}
+        self.origin |= {"another number of processes": self.accelerator.num_processes}
         if self.run is not None:
-            self.run.describe(data_fingerprint=data, checkpoint_fingerprint=loaded_from(model) or "none")
+            self.run.describe(data_fingerprint=data, checkpoint_fingerprint=weights or "none")
         self.history, self.best, self.saved = History(), {}, "nothing was saved to go on from"
         self.begin_epoch(0)
         total = cfg.training.epochs * len(self.train)
@@ -280,7 +282,8 @@ class Trainer:
         if self.run is None:
             return
         state = {
-            **self.origin,
+            "settings": settings_that_matter(self.cfg, "resume"),
+            "origin": self.origin,
             "model": {key: tensor.detach() for key, tensor in trained_state(self.inner).items()},
             "best": self.best,
             "parts": [part.state_dict() for part in self.parts],
@@ -295,7 +298,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Take everything from the run `training.resume` (else a CheckpointError), as if it had never stopped."""
-        path, processes = self.cfg.runs_folder / self.cfg.training.resume / STATE, self.accelerator.num_processes
+        path = self.cfg.runs_folder / self.cfg.training.resume / STATE
         if not path.is_file():
             there = sorted(found.parent.name for found in self.cfg.runs_folder.glob(f"*/{STATE}"))
             raise CheckpointError(
@@ -303,18 +306,13 @@ class Trainer:
             )
         remove_leftovers(path.parent)  # of a kill while it saved
         state, own = read_file(path), trained_state(self.inner)
-        before, now = state["config"], self.origin["config"]
-        other = [f"{key} ({before.get(key)} then, {now.get(key)} now)" for key in now if now[key] != before.get(key)]
-        reasons = {
-            f"other settings: {', '.join(other)}": other,
-            "other frames or labels": state["data"] != self.origin["data"],
-            "another checkpoint under the model": state["checkpoint"] != self.origin["checkpoint"],
-            "another model": set(state["model"]) != set(own),
-            f"{len(state['random'])} process(es), and now there are {processes}": len(state["random"]) != processes,
-        }
-        if found := [reason for reason, holds in reasons.items() if holds]:
+        before, now = state["settings"], settings_that_matter(self.cfg, "resume")
+        other = [f"{key} ({before.get(key)} then, {now[key]} now)" for key in now if now[key] != before.get(key)]
+        wrong = [what for what, value in self.origin.items() if state["origin"][what] != value]
+        wrong += [f"other settings: {', '.join(other)}"] if other else []
+        if wrong:
             raise CheckpointError(
-                f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(found)}."
+                f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(wrong)}."
             )
         with torch.no_grad():
             for key, tensor in state["model"].items():

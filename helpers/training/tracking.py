@@ -15,16 +15,13 @@ from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import pandas as pd
 import yaml
 
 from helpers.config import Config
 from helpers.shared import atomic_write, make_folder, share
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
 BEST = "best.pt"  # the trained weights of the best epoch so far, as `load_adapter` reads them
@@ -55,8 +52,8 @@ class Run:
             pd.DataFrame(self._rows).to_csv(path, index=False)
         self._online(lambda run: run.log(self._rows[-1], step=step))
 
-    def figure(self, name: str, figure: "Figure") -> Path:
-        """Save a figure as `<name>.png` in the run's folder; returns the file."""
+    def figure(self, name: str, figure: Any) -> Path:
+        """Save a figure of Matplotlib as `<name>.png` in the run's folder; returns the file."""
         path = self.folder / f"{name}.png"
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format="png", bbox_inches="tight", dpi=120)
