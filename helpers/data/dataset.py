@@ -143,7 +143,7 @@ class Loaders:
     target_mean: Tensor  # (K,) float32 mean of the training targets in label units; of images the mean image (C, H, W)
     target_std: Tensor  # (K,) float32 deviation in label units; 1 for image targets
     report: str  # what was used and what was dropped, to print
-    target_span: float = 1.0  # largest minus smallest value of the training targets
+    target_span: float = 1.0  # of images: the largest minus the smallest value of the training targets
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -192,8 +192,7 @@ def make_loaders(cfg: Config) -> Loaders:
     ValueError: splits too close, a store of another kind, unusable labels, or an empty split.
     """
     store = open_store(store_path(cfg), cfg.data.channels, cfg.data.reduce, cfg.data.native_size, cfg.scalers)
-    built = store.times
-    plan = plan_samples(cfg, lambda times: np.isin(times, built))
+    plan = plan_samples(cfg, lambda times: np.isin(times, store.times))
     for name, table in plan.samples.items():
         if table.empty:
             periods = ", ".join(map(" to ".join, cfg.split.periods(name))) or "as the label file has it"
@@ -261,7 +260,7 @@ def lost_by_reducing(data: SolarDataset, left: float) -> str:
 
 
 def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | float]:
-    """Mean, deviation and span of the training targets, as `Loaders` has them."""
+    """Mean and deviation of the training targets, and of images their span, as `Loaders` has them."""
     targets = data.targets
     if targets is None:
         rows, mean, low, high = _evenly_spaced(data), torch.zeros(1), math.inf, -math.inf
@@ -270,11 +269,8 @@ def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | floa
         for image in map(data.target, rows):  # (C, H, W), one in memory at a time
             mean, low, high = mean + image / len(rows), min(low, image.min().item()), max(high, image.max().item())
         return {"target_mean": mean, "target_std": torch.ones(1), "target_span": high - low}
-    if kind == "event":
-        return {"target_mean": targets.mean(0), "target_std": torch.ones(targets.shape[1])}
-    std = targets.std(0, correction=0)
-    span = (targets.max() - targets.min()).item()
-    return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0), "target_span": span}
+    std = torch.ones(targets.shape[1]) if kind == "event" else targets.std(0, correction=0)
+    return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0)}
 
 
 def _evenly_spaced(data: SolarDataset) -> np.ndarray:

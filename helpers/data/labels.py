@@ -247,18 +247,14 @@ def _labels(
     others = table.reset_index(drop=True)[[name for name in ("time", "split", "path") if name in table]]
     rows = pd.DataFrame(values).assign(**others)
     if rules.window_hours:
-        rows = strongest_events(rows, grid, rules.window_hours, 0.0 if yes_or_no else np.nan, dropped)
+        rows = strongest_events(rows, grid, rules.window_hours, 0.0 if yes_or_no else -np.inf, dropped)
     usable = rows["path"] != "" if "path" in rows else np.isfinite(rows.drop(columns=["time", "split"])).all(axis=1)
     of_none = rows["split"].isna()
     once = rows[usable & ~of_none].drop_duplicates().sort_values("time", kind="stable")
     if (twice := once["time"].duplicated()).any():
-        time = once["time"][twice].iloc[0]
-        splits = once["split"][once["time"] == time].unique()
-        if len(splits) > 1:
-            raise ValueError(f"{where}: {time} is in the splits {' and '.join(splits)}. Remove it from all but one.")
         raise ValueError(
-            f"{where} has two different labels for {time}. Keep one row a time, for example the largest flare; for a "
-            f"list of events set labels.window_hours."
+            f"{where} has two different labels for {once['time'][twice].iloc[0]}, or has it in two splits. Keep one "
+            f"row a time, for example the largest flare; for a list of events set labels.window_hours."
         )
     dropped |= {f"label {reason}": int((~usable).sum()), "label of no split": int((usable & of_none).sum())}
     dropped["label row repeated"] += int((usable & ~of_none).sum()) - len(once)
@@ -267,7 +263,7 @@ def _labels(
         once.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float),
         once["path"].to_numpy(str) if "path" in once else None,
         rules,
-        {why: count for why, count in dropped.items() if count},
+        +dropped,  # without zeros
         once["split"].to_numpy(str) if (once["split"] != "").any() else None,
     )
 
@@ -313,8 +309,7 @@ def strongest_events(
     known = (begin >= earliest) & (end <= latest)
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
-    none = np.full(len(columns), none)
-    found = np.array([values[a:b].max(axis=0) if b > a else none for a, b in zip(first, last, strict=True)])
+    found = np.array([values[a:b].max(axis=0, initial=none) for a, b in zip(first, last, strict=True)])
     return pd.DataFrame(found[known]).assign(time=times[known], split="")
 
 
@@ -388,8 +383,7 @@ def plan_samples(
         published = None if labels.splits is None else labels.splits[table["label"]]
     if published is None:
         for name in (name for name in SPLITS if not cfg.split.periods(name)):
-            missing = f"split.{name} in the config needs its period"
-            raise ValueError(f"{cfg.labels.path} brings no splits of its own: {missing}.")
+            raise ValueError(f"{cfg.labels.path} brings no splits of its own: split.{name} in the config needs one.")
         check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, guard)
     times, split = table["time"].to_numpy(), np.full(len(table), "", object)
     for name in SPLITS:
@@ -418,13 +412,12 @@ def plan_samples(
         last = np.searchsorted(whole[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]
         samples[name] = rows.iloc[np.sort(looked_at[whole[looked_at]])].reset_index(drop=True)
-        candidates[name], incomplete, close = int(mine.sum()), int((~whole[looked_at]).sum()), int((mine & near).sum())
-        reasons = {
-            f"without a frame at {' or '.join(map(str, offsets))} min": incomplete,
-            f"whose window, with {guard:g} h of guard, reaches into that of a later split": close,
-        }
-        dropped[name] = {reason: count for reason, count in reasons.items() if count}
         every.append(rows["time"][whole])
+        candidates[name], reasons = int(mine.sum()), Counter()
+        reasons[f"without a frame at {' or '.join(map(str, offsets))} min"] = int((~whole[looked_at]).sum())
+        reach_into = f"whose window, with {guard:g} h of guard, reaches into that of a later split"
+        reasons[reach_into] = int((mine & near).sum())
+        dropped[name] = +reasons  # without zeros
     return Plan(labels, offsets, samples, candidates, dropped, unmatched, len(frame_times(pd.concat(every), offsets)))
 
 
@@ -465,12 +458,9 @@ def match(
     near = table["off"] <= 60 * tolerance_minutes
     table = table[near].sort_values(["time", "off"], kind="stable")
     twice = table["time"].duplicated()
-    unmatched = {
-        f"no frame time ({direction}) within {tolerance_minutes} min": int((~near).sum()),
-        "another label is nearer to the same frame": int(twice.sum()),
-    }
-    table = table[~twice].drop(columns="off").reset_index(drop=True)
-    return table, {reason: count for reason, count in unmatched.items() if count}
+    none = f"no frame time ({direction}) within {tolerance_minutes} min"
+    unmatched = Counter({none: int((~near).sum()), "another label is nearer to the same frame": int(twice.sum())})
+    return table[~twice].drop(columns="off").reset_index(drop=True), +unmatched  # without zeros
 
 
 def sample_window(cfg: Config) -> tuple[pd.Timedelta, pd.Timedelta]:
