@@ -228,7 +228,8 @@ def _labels(
 ) -> Labels:
     """Labels of a table (`read_table`), transformed, sorted, each time once; those of a list of events at `grid`."""
     yes_or_no, reason = rules.kind == "event" or rules.aggregate == "any", "empty"
-    values = table.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float)  # (N, K)
+    columns = [name for name in table if name.startswith("column ")]
+    values = table[columns].to_numpy(float)  # (N, K)
     if yes_or_no and (rules.window_hours or rules.event_at is not None):
         level = pd.Series(["" if rules.event_at is None else str(rules.event_at)], name="event_at")
         least = np.nan_to_num(_numbers(level, "the config", rules.transform), nan=-np.inf)
@@ -244,13 +245,12 @@ def _labels(
             values = np.where(values == 0, smallest, values)
         values = np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
         reason = "empty, quiet or not positive, so without a logarithm"
-    others = table.reset_index(drop=True)[[name for name in ("time", "split", "path") if name in table]]
-    rows = pd.DataFrame(values).assign(**others)
+    table[columns] = values
     if rules.window_hours:
-        rows = strongest_events(rows, grid, rules.window_hours, 0.0 if yes_or_no else -np.inf, dropped)
-    usable = rows["path"] != "" if "path" in rows else np.isfinite(rows.drop(columns=["time", "split"])).all(axis=1)
-    of_none = rows["split"].isna()
-    once = rows[usable & ~of_none].drop_duplicates().sort_values("time", kind="stable")
+        table = strongest_events(table, grid, rules.window_hours, 0.0 if yes_or_no else -np.inf, dropped)
+    usable = np.isfinite(table[columns]).all(axis=1) if columns else table["path"] != ""
+    of_none = table["split"].isna()
+    once = table[usable & ~of_none].drop_duplicates().sort_values("time", kind="stable")
     if (twice := once["time"].duplicated()).any():
         raise ValueError(
             f"{where} has two different labels for {once['time'][twice].iloc[0]}, or has it in two splits. Keep one "
@@ -260,8 +260,8 @@ def _labels(
     dropped["label row repeated"] += int((usable & ~of_none).sum()) - len(once)
     return Labels(
         once["time"].to_numpy("datetime64[s]"),
-        once.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float),
-        once["path"].to_numpy(str) if "path" in once else None,
+        once[columns].to_numpy(float),
+        None if columns else once["path"].to_numpy(str),
         rules,
         +dropped,  # without zeros
         once["split"].to_numpy(str) if (once["split"] != "").any() else None,
@@ -310,7 +310,7 @@ def strongest_events(
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
     found = np.array([values[a:b].max(axis=0, initial=none) for a, b in zip(first, last, strict=True)])
-    return pd.DataFrame(found[known]).assign(time=times[known], split="")
+    return pd.DataFrame(found[known], columns=columns).assign(time=times[known], split="")
 
 
 def num_outputs(cfg: Config) -> int:
