@@ -113,6 +113,7 @@ class Labels(_Section):
     window_hours: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     aggregate: Literal["max", "any"]
     event_at: str | float | None
+    when_none: str | float | None
     spans_hours: Annotated[float, Field(ge=0)]
     direction: Literal["nearest", "forward", "backward"]
     tolerance_minutes: NotNegative
@@ -260,6 +261,7 @@ class Compare(_Section):
     train_samples: Annotated[list[Count | None], Field(min_length=1)]
     draws: Count
     block_days: Positive | None
+    released: str | None
 
 
 class Tracking(_Section):

@@ -26,9 +26,9 @@ def build_model(cfg: Config, outputs: int | None = None) -> nn.Module:
     if cfg.experiment == "baseline":
         return linear_baseline(cfg, outputs)
     model = specformer(SuryaEncoder(**cfg.encoder_arguments()), cfg, outputs)
-    channels = cfg.data.channels, cfg.model.weights_channels
     weights = find_weights(cfg.initial_weights, cfg.shared, cfg.paths.reserve_gb)
-    load_filtered(model, weights, *channels, decoder_channels=cfg.head.decoder_channels)
+    channels, released = (cfg.data.channels, cfg.model.weights_channels), cfg.training.initial_run == "released"
+    load_filtered(model, weights, *channels, decoder_channels=cfg.head.decoder_channels, released=released)
     return adapt(model, cfg)
 
 

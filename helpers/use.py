@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
+from helpers.analysis.comparison import test_predictions
 from helpers.channels import CHANNELS, UNITS, denormalise, stack_scalers
 from helpers.config import SPLITS, Config, load_config, settings_that_matter
 from helpers.data.dataset import Loaders, SolarDataset, in_batches
@@ -27,8 +28,9 @@ from helpers.model.encoder import encoder_of
 from helpers.model.heads import POOLS
 from helpers.shared import atomic_write, find_weights
 from helpers.training.devices import make_accelerator
-from helpers.training.tasks import Predictions, make_task
-from helpers.training.tracking import BEST, commit_of, list_runs
+from helpers.training.loop import predict_splits
+from helpers.training.tasks import ImagePredictions, Predictions, make_task
+from helpers.training.tracking import BEST, commit_of, finished_run
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Trained:
     about: dict[str, str]  # where it comes from, to be written beside its predictions
     count: int  # numbers that it predicts, or channels of its images
     interval: Tensor | None = None  # half width of the 90% interval of each number, (K,) in target units
+    coverage: float | None = None  # share of the run's test that lies in its interval
     threshold: float = 0.5  # the probability from which on an event is forecast
 
 
@@ -51,11 +54,7 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
     says why a run cannot be used: not finished, without weights, or its configuration, its checkpoint or the
     normalisation are not those that it was trained with.
     """
-    folder, runs = Path(folder), list_runs(Path(folder).parent)
-    run = next((run for run in runs.to_dict("records") if run["folder"] == folder), None)
-    if run is None or not (folder / BEST).exists():
-        there = ", ".join(runs["name"]) or "none"
-        raise CheckpointError(f"{folder} is no finished run with its weights ({BEST}). Finished runs there: {there}.")
+    folder, run = Path(folder), finished_run(Path(folder))
     saved, settings = read_file(folder / BEST), settings_that_matter(run["settings"], "resume")
     trained_with, extra = settings_that_matter(saved["config"], "resume"), saved["extra"]
     if changed := [key for key in {**settings, **trained_with} if settings.get(key) != trained_with.get(key)]:
@@ -67,49 +66,69 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
     if other := [name for name, scaler in cfg.scalers.items() if extra.get("scalers", {}).get(name) != asdict(scaler)]:
         raise CheckpointError(f"{folder.name} was trained with another normalisation (data.scalers) of {other}.")
     model = build_model(cfg, len(extra["target_mean"]))
-    load_adapter(folder / BEST, model)
+    load_adapter(saved, model)
     mean, std = torch.tensor(extra["target_mean"]), torch.tensor(extra.get("target_std", 1.0))
     to_units = make_task(cfg, SimpleNamespace(target_mean=mean, target_std=std)).to_units
-    errors, interval = folder / "predictions_val.csv", None
-    if cfg.labels.kind == "scalar" and errors.exists():
-        interval = Predictions.from_table(pd.read_csv(errors)).interval()
+    interval = coverage = None
+    if cfg.labels.kind == "scalar" and (folder / "predictions_test.csv").exists():
+        val, test = [test_predictions(folder, cfg, split) for split in ("val", "test")]
+        interval = val.interval()
+        coverage = ((test.prediction - test.target).abs() <= interval).float().mean().item()
     about = {"run": folder.name, "commit": run["commit"], "weights": fingerprint(saved["state"])}
-    count = len(mean) if cfg.labels.numbers else cfg.num_outputs
-    return Trained(model.eval(), cfg, to_units, about, count, interval, run.get("threshold") or 0.5)
+    count, threshold = len(mean) if cfg.labels.numbers else cfg.num_outputs, run.get("threshold") or 0.5
+    return Trained(model.eval(), cfg, to_units, about, count, interval, coverage, threshold)
 
 
 def load_release(name: str, cfg: Config, **unknown: float) -> Trained:
     """A fine-tuned model of Surya's release: a task of `RELEASED`, hf://owner/name/file, or a file.
 
-    `cfg` is of its task, with frames as it takes them. `unknown` are alpha and num_heads of a file that is not the
-    release's own. Its numbers were scaled to 0 ... 1: of spectra the decades from -9 to -1.96, of the wind the span of
-    the training labels of the release, which are read for it.
+    `cfg` is of its task; where its frames are smaller than those of the training, that is said. `unknown` are alpha and
+    num_heads of a file that is not the release's own. Its numbers were scaled to 0 ... 1: of spectra the decades from
+    -9 to -1.96, of the wind the span of the labels that it has learned from.
     """
-    address = RELEASED[name][0] if name in RELEASED else name
-    model = load_released(find_weights(address, cfg.shared, cfg.paths.reserve_gb), **unknown)
-    own, frames = cfg.labels, model.encoder.time_dim
-    takes = list(CHANNELS), [-60, 0][-frames:], model.encoder.img_size
-    given = cfg.data.channels, cfg.data.offsets_minutes, cfg.data.image_size
+    address, own, side = RELEASED[name][0] if name in RELEASED else name, cfg.labels, cfg.data.image_size
+    model = load_released(find_weights(address, cfg.shared, cfg.paths.reserve_gb), img_size=side, **unknown)
+    takes, given = (list(CHANNELS), [-60, 0][-model.encoder.time_dim :]), (cfg.data.channels, cfg.data.offsets_minutes)
     if takes != given:
-        raise CheckpointError(
-            f"{name} takes the channels, minutes and pixels {takes}, and task {cfg.task} on profile {cfg.profile} has "
-            f"{given}. Models of the release want their own task and PROFILE=surya_4k."
-        )
+        raise CheckpointError(f"{name} takes the channels and minutes {takes}, and task {cfg.task} has {given}.")
+    if side != model.trained_side:
+        print(f"{name} was trained at {model.trained_side}^2 pixels, and is given {side}^2.")
     low, high = -9.0, -1.96
     if cfg.task == "solar_wind":
-        labels = labels_of(cfg)
-        values = labels.values if labels.splits is None else labels.values[labels.splits == "train"]
+        values = _learned_from(cfg)[1]
         low, high = float(values.min()), float(values.max())
     elif own.kind not in ("event", "mask") and cfg.task != "euv_spectra":
-        raise CheckpointError(
-            f"What the numbers of {name} mean is known of the tasks solar_wind and euv_spectra alone."
-        )
+        raise CheckpointError(f"What numbers of {name} mean is known of the tasks solar_wind and euv_spectra alone.")
 
     def to_units(output: Tensor) -> Tensor:
         return low + (high - low) * output if own.kind == "scalar" else output.sigmoid()
 
     about = {"released": address, "weights": model.encoder.loaded_from}
     return Trained(model, cfg, to_units, about, model.head[-1].out_features if own.numbers else cfg.num_outputs)
+
+
+def _learned_from(cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Times (N,) and values (N, K) of the labels that the release has learned from: those its files call training."""
+    labels = labels_of(cfg)
+    training = slice(None) if labels.splits is None else labels.splits == "train"
+    return labels.times[training], labels.values[training]
+
+
+def released_predictions(loaders: Loaders, cfg: Config) -> dict[str, Predictions | ImagePredictions]:
+    """What the model `compare.released` says of the test split, as a row beside your runs; {} where it names none.
+
+    How much of the test lies in the years of its training is said.
+    """
+    name = cfg.compare.released
+    if name is None:
+        return {}
+    trained = load_release(name, cfg)
+    found = predict_splits(trained.model, loaders, cfg, to_units=trained.to_units)["test"]
+    # of active regions the release has a file a year
+    learned = pd.to_datetime(["2011", "2012", "2013"] if cfg.task == "ar_segmentation" else _learned_from(cfg)[0]).year
+    inside = pd.to_datetime(found.timestamps).year.isin(learned)
+    print(f"{inside.sum()} of {len(inside)} test samples lie in years of its training: {sorted({*learned.tolist()})}.")
+    return {f"released {name}": found}
 
 
 def computed(compute: Callable[[dict], Tensor], model: nn.Module, data: Dataset, cfg: Config) -> Iterator[Tensor]:
@@ -123,7 +142,7 @@ def computed(compute: Callable[[dict], Tensor], model: nn.Module, data: Dataset,
 
 
 def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: bool = True) -> Path:
-    """Predict at times (UTC) that need no label, and write `out`: numbers as CSV, masks and images as a Zarr store.
+    """Predict at times (UTC) that need no label, and write `out`: numbers as .csv, masks and images as .zarr or .nc.
 
     Frames that lack are built, and no others. Times without frames are left out and named. A call that was interrupted
     goes on with the batch at which it stopped, and writes the same file. Of numbers a row has `timestamp`, and of each
@@ -134,8 +153,9 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
     calendar.
     """
     cfg, own, out = trained.cfg, trained.cfg.labels, Path(out)
-    if out.suffix != (".csv" if own.numbers else ".zarr"):
-        raise ValueError(f"OUT={out} must end in {'.csv, for numbers' if own.numbers else '.zarr, for images'}.")
+    endings = [".csv"] if own.numbers else [".zarr", ".nc"]
+    if out.suffix not in endings:
+        raise ValueError(f"OUT={out} must end in {' or '.join(endings)} for task {cfg.task}.")
     if out.exists():
         raise FileExistsError(f"{out} is there already, and nothing is overwritten: name another file in OUT.")
     data = _samples(cfg, times, progress)
@@ -151,10 +171,10 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
             array[done : done + len(found)] = found.numpy()
             array.attrs["done"] = done = done + len(found)
             bar.update(len(found))
-    if not own.numbers:
+    if out.suffix == ".zarr":
         return folder.rename(out)
     table = pd.DataFrame({"timestamp": [time.isoformat() for time in data.samples["time"]]})
-    for k, values in enumerate(array[:].T):
+    for k, values in enumerate(array[:].T if own.numbers else ()):
         table[f"prediction_{k}"] = values
         if trained.interval is not None:
             half = trained.interval[k].item()
@@ -164,7 +184,10 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
         elif own.transform != "none" and own.aggregate != "any":
             table[f"physical_{k}"] = own.physical(values)
     with atomic_write(out) as temporary:
-        table.to_csv(temporary, index=False)
+        if own.numbers:
+            table.to_csv(temporary, index=False)
+        else:
+            xr.open_zarr(folder, chunks=None).to_netcdf(temporary, engine="h5netcdf")
     shutil.rmtree(folder)
     return out
 

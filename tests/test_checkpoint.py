@@ -368,7 +368,7 @@ def broken(kind: str, file: Path, folder: Path) -> Path:
         ("folder", "There is no checkpoint file"),
         ("text", "no file of torch.save"),
         ("empty", "(0 bytes)"),
-        ("pointer", "is a git-LFS pointer, not the weights: run `git lfs pull`"),
+        ("pointer", "get it anew (git lfs pull)"),
         ("truncated", "is cut short"),
         ("hole", "the checksum of hole/data"),
         ("archive", "no file of torch.save"),

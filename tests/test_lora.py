@@ -12,8 +12,7 @@ from helpers.config import POOLINGS
 from helpers.model.checkpoint import save_adapter
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
-from helpers.model.kernels import dropout_linear
-from helpers.model.lora import LoRALinear, apply_lora, lora_state_dict, merge_lora, trainable_summary
+from helpers.model.lora import LoRALinear, apply_lora, dropout_linear, lora_state_dict, merge_lora, trainable_summary
 
 
 def make(pooling: str = "mean", **lora) -> Specformer1D:

@@ -137,6 +137,10 @@ def test_the_wind_gets_its_unit_from_the_labels_of_the_training(tmp_path):
     trained = load_release(str(tmp_path / "wind.pth"), cfg, **unknown)
     with torch.no_grad():
         assert torch.allclose(trained.to_units(trained.model({"ts": ts})), 300 + 500 * output, atol=1e-2)
-    larger = load_config(profile="tiny", task="solar_wind", overrides=changes | {"data.native_size": 128})
-    with pytest.raises(CheckpointError, match="takes the channels, .* PROFILE=surya_4k"):
-        load_release(str(tmp_path / "wind.pth"), larger, **unknown)
+    for change, told in {
+        "data.native_size": (128, "token grid 16 x 16 is larger than 8 x 8"),
+        "data.channels": (["aia94"], "takes the channels and minutes"),
+    }.items():
+        other = load_config(profile="tiny", task="solar_wind", overrides=changes | {change: told[0]})
+        with pytest.raises(CheckpointError, match=told[1]):
+            load_release(str(tmp_path / "wind.pth"), other, **unknown)

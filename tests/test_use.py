@@ -13,6 +13,7 @@ import pytest
 import torch
 import xarray as xr
 import yaml
+from test_released import reference
 
 from helpers import use
 from helpers.channels import UNITS
@@ -21,7 +22,8 @@ from helpers.data.dataset import make_loaders
 from helpers.data.frames import prepare_store
 from helpers.data.synthetic import ensure_synthetic
 from helpers.experiment import train_run
-from helpers.model.checkpoint import CheckpointError
+from helpers.model.checkpoint import CheckpointError, fingerprint, load_released
+from helpers.model.lora import merge_lora
 from helpers.training.tasks import Predictions
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +103,8 @@ def test_the_interval_is_that_of_the_validation_errors(run_of, place, tmp_path):
     out = use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "a.csv", progress=False)
     table = pd.read_csv(out)
     assert table["upper_0"][0] - table["lower_0"][0] == pytest.approx(2 * expected, rel=1e-5)
+    held = np.abs(pd.read_csv(run / "predictions_test.csv").eval("prediction_0 - target_0")) <= expected
+    assert trained.coverage == pytest.approx(held.mean(), abs=1e-6)
 
 
 def test_intervals_hold_the_share_that_they_promise():
@@ -121,6 +125,8 @@ def test_maps_are_written_as_xarray_reads_them(run_of, place, tmp_path):
         assert found["prediction"].shape == (2, 1, 64, 64) and list(found["time"].values) == sorted(times.values)
         assert 0 <= found["prediction"].min() <= found["prediction"].max() <= 1
         assert found.attrs["run"] == trained.about["run"] and found.attrs["commit"]
+        netcdf = use.predict_times(trained, times, tmp_path / "map.nc", progress=False)
+        assert xr.open_dataset(netcdf).load().identical(found.load()) and not list(tmp_path.glob("*.unfinished"))
 
 
 @pytest.mark.notebook
@@ -185,7 +191,7 @@ def test_nothing_is_overwritten(run_of, place, tmp_path):
     with pytest.raises(FileExistsError, match="nothing is overwritten"):
         use.predict_times(trained, ["2014-01-25T01:00"], out)
     with pytest.raises(ValueError, match="must end in .csv"):
-        use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "a.nc")
+        use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "b.nc")
 
 
 def test_a_time_without_frames_is_left_out_and_named(run_of, place, tmp_path, capsys):
@@ -288,3 +294,73 @@ def test_a_training_begins_with_what_another_run_has_trained(run_of, capsys):
             if key.startswith("encoder.") or same_head:
                 assert torch.allclose(second[key], first[key], atol=1e-6), key
     assert second["head.1.weight"].shape != first["head.1.weight"].shape
+
+
+@pytest.mark.notebook
+def test_an_initial_run_that_is_not_there_is_told_with_those_that_are(run_of):
+    name = run_of("flare").name
+    with pytest.raises(CheckpointError, match=f"mistyped is no finished run with its weights .* there: .*{name}"):
+        run_of("flare", **{"training.initial_run": "mistyped"})
+
+
+@pytest.fixture
+def wind(place, tmp_path, monkeypatch):
+    """Settings of the task solar_wind, and a file in the layout of the release, in the hub's cache."""
+    file = tmp_path / "hub/models--nasa-ibm-ai4science--solar_wind_surya/snapshots/x/solar_wind_weights.pth"
+    file.parent.mkdir(parents=True)
+    torch.save(reference("released_1d_lora")[0], file)
+    sizes = {"embed_dim": 32, "depth": 4, "n_spectral_blocks": 2, "num_heads": 16, "dp_rank": 1, "weights": None}
+    monkeypatch.setenv("SURYA_SHARED", str(tmp_path))
+    wind = str(place / "sun/released/Surya-bench-solarwind/solarwind_train.csv")
+    settings = {"labels.path": wind, "labels.lead_minutes": 0, **{f"model.{key}": sizes[key] for key in sizes}}
+    return file, SMALL | settings
+
+
+@pytest.mark.notebook
+def test_a_training_begins_with_the_released_model_where_that_is_asked_for(run_of, place, wind, tmp_path):
+    file, settings = wind
+    settings |= {"model.weights": "hf://nasa-ibm-ai4science/solar_wind_surya/solar_wind_weights.pth"}
+    with pytest.raises(CheckpointError, match="a training begins with it where training.initial_run is"):
+        run_of("solar_wind", **settings)
+    run = run_of("solar_wind", **settings, **{"training.initial_run": "released"})
+    trained = use.load_run(run, place / "config.yaml")
+    assert trained.model.encoder.loaded_from == fingerprint(file)
+    merged, own = merge_lora(load_released(file)).encoder.state_dict(), trained.model.encoder.state_dict()
+    assert all(torch.equal(own[key], merged[key]) for key in merged)
+    table = pd.read_csv(run / "predictions_test.csv")
+    again = use.predict_times(trained, table["timestamp"], tmp_path / "again.csv", progress=False)
+    assert np.array_equal(pd.read_csv(again)["prediction_0"], table["prediction_0"])
+
+
+@pytest.mark.parametrize("reduce", [2, 4])
+def test_the_released_model_is_a_row_beside_the_runs(place, wind, capsys, reduce):
+    file, settings = wind
+    settings |= {
+        "data.reduce": reduce,
+        "data.store": str(file.parent / f"frames-{reduce}"),
+        "compare.released": str(file),
+    }
+    cfg = load_config(place / "config.yaml", settings, task="solar_wind", experiment="finetune")
+    ensure_synthetic(cfg)
+    prepare_store(cfg, progress=False)
+    loaders = make_loaders(cfg)
+    capsys.readouterr()
+    ((name, found),) = use.released_predictions(loaders, cfg).items()
+    assert file.name in name and found.same_samples(predictions_of(loaders.test.dataset))
+    model, learned = load_released(file, img_size=128 // reduce), pd.read_csv(cfg.labels.path)
+    with torch.no_grad():
+        output = model({"ts": torch.stack([item["ts"] for item in loaders.test.dataset])})
+    span = learned["V"].max() - learned["V"].min()
+    assert torch.allclose(found.prediction, learned["V"].min() + span * output, rtol=1e-4)
+    years = sorted({*pd.to_datetime(learned.iloc[:, 0]).dt.year})
+    inside = pd.to_datetime(found.timestamps).year.isin(years).sum()
+    said = capsys.readouterr().out
+    assert f"{inside} of {len(output)} test samples lie in years of its training: {years}" in said
+    assert ("was trained at 64^2 pixels, and is given 32^2" in said) == (reduce == 4)
+    without = load_config(place / "config.yaml", settings | {"compare.released": None}, task="solar_wind")
+    assert use.released_predictions(loaders, without) == {}
+
+
+def predictions_of(data):
+    """The truth of a split, as if it had been predicted."""
+    return Predictions(data.targets, data.targets, [data[row]["timestamp"] for row in range(len(data))])

@@ -31,10 +31,9 @@ def plan(cfg: Config) -> list[tuple[str, dict[str, Any]]]:
 
 def find_run(cfg: Config) -> str | None:
     """The newest finished run of exactly these settings that says what it cost (those of `train_run` do), or None."""
-    same = {"experiment": cfg.experiment, "task": cfg.task, "profile": cfg.profile}
-    runs = on_the_same_data(list_runs(cfg.runs_folder, **same), cfg)
+    runs = list_runs(cfg.runs_folder, experiment=cfg.experiment, task=cfg.task, profile=cfg.profile)
     wanted = settings_that_matter(cfg, "resume")
-    for run in reversed(runs.to_dict("records")):
+    for run in reversed(on_the_same_data(runs, cfg).to_dict("records")):
         if settings_that_matter(run["settings"], "resume") == wanted and run.get(SAMPLES, 0) > 0:
             return run["name"]
     return None
@@ -72,10 +71,8 @@ def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
         row = scores.reindex([f"test_{name}"]).iloc[0].dropna()
         if row.nunique() > 1:
             best.setdefault((row if metric.higher_is_better else -row).idxmax(), []).append(name)
-    if len(scores.columns) < 2:
-        return "There is nothing to compare with yet."
     if not best:
-        return "No metric tells these runs apart."
+        return "There is nothing to compare with yet, or no metric tells these runs apart."
     if len(best) == 1:
         run, names = best.popitem()
         return f"{run} is better, by every metric that tells them apart: {', '.join(names)}."
@@ -114,9 +111,9 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     return runs.loc[kept]
 
 
-def test_predictions(folder: str | Path, cfg: Config) -> Predictions | ImagePredictions:
-    """What a run said of the test split."""
-    found = TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / "predictions_test.csv"))
+def test_predictions(folder: str | Path, cfg: Config, split: str = "test") -> Predictions | ImagePredictions:
+    """What a run said of a split."""
+    found = TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / f"predictions_{split}.csv"))
     found.threshold = json.loads((Path(folder) / "summary.json").read_text())["metrics"].get("threshold")
     return found
 

@@ -28,17 +28,18 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Any]) -> pd.DataFrame:
     """
     found: dict[str, tuple[Tensor, str]] = {"pixels": (batch["ts"], "(b c t h w)")}
 
-    def note(name: str, module: nn.Module, how: str, of_input: bool = False) -> None:
+    def note(name: str, module: nn.Module, how: str) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = inputs[0] if of_input else output, how
+            # of a baseline's only layer, what goes in
+            found[name] = inputs[0] if isinstance(module, nn.Linear) else output, how
 
         hooks.enter_context(module.register_forward_hook(hook))
 
     with ExitStack() as hooks, torch.no_grad():
         if isinstance(model, LinearBaseline1D):
-            note("features", model.head, "b c t h w -> b (c t), the mean over h and w", of_input=True)
+            note("features", model.head, "b c t h w -> b (c t), the mean over h and w")
         elif isinstance(model, LinearBaseline2D):
-            note("features", model.head, "b c t h w -> b h w (c t)", of_input=True)
+            note("features", model.head, "b c t h w -> b h w (c t)")
         else:
             encoder, blocks = model.encoder, model.encoder.backbone
             p, grid = encoder.patch_size, encoder.grid
@@ -137,9 +138,8 @@ def judge_curve(table: pd.DataFrame, cfg: Config, diverged: bool = False) -> Ver
         advice = f"Keep the best epoch; raise {raised}, or get more samples."
     else:
         word, advice = "healthy", "Nothing to mend."
-    measured = (
-        f"rise {rise:.2g} (limit {limits.diverged:g}), jumps {jumps:.2g} (limit {limits.erratic:g}), "
-        f"fall {fall:.2g} (limit {limits.flat:g}), turn {turn:.2g} (limit {limits.overfitting:g}), "
-        f"gap {gap:.2g} (limit {limits.gap:g})"
-    )
+    measures = {"rise": rise, "jumps": jumps, "fall": fall, "turn": turn, "gap": gap}
+    allowed = (limits.diverged, limits.erratic, limits.flat, limits.overfitting, limits.gap)
+    pairs = zip(measures.items(), allowed, strict=True)
+    measured = ", ".join(f"{name} {value:.2g} (limit {limit:g})" for (name, value), limit in pairs)
     return Verdict(word, measured, advice)

@@ -16,6 +16,7 @@ from helpers.config import KINDS, Config, find_named
 from helpers.training.loop import History
 from helpers.training.tasks import ImagePredictions, Predictions
 
+Found = Mapping[str, Predictions | ImagePredictions]  # by the name of a split or a model
 SPLIT_COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 
 
@@ -48,7 +49,9 @@ def show_channel(axis: plt.Axes, physical: Any, name: str, title: str = "", like
     Of `like`, another image of the channel, the range of colours is taken, so that the two can be compared.
     """
     like = physical if like is None else like
-    if name.startswith("aia"):
+    if name not in UNITS:  # a mask, or an image of one's own
+        show(axis, physical, title, "viridis", like.min(), like.max())
+    elif name.startswith("aia"):
         top = max(np.nanpercentile(like, 99.7), 1e-6)
         show(axis, np.sqrt(np.clip(physical, 0, top)), title, colormap(name), 0.0, np.sqrt(top))
     else:
@@ -72,18 +75,20 @@ def _title(name: str, p: Predictions, cfg: Config) -> str:
     return f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in list(p.metrics(cfg).items())[:3])
 
 
-def plot_channels(physical: Tensor | np.ndarray, channels: Sequence[str], title: str = "", more: int = 0) -> Figure:
-    """One frame (C, H, W) in physical units (DN, gauss, m/s), a panel a channel, and so many `more` empty ones.
+def plot_channels(physical: Any, channels: Sequence[str], title: str = "", targets: Mapping[str, Any] = {}) -> Figure:
+    """One frame (C, H, W) in physical units (DN, gauss, m/s), a panel a channel, and one for each of the `targets`.
 
     Row 0 is drawn at the bottom, solar north is up.
     """
-    count = len(channels) + more
-    columns = min(count, 5)
-    fig, axes = panels(-(-count // columns), columns, width=2.6, height=2.9)
+    frame = zip(np.asarray(physical), channels, strict=True)
+    shown = [(image, name, f"{name} [{UNITS[name]}]") for image, name in frame]
+    shown += [(image, name, f"to predict: {name}") for name, image in targets.items()]
+    columns = min(len(shown), 5)
+    fig, axes = panels(-(-len(shown) // columns), columns, width=2.6, height=2.9)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, image, name in zip(axes.flat, np.asarray(physical), channels, strict=False):
-        show_channel(axis, image, name, f"{name} [{UNITS[name]}]")
+    for axis, drawn in zip(axes.flat, shown, strict=False):
+        show_channel(axis, *drawn)
     fig.suptitle(title)
     return fig
 
@@ -92,32 +97,27 @@ def plot_sample(physical: Tensor | np.ndarray, sample: Mapping[str, Any], cfg: C
     """One frame (C, H, W) in physical units with what is to be predicted from it, the target of an item of the dataset:
     numbers in the title, masks and images as further panels.
     """
-    target, title, channels = sample["target"], sample["timestamp"][:16], cfg.data.channels
+    target, title, images = sample["target"], sample["timestamp"][:16], {}
     if cfg.labels.numbers:
         numbers = ", ".join(f"{value:.3g}" for value in target[:4].tolist()) + ", ..." * (len(target) > 4)
-        return plot_channels(physical, channels, f"{title}, to predict: {numbers} ({_label(cfg)})")
-    images, names = _target_images(target, cfg), _few(_target_names(cfg))
-    fig = plot_channels(physical, channels, title, more=len(names))
-    for axis, name in zip(fig.axes[len(channels) :], names, strict=False):
-        _show_target(axis, images[name], name, f"to predict: {name}", cfg)
-        axis.title.set_color("tab:red")
-    return fig
+        title = f"{title}, to predict: {numbers} ({_label(cfg)})"
+    else:
+        images = _target_images(target, cfg)
+    return plot_channels(physical, cfg.data.channels, title, {name: images[name] for name in _few(images)})
 
 
 def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
     """The targets of each split (`loaders.targets()`, the first column) against time, and their distribution."""
     fig, (line, histogram) = plt.subplots(1, 2, figsize=(11, 3), width_ratios=[3, 1], sharey=True, layout="constrained")
-    first = {split: table.iloc[:, 0] for split, table in targets.items()}
-    values = np.concatenate(list(first.values()))
-    bins = np.histogram_bin_edges(values, 23)  # of equal values, too
-    for split, series in first.items():
-        color = SPLIT_COLORS[split]
+    bins = np.histogram_bin_edges(np.concatenate([table.iloc[:, 0] for table in targets.values()]), 23)
+    for split, table in targets.items():
+        color, series = SPLIT_COLORS[split], table.iloc[:, 0]
         line.plot(series.index, series, ".", ms=4, color=color, label=f"{split} ({len(series)})")
         histogram.hist(series, bins=bins, orientation="horizontal", histtype="step", density=True, color=color)
     if cfg.target.event_threshold is not None:
         line.axhline(cfg.target.event_threshold, color="k", lw=0.8, ls="--", label="event threshold")
-    means = {"mask": "share of pixels inside", "image": f"mean of {_target_names(cfg)[0]}"}
-    line.set(xlabel="time of the image (UTC)", ylabel=means.get(cfg.labels.kind, _label(cfg)), title="labels")
+    label = {"mask": "share of pixels inside", "image": "mean over the image"}.get(cfg.labels.kind, _label(cfg))
+    line.set(xlabel="time of the image (UTC)", ylabel=label, title="labels")
     line.tick_params(axis="x", rotation=20)
     line.legend(fontsize=8, ncols=4)
     histogram.set(title="distribution", xlabel="density")
@@ -126,26 +126,20 @@ def plot_labels(targets: Mapping[str, pd.DataFrame], cfg: Config) -> Figure:
 
 def plot_history(history: History, cfg: Config) -> Figure:
     """Training curves: the losses, and the validation metric that chooses the epoch."""
-    table, kept = history.table, history.best_epoch
     fig, axes = panels(1, 2, width=4.5, height=3)
-    loss, metric = axes[0]
-    loss.plot(table.index, table["train_loss"], ".-", color=SPLIT_COLORS["train"], label="train")
-    loss.plot(table.index, table["val_loss"], ".-", color=SPLIT_COLORS["val"], label="validation")
-    units = ", standardised" if cfg.labels.kind == "scalar" else ""
-    loss.set(yscale="log", xlabel="epoch", ylabel=f"loss ({cfg.target.loss}{units})")
-    loss.axvline(kept, color="k", lw=0.8, ls="--", label=f"kept: epoch {kept}")
-    metric.plot(table.index, table[f"val_{cfg.target.metrics[0]}"], ".-", color=SPLIT_COLORS["val"])
-    metric.set(xlabel="epoch", ylabel=f"validation {cfg.target.metrics[0]}")
-    metric.axvline(kept, color="k", lw=0.8, ls="--")
+    table, key = history.table, cfg.target.metrics[0]
+    table = table.rename(columns={"train_loss": "train", "val_loss": "validation", f"val_{key}": f"validation {key}"})
+    losses = f"loss ({cfg.target.loss}{', standardised' if cfg.labels.kind == 'scalar' else ''})"
+    colors = [SPLIT_COLORS["train"], SPLIT_COLORS["val"]]
+    table.plot(y=["train", "validation"], ax=axes[0, 0], marker=".", logy=True, color=colors, ylabel=losses)
+    table.plot(y=f"validation {key}", ax=axes[0, 1], marker=".", color=colors[1], ylabel=f"validation {key}")
+    for axis in axes[0]:
+        axis.axvline(history.best_epoch, color="k", lw=0.8, ls="--", label=f"kept: epoch {history.best_epoch}")
     _finish(axes[0])
     return fig
 
 
-def plot_predictions(
-    found: Mapping[str, Predictions | ImagePredictions],
-    cfg: Config,
-    references: Mapping[str, Predictions | ImagePredictions] | None = None,
-) -> Figure:
+def plot_predictions(found: Found, cfg: Config, references: Found | None = None) -> Figure:
     """Prediction and truth of splits or models, drawn as `target.plot` says, or as suits the kind of target.
 
     The curves of events show the `references` for the last entry of `found`, too.
@@ -154,9 +148,7 @@ def plot_predictions(
     return draw(found, cfg, references) if draw is plot_events else draw(found, cfg)
 
 
-def plot_events(
-    found: Mapping[str, Predictions], cfg: Config, references: Mapping[str, Predictions] | None = None
-) -> Figure:
+def plot_events(found: Found, cfg: Config, references: Found | None = None) -> Figure:
     """Above, the probability of events (first output) of the last entry of `found` against time.
 
     Below, hit rate against false-alarm rate (ROC), and precision against hit rate, at every threshold; a point marks
@@ -231,9 +223,8 @@ def plot_spectrum(found: Mapping[str, Predictions], cfg: Config) -> Figure:
         errors.plot(median, color=color, lw=0.8, label="median")
         errors.axhline(0, color="k", lw=0.6)
         errors.set_xlabel("bin")
-    positive = all((line.get_ydata() > 0).all() for axis in axes[0] for line in axis.lines)
-    label = _label(cfg) if cfg.labels.transform == "none" else _label(cfg).replace("log10 ", "")
-    axes[0, 0].set(yscale="log" if positive else "linear", ylabel=label)
+    label, log = _label(cfg), cfg.labels.transform != "none"
+    axes[0, 0].set(yscale="log" if log else "linear", ylabel=label.replace("log10 ", "") if log else label)
     axes[1, 0].set_ylabel("error [% of the mean truth]")
     _finish(axes.flat)
     return fig
@@ -246,29 +237,27 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
     both outlines, and their error is that of the pixels called inside at `target.mask_threshold`.
     """
     split, p = list(found.items())[-1]
-    names, channels, mask = _target_names(cfg), cfg.data.channels, cfg.labels.kind == "mask"
-    examples = p.examples if len(names) == 1 else p.examples[:1]
-    rows = [(example, name) for example in examples for name in _few(names)]
+    channels, mask = cfg.data.channels, cfg.labels.kind == "mask"
+    names = _few(_target_images(p.examples[0]["target"], cfg))
+    rows = [(example, name) for example in p.examples[: None if len(names) == 1 else 1] for name in names]
     fig, axes = panels(len(rows), 4)
     for (given, true, said, wrong), (example, name) in zip(axes, rows, strict=True):
-        truth, prediction = (_target_images(image, cfg)[name] for image in (example["target"], example["prediction"]))
+        truth, prediction = (_target_images(example[which], cfg)[name] for which in ("target", "prediction"))
         # the last frame, in the channel that is predicted if it is there, else in one that shows much
         wanted = ("hmi_m" if mask else name, "aia171", "aia193", channels[0])
         seen = next(channel for channel in wanted if channel in channels)
         frame = denormalise(example["ts"][channels.index(seen), -1], cfg.scalers[seen])
         show_channel(given, frame.numpy(), seen, f"input: {seen}")
-        _show_target(true, truth, name, f"truth: {name}, {example['timestamp'][:16]}", cfg)
-        _show_target(said, prediction, name, "predicted probability" if mask else "prediction", cfg, like=truth)
-        error, unit = prediction - truth, UNITS.get(name, cfg.target.unit)
+        show_channel(true, truth, name, f"truth: {name}, {example['timestamp'][:16]}")
+        show_channel(said, prediction, name, "predicted probability" if mask else "prediction", like=truth)
         if mask:
-            level = cfg.target.mask_threshold
-            error = (prediction >= level) - truth
             given.set_title("truth cyan, prediction red", fontsize=9)
-            # the target may be smaller than the input (labels.reduce), so the outlines are stretched over it
-            extent = given.images[0].get_extent()
+            level, extent = cfg.target.mask_threshold, given.images[0].get_extent()  # the target may be smaller
             for image, edge, color in ((truth, 0.5, "tab:cyan"), (prediction, level, "tab:red")):
                 if image.min() < edge < image.max():
                     given.contour(image, [edge], colors=color, linewidths=1.2, extent=extent, origin="lower")
+            prediction = prediction >= level
+        error, unit = prediction - truth, UNITS.get(name, cfg.target.unit)
         show_error(wrong, error, f"error, rms {np.sqrt((error**2).mean()):.3g} {unit}", unit)
     fig.suptitle(f"{split}: " + ", ".join(f"{name} {value:.2f}" for name, value in p.values.items()), fontsize=10)
     return fig
@@ -277,66 +266,51 @@ def plot_images(found: Mapping[str, ImagePredictions], cfg: Config) -> Figure:
 PLOTS = {"scatter": plot_scatter, "spectrum": plot_spectrum, "event": plot_events, "image": plot_images}
 
 
-def plot_prediction_series(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
+def plot_prediction_series(found: Found, cfg: Config) -> Figure:
     """One split against time, one line a model: truth and predictions of numbers, the first metric of each image."""
     fig, ((axis,),) = panels(1, 1, width=11, height=3)
-    key, images = cfg.target.metrics[0], not cfg.labels.numbers
-    if not images:
+    key = cfg.target.metrics[0]
+    if cfg.labels.numbers:
         first = next(iter(found.values()))
         axis.plot(pd.to_datetime(first.timestamps), first.target[:, 0], "k.-", lw=0.8, label="truth")
     for name, p in found.items():
-        values = p.scores[key] if images else p.prediction[:, 0]
+        values = p.prediction[:, 0] if cfg.labels.numbers else p.scores[key]
         axis.plot(pd.to_datetime(p.timestamps), values, ".-", lw=0.8, alpha=0.8, label=name)
-    axis.set(xlabel="time of the image (UTC)", ylabel=f"{key} of each image" if images else _label(cfg))
+    axis.set(xlabel="time of the image (UTC)", ylabel=_label(cfg) if cfg.labels.numbers else f"{key} of each image")
     axis.tick_params(axis="x", rotation=20)
     _finish([axis])
     return fig
 
 
-def plot_trust(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> Figure:
+def plot_trust(found: Found, cfg: Config) -> Figure:
     """How far a prediction can be trusted: what was true, on average, where the model said so much (first output, or
     all pixels of the examples).
     """
     fig, ((axis,),) = panels(1, 1, width=4.5, height=3.8)
     for name, p in found.items():
-        if isinstance(p, ImagePredictions):
-            said, true = (torch.stack([x[of] for x in p.examples]).flatten() for of in ("prediction", "target"))
-        else:
+        if cfg.labels.numbers:
             said, true = p.prediction[:, 0], p.target[:, 0]
+        else:
+            said, true = (torch.stack([x[of] for x in p.examples]).flatten() for of in ("prediction", "target"))
         pairs = pd.DataFrame({"said": said.double().numpy(), "true": true.double().numpy()})
         # few bins, because one with a single sample says nothing
         means = pairs.groupby(pd.cut(pairs["said"], 6), observed=True).mean()
         axis.plot(means["said"], means["true"], "o-", ms=4, color=SPLIT_COLORS.get(name), label=name)
-    low = means["said"].min()
-    axis.axline((low, low), slope=1, color="k", lw=0.8)
+    axis.axline((means["said"].min(),) * 2, slope=1, color="k", lw=0.8)
+    axis.set(xlabel=f"predicted {_label(cfg)}", ylabel="what was true there, on average")
     if cfg.labels.kind == "event":
         axis.set(xlabel="predicted probability", ylabel="share of these that were events")
-    else:
-        axis.set(xlabel=f"predicted {_label(cfg)}", ylabel="what was true there, on average")
     _finish([axis])
     return fig
 
 
-def _target_names(cfg: Config) -> list[str]:
-    """What the channels of an image target are called."""
-    return list(cfg.labels.target_channels) or [cfg.target.name]
-
-
 def _target_images(target: Tensor, cfg: Config) -> dict[str, np.ndarray]:
     """The channels (H, W) of a target (C, H, W) by name, in physical units where they are channels of the frames."""
-    if cfg.labels.target_channels:
-        target = denormalise(target, stack_scalers(cfg.scalers, cfg.labels.target_channels))
-    return dict(zip(_target_names(cfg), target.numpy(), strict=True))
+    channels = cfg.labels.target_channels
+    physical = denormalise(target, stack_scalers(cfg.scalers, channels)) if channels else target
+    return dict(zip(channels or [cfg.target.name], physical.numpy(), strict=True))
 
 
-def _few(names: Sequence[str]) -> list[str]:
+def _few(names: Iterable[str]) -> list[str]:
     """At most four of many channels, unlike each other where these are there."""
     return sorted(names, key=lambda name: name not in ("aia171", "aia94", "hmi_m", "hmi_v"))[:4]
-
-
-def _show_target(axis: plt.Axes, image: np.ndarray, name: str, title: str, cfg: Config, like: Any = None) -> None:
-    like = image if like is None else like
-    if name in cfg.labels.target_channels:
-        show_channel(axis, image, name, title, like)
-    else:
-        show(axis, image, title, "viridis", like.min(), like.max())

@@ -1,12 +1,11 @@
 """Weights in and out: a Surya checkpoint into a model of another shape, and the small files of a fine-tune.
 
 `load_filtered` gives every tensor of the model's encoder a source in the checkpoint and every tensor of the
-checkpoint a place, or says which has none. Three kinds are adapted, of which the first two are half of Surya's weights:
+checkpoint a place, or says which has none. Two kinds, half of Surya's weights, are cut to the model's shape:
 
 * `patch_embed.proj.weight`: channels picked by name, the most recent frames kept;
 * `filter.complex_weight`: on a smaller token grid over the same field of view, the modes that this grid has. A mode is
-  the same physical frequency on any grid, and norm="ortho" makes rescaling needless;
-* `unembed.unembed.0.*`: rows of the decoder for named output channels, on request.
+  the same physical frequency on any grid, and norm="ortho" makes rescaling needless.
 """
 
 import copy
@@ -33,11 +32,11 @@ from helpers.shared import atomic_write
 State = Mapping[str, Tensor]
 Transfer = tuple[Tensor, str]  # values for a tensor of the model, and how they were cut out of the checkpoint's
 PATCHES = "embedding.patch_embed.proj.weight"
+FILTER = ".filter.complex_weight"
 POSITIONS = "embedding.pos_embed"
 DECODER = "unembed.unembed.0."
 # what torch.compile, PEFT and other classes add to names
 WRAPPERS = {"_orig_mod", "module", "model", "encoder", "base_model", "base_layer"}
-MOST_FRAMES = 2  # that a released checkpoint was trained with
 ADAPTER_FORMAT = "surya-course-adapter-1"
 # Surya's own fine-tunes: by task the file on the hub, and the alpha of its adapters, which does not stand in it
 RELEASED = {
@@ -84,6 +83,7 @@ def load_filtered(
     source_channels: Sequence[str] | None = None,  # the checkpoint's channels in their order; None: Surya's 13
     strict: bool = True,  # raise when an encoder tensor of either side finds no partner
     decoder_channels: Sequence[str] | None = None,
+    released: bool = False,  # the source is a fine-tuned model of the release: its encoder, the adapters merged
 ) -> LoadReport:
     """Fill a model from a Surya checkpoint, in place, and report on every tensor. Nothing is written when it raises.
 
@@ -96,87 +96,70 @@ def load_filtered(
         encoder.loaded_from = "none"
         return LoadReport("No checkpoint", fresh=list(model.state_dict()), parameters_total=total)
     state, name = open_checkpoint(source)
+    report = LoadReport(name, parameters_total=total)
     targets = {key: tensor for key, tensor in encoder.state_dict(keep_vars=True).items() if "lora_" not in key}
-    if adapters := [key for key in state if "lora_" in key]:
-        raise CheckpointError(f"{name} is fine-tuned, with adapters ({_some(adapters)}): use load_released to read it.")
+    noted = fingerprint(state)
+    if released:
+        state = merge_lora(load_released(source)).encoder.state_dict()
+    elif adapters := [key for key in state if "lora_" in key]:
+        why = "a training begins with it where training.initial_run is released"
+        raise CheckpointError(f"{name} is fine-tuned, with adapters ({_some(adapters)}): {why}.")
     try:
-        names = channel_names(state, encoder, channels, source_channels)
+        source_channels = list(CHANNELS if source_channels is None else source_channels)
+        channels = list(source_channels if channels is None else channels)
         transfers: dict[str, Transfer] = {key: (state[key], "") for key in targets if key in state}
-        transfers[PATCHES] = fit_patches(state[PATCHES], encoder.time_dim, *names)
-        for key in [key for key in transfers if key.endswith(".filter.complex_weight") and state[key].ndim == 4]:
+        transfers[PATCHES] = fit_patches(state, encoder, channels, source_channels)
+        for key in [key for key in transfers if key.endswith(FILTER) and state[key].ndim == 4]:
             transfers[key] = fit_filter(state[key], encoder.grid)
         if getattr(model, "unembed", None) is not None:
-            transfers |= fit_decoder(state, model, names[1], decoder_channels)
+            transfers |= fit_decoder(state, model, source_channels, decoder_channels)
             if isinstance(model, Specformer1D) and f"{DECODER}weight" not in transfers:
                 raise CheckpointError("It has no decoder of Surya's 13 channels, which head.pooling: forecast reads.")
             targets |= {f"{DECODER}{kind}": getattr(model.unembed.unembed[0], kind) for kind in ("weight", "bias")}
         elif decoder_channels:
             raise CheckpointError(f"decoder_channels is for a Specformer2D; {type(model).__name__} has no decoder.")
-        check_transfers(transfers, targets)
+        report.missing = [key for key in targets if key not in transfers and not key.startswith(DECODER)]
+        unused = [key for key in state if key not in transfers and key != POSITIONS]
+        lost = [key for key in unused if key.startswith(("embedding.", "backbone."))]
+        if strict and (report.missing or lost):
+            raise CheckpointError(
+                f"{len(report.missing)} encoder tensors of the model are not in it ({_some(report.missing)}) and "
+                f"{len(lost)} of its encoder tensors have no place in the model ({_some(lost)}): set depth, "
+                "n_spectral_blocks and rpe as the checkpoint has them."
+            )
+        fill({key: targets[key] for key in transfers}, {key: values for key, (values, _) in transfers.items()})
     except CheckpointError as error:
         raise CheckpointError(f"{name} does not suit the model. {error}") from None
-
-    report = LoadReport(name, parameters_total=total)
-    report.missing = [key for key in targets if key not in transfers and not key.startswith(DECODER)]
-    for key in (key for key in state if key not in transfers):
-        report.skipped[key] = "no such tensor in the model"
-        if key == POSITIONS:
-            report.skipped[key] = f"regenerated for the {encoder.grid} x {encoder.grid} grid"
-        elif key.startswith(DECODER):
-            report.skipped[key] = "pretraining decoder; the model has a head of its own"
-    lost = [key for key in report.skipped if key.startswith(("embedding.", "backbone.")) and key != POSITIONS]
-    if strict and (report.missing or lost):
-        raise CheckpointError(
-            f"{name} does not fill this encoder: {len(report.missing)} encoder tensors of the model are not in it "
-            f"({_some(report.missing)}) and {len(lost)} of its encoder tensors have no place in the model "
-            f"({_some(lost)}). Set depth, n_spectral_blocks and rpe as the checkpoint has them, or pass strict=False."
-        )
-    for key, (values, _) in transfers.items():
-        with torch.no_grad():
-            targets[key].copy_(values)
-        report.parameters_loaded += targets[key].numel() * isinstance(targets[key], nn.Parameter)
+    report.skipped = {key: "no such tensor in the model" for key in unused}
+    if POSITIONS in state:
+        report.skipped[POSITIONS] = f"regenerated for the {encoder.grid} x {encoder.grid} grid"
+    report.parameters_loaded = sum(targets[key].numel() for key in transfers if isinstance(targets[key], nn.Parameter))
     report.adapted = {key: how for key, (_, how) in transfers.items() if how}
     report.loaded = [key for key in transfers if key not in report.adapted]
-    encoder.loaded_from = fingerprint(state)
+    encoder.loaded_from = noted
     filled = {*transfers, *report.missing}
     report.fresh = [key for key in model.state_dict() if key.removeprefix("encoder.") not in filled]
     return report
 
 
 # --------------------------------------------------------------------------- Giving each tensor of the model its values
-def check_transfers(transfers: Mapping[str, Transfer], targets: State) -> None:
-    """Raise a CheckpointError unless all values are of their target's shape, floating-point numbers and finite."""
-    values = {key: cut for key, (cut, _) in transfers.items()}
-    if wrong := [key for key, value in values.items() if value.shape != targets[key].shape]:
-        theirs, ours = tuple(values[wrong[0]].shape), tuple(targets[wrong[0]].shape)
+def fill(targets: State, values: State) -> None:
+    """Copy `values` into the tensors of the same names. A CheckpointError, before anything is written, names what is on
+    one side alone, of another shape, or does not hold finite floating-point numbers.
+    """
+    theirs, ours = [{key: tuple(tensor.shape) for key, tensor in side.items()} for side in (values, targets)]
+    if other := [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]:
         raise CheckpointError(
-            f"{len(wrong)} tensors differ in shape, such as {wrong[0]}, {theirs} in the checkpoint and {ours} in the "
-            "model: set embed_dim, patch_size, num_heads, dp_rank and mlp_ratio as the checkpoint has them."
+            f"{len(other)} tensors are on one side alone or differ in shape ({_some(other)}); {other[0]}, "
+            f"{theirs.get(other[0])} in the checkpoint and {ours.get(other[0])} in the model."
         )
     for key, value in values.items():
         sound = value.is_floating_point() and value.sum(dtype=torch.float32).isfinite()
         if targets[key].is_floating_point() and not sound:
             raise CheckpointError(f"{key} does not hold finite floating-point numbers: get the checkpoint anew.")
-
-
-def channel_names(
-    state: State, encoder: SuryaEncoder, model: Sequence[str] | None, source: Sequence[str] | None
-) -> tuple[list[str], list[str]]:
-    """The channels of model and checkpoint, after a check that their names and numbers agree with both."""
-    source = list(CHANNELS if source is None else source)
-    model = list(source if model is None else model)
-    if PATCHES not in state or state[PATCHES].ndim != 4:
-        raise CheckpointError(f"It holds another architecture, without {PATCHES}; it begins with {_some(list(state))}.")
-    if len(model) != encoder.in_chans:
-        raise CheckpointError(f"channels=[...] names {len(model)} channels, and the model has {encoder.in_chans}.")
-    planes, outputs = state[PATCHES].shape[1], len(state.get(f"{DECODER}bias", ())) // state[PATCHES].shape[3] ** 2
-    counts = [len(source) * frames for frames in range(1, MOST_FRAMES + 1)]
-    if planes not in counts or outputs not in (0, len(source)) or len(set(source)) < len(source):
-        raise CheckpointError(
-            f"The checkpoint has {planes} input planes (channels x frames) and {outputs or 'no'} decoded channels, "
-            f"and {len(source)} names are given for it: model.weights_channels names each of its channels once."
-        )
-    return model, source
+    with torch.no_grad():
+        for key, value in values.items():
+            targets[key].copy_(value)
 
 
 def places(wanted: Sequence[str], source: Sequence[str], argument: str) -> list[int]:
@@ -186,15 +169,29 @@ def places(wanted: Sequence[str], source: Sequence[str], argument: str) -> list[
     return [source.index(name) for name in wanted]
 
 
-def fit_patches(values: Tensor, wanted: int, channels: list[str], source_channels: list[str]) -> Transfer:
-    """Channels by name, and the last `wanted` frames: (D, C*T, p, p) of the checkpoint to that of the model."""
-    planes = values.unflatten(1, (len(source_channels), -1))  # (D, C, T, p, p)
-    frames, picked = planes.shape[2], places(channels, source_channels, "channels")
+def fit_patches(state: State, encoder: SuryaEncoder, channels: list[str], source: list[str]) -> Transfer:
+    """Channels by name, and the last frames: (D, C*T, p, p) of the checkpoint to that of the model.
+
+    The names must be as many as the channels, on both sides.
+    """
+    if PATCHES not in state or state[PATCHES].ndim != 4:
+        raise CheckpointError(f"It holds another architecture, without {PATCHES}; it begins with {_some(list(state))}.")
+    if len(channels) != encoder.in_chans:
+        raise CheckpointError(f"channels=[...] names {len(channels)} channels, and the model has {encoder.in_chans}.")
+    (_, planes, patch, _), count, wanted = state[PATCHES].shape, len(set(source)), encoder.time_dim
+    outputs = len(state.get(f"{DECODER}bias", ())) // patch**2
+    if planes not in (count, 2 * count) or outputs not in (0, count) or count < len(source):
+        raise CheckpointError(
+            f"The checkpoint has {planes} input planes (channels x frames) and {outputs or 'no'} decoded channels, "
+            f"and {len(source)} names are given for it: model.weights_channels names each of its channels once."
+        )
+    frames, picked = planes // count, places(channels, source, "channels")
     if wanted > frames:
         raise CheckpointError(f"The model takes {wanted} frames and the checkpoint {frames}: set time_dim to {frames}.")
-    how = [f"{len(picked)} of {len(source_channels)} channels, by name"] if channels != source_channels else []
+    how = [f"{len(picked)} of {count} channels, by name"] if channels != source else []
     how += [f"the last {wanted} of {frames} frames"] if wanted != frames else []
-    return planes[:, picked, frames - wanted :].flatten(1, 2), "; ".join(how)
+    values = state[PATCHES].unflatten(1, (count, frames))  # (D, C, T, p, p)
+    return values[:, picked, frames - wanted :].flatten(1, 2), "; ".join(how)
 
 
 def fit_filter(values: Tensor, new: int) -> Transfer:
@@ -209,11 +206,9 @@ def fit_filter(values: Tensor, new: int) -> Transfer:
     return modes, f"the modes of a {new} x {new} grid, out of {old} x {old}"
 
 
-def fit_decoder(
-    state: State, model: Specformer1D | Specformer2D, source_channels: list[str], wanted: Sequence[str] | None
-) -> dict[str, Transfer]:
+def fit_decoder(state: State, model: nn.Module, source: list[str], wanted: Sequence[str] | None) -> dict[str, Transfer]:
     """Weight and bias of the decoder: whole where it is the model's own, else the rows of the wanted channels."""
-    decoder, patch, count = model.unembed.unembed[0], model.encoder.patch_size, len(source_channels)
+    decoder, patch, count = model.unembed.unembed[0], model.encoder.patch_size, len(source)
     outputs, factor = decoder.out_channels // decoder.upscale**2, patch // decoder.upscale
     keys = (f"{DECODER}weight", f"{DECODER}bias")
     rows = {key: state[key] for key in keys if len(state.get(key, ())) == count * patch**2}
@@ -222,7 +217,7 @@ def fit_decoder(
     if len(rows) < 2 or len(wanted) != outputs:
         decoded = count if rows else 0
         raise CheckpointError(f"decoder_channels must name {outputs} of the {decoded} channels the checkpoint decodes.")
-    picked = places(wanted, source_channels, "decoder_channels")
+    picked = places(wanted, source, "decoder_channels")
     how = f"the rows of {', '.join(wanted)}" + (f", averaged over {factor} x {factor} pixels" if factor > 1 else "")
     pattern = "c (uy fy ux fx) ... -> (c uy ux) ..."  # a smaller target is the mean over its pixels
     sizes = {"uy": decoder.upscale, "ux": decoder.upscale, "fy": factor, "fx": factor}
@@ -238,8 +233,8 @@ def _some(keys: Sequence[str], count: int = 4) -> str:
 # ---------------------------------------------------------------------------------------------------------------- Files
 def open_checkpoint(source: str | Path | State) -> tuple[State, str]:
     """The tensors of a checkpoint, memory-mapped, under Surya's keys without what wraps them; and a name to show."""
-    name = Path(source).name if isinstance(source, (str, Path)) else "The given state dict"
     contents = read_file(Path(source)) if isinstance(source, (str, Path)) else source
+    name = Path(source).name if isinstance(source, (str, Path)) else "The given state dict"
     for wrapper in ("state_dict", "model_state_dict", "model", "module"):
         if isinstance(contents, Mapping) and isinstance(contents.get(wrapper), Mapping):
             contents = contents[wrapper]
@@ -264,21 +259,16 @@ def read_file(path: Path) -> Any:
             if spoilt := archive.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {spoilt} is wrong")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} holds Python objects, which can run code, besides tensors: save it anew as a plain state dict."
-        ) from error
-    except (zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError) as error:
-        what = f"cut short, damaged or no file of torch.save ({str(error).splitlines()[0]}); delete it, get it again"
-        with path.open("rb") as file:
-            if file.read(64).startswith(b"version https://git-lfs"):
-                what = "a git-LFS pointer, not the weights: run `git lfs pull` or download the file"
+    except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError) as error:
+        what = f"cut short, damaged or no file of torch.save ({str(error).splitlines()[0]}): get it anew (git lfs pull)"
+        if isinstance(error, pickle.UnpicklingError):
+            what = "no plain state dict: it holds Python objects, which can run code. Save the tensors alone, anew"
         raise CheckpointError(f"{path} ({path.stat().st_size:,} bytes) is {what}.") from error
 
 
 def fingerprint(source: str | Path | State, samples: int = 64) -> str:
-    """Sixteen hexadecimal digits that tell one checkpoint (a file or its state dict) from another, in a moment: from
-    names, shapes and up to `samples` evenly spaced values of each tensor.
+    """Sixteen hexadecimal digits that tell one checkpoint from another, in a moment: of names, shapes and up to
+    `samples` evenly spaced values of each tensor.
     """
     state, _ = open_checkpoint(source)
     digest = hashlib.sha256()
@@ -308,42 +298,37 @@ def save_adapter(
 
 
 def load_adapter(
-    path: str | Path, model: nn.Module, fingerprint: str | None = None, head: bool = True
+    source: str | Path | Mapping[str, Any], model: nn.Module, fingerprint: str | None = None, head: bool = True
 ) -> dict[str, Any]:
-    """Fill what `save_adapter` wrote into a model; returns {"config", "extra", "fingerprint"} as saved.
+    """Fill what `save_adapter` wrote, a file or its contents, into a model; returns {"config", "extra", "fingerprint"}.
 
     The model is built with the same settings, with `load_filtered` and `apply_lora` done. Another file, checkpoint
     (`fingerprint`; None: as `load_filtered` has noted) or shape raises a CheckpointError, and nothing is written then.
     Without `head`, what lies outside the encoder stays as it is in the model.
     """
-    contents, name = read_file(Path(path)), Path(path).name
+    contents = read_file(Path(source)) if isinstance(source, (str, Path)) else source
+    name = Path(source).name if isinstance(source, (str, Path)) else "The run"
     if not isinstance(contents, Mapping) or contents.get("format") != ADAPTER_FORMAT:
         raise CheckpointError(f"{name} is no adapter file of this course; load_filtered reads whole checkpoints.")
     holds, targets = fingerprint or loaded_from(model), trained_state(model)
-    frozen = [name for name, _ in model.named_parameters() if name not in targets]
-    if frozen and holds != contents["fingerprint"]:
+    if holds != contents["fingerprint"] and any(key not in targets for key, _ in model.named_parameters()):
         raise CheckpointError(
             f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds "
             f"{holds or 'none that load_filtered put there'}: fill it from the checkpoint that the run used first."
         )
-    state = {key: tensor for key, tensor in contents["state"].items() if head or key.startswith("encoder.")}
-    targets = {key: tensor for key, tensor in targets.items() if head or key.startswith("encoder.")}
-    shapes, wanted = [{key: tuple(tensor.shape) for key, tensor in side.items()} for side in (state, targets)]
-    if other := [key for key in {**shapes, **wanted} if shapes.get(key) != wanted.get(key)]:
-        raise CheckpointError(
-            f"{name} was trained with another model; {len(other)} tensors are on one side alone or differ in shape "
-            f"({_some(other)}): build model, head and adapters (apply_lora) with the settings in the file."
-        )
-    with torch.no_grad():
-        for key, tensor in state.items():
-            targets[key].copy_(tensor)
+    both = targets, contents["state"]
+    if not head:
+        both = [{key: side[key] for key in side if key.startswith("encoder.")} for side in both]
+    try:
+        fill(*both)
+    except CheckpointError as error:
+        raise CheckpointError(f"{name} was trained with another model, head or apply_lora. {error}") from None
     return {key: contents[key] for key in ("config", "extra", "fingerprint")}
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors themselves, by name: what trains, and the buffers outside the encoder."""
-    inside = "" if isinstance(model, SuryaEncoder) else "encoder."
-    tensors = model.state_dict(keep_vars=True)
+    inside, tensors = "" if isinstance(model, SuryaEncoder) else "encoder.", model.state_dict(keep_vars=True)
     buffers = {key for key, t in tensors.items() if not key.startswith(inside) and not isinstance(t, nn.Parameter)}
     return {key: t for key, t in tensors.items() if t.requires_grad or key in buffers}
 
@@ -354,9 +339,7 @@ def loaded_from(model: nn.Module) -> str | None:
 
 
 def export_merged(path: str | Path, model: nn.Module) -> Path:
-    """Write the state dict of the whole model in float32 with every adapter added to its weight, for use without this
-    course, and for `load_filtered`; the model does not change.
-    """
+    """Write the whole model's state dict in float32, every adapter added to its weight, as `load_filtered` reads it."""
     merged = merge_lora(copy.deepcopy(model).float())
     with atomic_write(path) as temporary:
         torch.save({key: tensor.detach().cpu() for key, tensor in merged.state_dict().items()}, temporary)
@@ -368,6 +351,7 @@ def load_released(
     source: str | Path | State,  # a file, or its state dict; of PEFT where it has adapters
     alpha: float | None = None,  # of the adapters; None: as the files of the release have it, by their names
     num_heads: int | None = None,  # the same
+    img_size: int | None = None,  # side of the images it will be given; None: of those it was trained on
 ) -> Specformer1D | Specformer2D:
     """A complete fine-tuned model of Surya's release in eval mode, its adapters kept as adapters.
 
@@ -384,36 +368,37 @@ def load_released(
     theirs = {"cls_token": "class_token", "linear.": "head.0.", "unembed.weight": "head.1.weight"}
     theirs |= {"unembed.bias": "head.1.bias", "embedding.": "encoder.embedding.", "backbone.": "encoder.backbone."}
     try:
-        model = _sized_as(state, num_heads)
+        side = state[PATCHES].shape[3] * math.isqrt(state[POSITIONS].shape[1])
+        model, values = _sized_as(state, num_heads, img_size or side), {}
+        model.trained_side = side  # pixels of the images that it was trained on
         if ranks:
             adapted = {key.split(".")[-4] for key in state if key.endswith(".lora_A.default.weight")}
             apply_lora(model, max(ranks), alpha, dropout=0.0, targets=adapted)
-        filled = {key: tensor for key, tensor in model.state_dict().items() if key.startswith("feature_")}  # 0 and 1
         for key, tensor in state.items():
             old = next((old for old in theirs if key.startswith(old)), "")
-            filled[f"{theirs.get(old, '')}{key.removeprefix(old).removesuffix('.default.weight')}"] = tensor
-        del filled[f"encoder.{POSITIONS}"]  # they follow from the grid
-        model.load_state_dict(filled)  # names what is missing, too much, or of another shape
-        if odd := [k for k, tensor in filled.items() if not (tensor.is_floating_point() and tensor.isfinite().all())]:
-            raise ValueError(f"{_some(odd)} does not hold finite floating-point numbers")
+            cut = fit_filter(tensor, model.encoder.grid)[0] if key.endswith(FILTER) else tensor
+            values[f"{theirs.get(old, '')}{key.removeprefix(old).removesuffix('.default.weight')}"] = cut
+        del values[f"encoder.{POSITIONS}"]  # they follow from the grid
+        targets = model.state_dict(keep_vars=True)
+        fill({key: targets[key] for key in targets if not key.startswith("feature_")}, values)  # these stay 0 and 1
     except (KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{name} is no whole fine-tuned model of the release: {error}") from None
     model.encoder.loaded_from = fingerprint(state)
     return model.eval()
 
 
-def _sized_as(state: State, num_heads: int) -> Specformer1D | Specformer2D:
+def _sized_as(state: State, num_heads: int, img_size: int) -> Specformer1D | Specformer2D:
     """A model without adapters, as large as a released one; KeyError where the tensors that tell are not there."""
     dim, planes, patch, _ = state[PATCHES].shape
     blocks = {".".join(key.split(".")[1:3]) for key in state if key.startswith("backbone.blocks_")}
     first, spectral = "backbone.blocks_attention.0.", sum("spectral" in block for block in blocks)
-    side = patch * math.isqrt(state[POSITIONS].shape[1])
     ratio = len(state[f"{first}mlp.fc1.weight"]) / dim
     dp_rank = len(state[f"{first}attn.to_dynamic_projection.weight"]) // num_heads
-    shape = side, patch, len(CHANNELS), planes // len(CHANNELS), dim, len(blocks), spectral, num_heads, ratio
-    if "cls_token" not in state:
-        return Specformer2D(SuryaEncoder(*shape, dp_rank=dp_rank), len(state[f"{DECODER}bias"]) // patch**2)
+    shape = img_size, patch, len(CHANNELS), planes // len(CHANNELS), dim, len(blocks), spectral, num_heads, ratio
+    encoder = SuryaEncoder(*shape, dp_rank=dp_rank, nglo=int("cls_token" in state))
+    if not encoder.nglo:
+        return Specformer2D(encoder, len(state[f"{DECODER}bias"]) // patch**2)
     outputs = len(state["unembed.bias"])
-    model = Specformer1D(SuryaEncoder(*shape, dp_rank=dp_rank, nglo=1), outputs, "class_token")
+    model = Specformer1D(encoder, outputs, "class_token")
     model.norm, model.head = nn.Identity(), nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, outputs))
     return model

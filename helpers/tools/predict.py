@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--released", default="", help="flare_24h, solar_wind, ..., hf://owner/name/file, or a file")
     parser.add_argument("--times", required=True, help="UTC: a first and a last one, 2014-01-07/2014-01-09, or one")
     parser.add_argument("--every", type=int, default=60, help="minutes from one time to the next")
-    parser.add_argument("--out", type=Path, help=".csv for numbers, .zarr for images; by default in the run's folder")
+    parser.add_argument(
+        "--out", type=Path, help=".csv for numbers, .zarr or .nc for images; default: in the run's folder"
+    )
     asked = read_choices(parser)
     if bool(asked.run) == bool(asked.released):
         raise Refusal("Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, of NASA's.")
@@ -41,6 +43,8 @@ def main() -> None:
     name = re.sub(r"\W+", "-", asked.run or asked.released)
     out = trained.cfg.runs_folder / asked.run / f"{name}-{times[0]:%Y%m%d_%H%M}-{times[-1]:%Y%m%d_%H%M}.{ending}"
     print(f"written: {os.path.relpath(predict_times(trained, times, asked.out or out))}")
+    if trained.coverage is not None:
+        print(f"The 90% intervals are from validation; of the run's test, they hold {trained.coverage:.0%}.")
 
 
 def read_times(text: str, every_minutes: int) -> pd.DatetimeIndex:

@@ -6,7 +6,7 @@ Read `fit` and `Trainer.train_epoch`: they are the loop.
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError, atomic_write, remove_leftovers
 from helpers.training.devices import make_accelerator
 from helpers.training.tasks import ImagePredictions, Judged, Predictions, Task, make_task
-from helpers.training.tracking import BEST, STATE, Run, how_to_go_on
+from helpers.training.tracking import BEST, STATE, Run, finished_run, how_to_go_on
 
 
 @dataclass
@@ -105,19 +105,25 @@ def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None)
     return trainer.history
 
 
-def predict(model: nn.Module, loaders: Loaders, split: str, cfg: Config) -> Predictions | ImagePredictions:
-    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time."""
+def predict(
+    model: nn.Module, loaders: Loaders, split: str, cfg: Config, to_units: Callable | None = None
+) -> Predictions | ImagePredictions:
+    """Predictions and targets of one split ("train", "val" or "test") in target units, in the order of time.
+
+    `to_units` is for a model whose outputs mean something else than those of the task.
+    """
     accelerator, task, loader = make_accelerator(cfg), make_task(cfg, loaders), getattr(loaders, split)
+    task.to_units = to_units or task.to_units
     model.to(accelerator.device)
     in_order = in_batches(loader.dataset, cfg, loader.num_workers)  # the training loader shuffles
     return judge(model, in_order, task, accelerator, samples=len(loader.dataset))[1]
 
 
 def predict_splits(
-    model: nn.Module, loaders: Loaders, cfg: Config, splits: Sequence[str] = ("val", "test")
+    model: nn.Module, loaders: Loaders, cfg: Config, splits: Sequence[str] = ("val", "test"), **how: Callable
 ) -> dict[str, Predictions | ImagePredictions]:
     """Predictions of several splits; the threshold of events is chosen on validation and holds for all."""
-    found = {split: predict(model, loaders, split, cfg) for split in splits}
+    found = {split: predict(model, loaders, split, cfg, **how) for split in splits}
     threshold = found["val"].choose_threshold(cfg)
     for p in found.values():
         p.threshold = threshold
@@ -149,17 +155,18 @@ class Trainer:
     def __init__(self, model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None) -> None:
         self.loaders, self.cfg = loaders, cfg
         self.task, self.accelerator = make_task(cfg, loaders), make_accelerator(cfg)
+        if cfg.training.initial_run not in (None, "released") and not cfg.training.resume:
+            start, now = finished_run(cfg.runs_folder / cfg.training.initial_run), cfg.to_dict()
+            same = all(start["settings"][section] == now[section] for section in ("labels", "target", "head"))
+            load_adapter(start["folder"] / BEST, model, head=same)
+            if not same:
+                standardise_features(model, loaders, cfg)
+            head = "its head" if same else "a fresh head"
+            self.accelerator.print(f"Begins with the encoder of {start['name']}, and {head}.")
         self.run = run if self.accelerator.is_main_process else None
         # whatever was drawn before, in cells of a notebook or elsewhere; and another dropout in each process
         set_seed(cfg.seed, device_specific=True)
         loaders.train.generator.manual_seed(cfg.seed)
-        if cfg.training.initial_run and not cfg.training.resume:
-            path, now = cfg.runs_folder / cfg.training.initial_run / BEST, cfg.to_dict()
-            saved = read_file(path)["config"]
-            same = all(saved[section] == now[section] for section in ("labels", "target", "head"))
-            load_adapter(path, model, head=same)
-            head = "its head" if same else "a fresh head"
-            self.accelerator.print(f"Begins with the encoder of {path.parent.name}, and {head}.")
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
         self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)

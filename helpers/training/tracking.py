@@ -21,6 +21,7 @@ import pandas as pd
 import yaml
 
 from helpers.config import Config
+from helpers.model.checkpoint import CheckpointError
 from helpers.shared import atomic_write, make_folder, share
 
 STATE = "last.pt"  # in the run's folder: all that a later process needs to go on
@@ -140,6 +141,16 @@ def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             print(f"Left out: {path.parent}, whose record is damaged ({type(error).__name__}: {error}).")
     return pd.DataFrame(rows, columns=None if rows else columns).sort_values("finished", ignore_index=True)
+
+
+def finished_run(folder: Path) -> dict[str, Any]:
+    """The row of `list_runs` of a finished run that has its weights; a CheckpointError names those that there are."""
+    runs = list_runs(folder.parent)
+    run = next((run for run in runs.to_dict("records") if run["folder"] == folder), None)
+    if run is None or not (folder / BEST).exists():
+        there = ", ".join(runs["name"]) or "none"
+        raise CheckpointError(f"{folder} is no finished run with its weights ({BEST}). Finished runs there: {there}.")
+    return run
 
 
 def how_to_go_on(name: str, cfg: Config) -> str:

@@ -129,7 +129,7 @@ def measure_adapters(repeats: int) -> dict[str, float]:
 
 
 def measure_dropout(repeats: int) -> dict[str, float]:
-    """A step with the adapters' own dropout (kernels.py), and with that of torch in its place."""
+    """A step with the adapters' own dropout (at the end of lora.py), and with that of torch in its place."""
     model, ts = hold_frozen(apply_lora(build(1024), **LORA), torch.bfloat16).to(DEVICE), images(1024)
 
     def torchs() -> None:
