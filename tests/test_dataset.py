@@ -103,19 +103,6 @@ def test_what_is_no_whole_date_is_refused_with_its_row(tmp_path, cell):
         read(tmp_path, f"time,value\n2014-01-07T18:00,1\n{cell},2\n")
 
 
-@pytest.mark.parametrize("text", ["", "time,value\n2014-01-07,1\n2014-01-08,2,flag,x\n", "temps,d\xe9bit\n"])
-def test_what_is_no_table_is_named(tmp_path, text):
-    (tmp_path / "labels.csv").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match="The label file .*labels.csv cannot be read as a table"):
-        load_labels(tmp_path / "labels.csv", "time", ["value"])
-
-
-def test_a_comma_at_the_end_of_the_rows_shifts_no_column(tmp_path):
-    labels = read(tmp_path, "peak,start,flux\n2014-01-07 18:32,2014-01-07 17:50,1.2e-4,\n", time_column="peak",
-                  value_columns=["flux"])  # fmt: skip
-    assert labels.values.tolist() == [[1.2e-4]] and labels.times.astype(str).tolist() == ["2014-01-07T18:32:00"]
-
-
 def test_missing_files_and_columns_and_double_labels_are_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="no label file .*none.csv"):
         load_labels(tmp_path / "none.csv", "time", ["value"])

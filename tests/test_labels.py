@@ -1,6 +1,7 @@
 """Labels as the release, archives and people write them: what is read, left out and counted, or refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5netcdf
 import h5py
@@ -13,7 +14,7 @@ from matplotlib import image as pictures
 
 from helpers.config import ConfigError, load_config
 from helpers.data.archive import FrameError
-from helpers.data.dataset import MaskTargets, read_mask
+from helpers.data.dataset import SolarDataset, read_mask
 from helpers.data.labels import labels_of, load_labels, num_outputs, plan_samples, sample_window, spread_out
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +71,11 @@ def sizes(plan) -> dict[str, int]:
 
 def targets(plan, split: str) -> np.ndarray:
     return plan.labels.values[plan.samples[split]["label"]]
+
+
+def pictures_of(plan, split: str, side: int) -> SolarDataset:
+    """The samples of a plan, for a store of frames with this side that holds none."""
+    return SolarDataset(SimpleNamespace(side=side), plan.labels, plan.samples[split])
 
 
 # ---------------------------------------------------------------------------------------------------- released layouts
@@ -134,7 +140,7 @@ def test_released_masks_are_0_and_1_and_absent_ones_are_counted(config, tmp_path
     assert sizes(plan) == {"train": 0, "val": 2, "test": 2} and plan.labels.dropped == {"label not present": 2}
     for split in ("val", "test"):
         for row in range(2):
-            mask = MaskTargets(plan.labels, plan.samples[split], 64).read(row)
+            mask = pictures_of(plan, split, 64).target(row)
             assert mask.shape == (1, 64, 64) and mask.dtype == torch.float32
             np.testing.assert_array_equal(mask[0], inside)
 
@@ -221,7 +227,7 @@ def test_an_image_of_two_values_stays_what_it_is(tmp_path):
     table(tmp_path / "fields.csv", time=["2014-01-07"], path=["field.nc"])
     rules = {"kind": "image", "mask_reduce": "majority"}
     labels = load_labels(tmp_path / "fields.csv", "time", [], variable="b", **rules)
-    assert MaskTargets(labels, pd.DataFrame({"label": [0]}), 4).read(0)[0, 0, 0] == 127.5
+    assert SolarDataset(SimpleNamespace(side=4), labels, pd.DataFrame({"label": [0]})).target(0)[0, 0, 0] == 127.5
 
 
 def test_a_packed_image_and_one_with_a_hole(tmp_path):
@@ -416,8 +422,7 @@ def test_a_reader_of_png_masks(config, tmp_path):
     table(tmp_path / "masks.csv", timestep=["2014-01-07", "2014-08-07"], path=["a.png", "none.png"])
     own = {"labels.path": str(tmp_path / "masks.csv"), "labels.reader": "test_labels:read_png", "labels.variable": None}
     plan = plan_samples(config("ar_segmentation", **own | DAYS))
-    masks = MaskTargets(plan.labels, plan.samples["train"], 8)
-    assert masks.read(0).nonzero().tolist() == [[0, 7, 2]]
+    assert pictures_of(plan, "train", 8).target(0).nonzero().tolist() == [[0, 7, 2]]
     with pytest.raises(FrameError, match="none.png cannot be used: test_labels:read_png .* raised FileNotFoundError"):
         read_mask(plan.labels.paths[1], None, 8, "any", "test_labels:read_png")
     with pytest.raises(FrameError, match=r"a.png cannot be used: it has the shape \(8, 8, 4\), expected a square"):
@@ -428,8 +433,8 @@ def test_a_reader_may_be_given_the_time(config, tmp_path):
     table(tmp_path / "times.csv", timestep=["2014-01-06", "2014-01-07"])
     own = {"labels.path": str(tmp_path / "times.csv"), "labels.reader": "test_labels:seen_at", "labels.variable": None}
     plan = plan_samples(config("ar_segmentation", **own | DAYS))
-    masks = MaskTargets(plan.labels, plan.samples["train"], 4)
-    assert [masks.read(row).mean() for row in range(2)] == [0, 1]
+    masks = pictures_of(plan, "train", 4)
+    assert [masks.target(row).mean() for row in range(2)] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------------- event lists
@@ -469,21 +474,9 @@ def test_any_event_of_a_class_is_1_or_0(mine):
     assert events(mine, numbers.replace("A1", ".1"), **own)[0] == found
 
 
-def test_what_a_quiet_window_is_said_to_hold(mine):
-    found, _ = events(mine, **{"labels.when_none": "B1.0"})
-    assert len(found) == 36 and round(found["01 00"], 6) == -7 and round(found["07 12"], 3) == -3.699
-
-
-def test_quiet_cells_of_a_column_of_classes(tmp_path):
-    path = write(tmp_path / "x.csv", "time,value\n2014-01-07,FQ\n2014-01-08,M1.0\n2014-01-09,\n")
-    labels = load_labels(path, "time", ["value"], transform="goes", when_none="B1.0")
-    np.testing.assert_allclose(labels.values[:, 0], [-7, -5])
-    assert list(labels.dropped.values()) == [1]
-
-
 def test_windows_beyond_the_list_and_events_without_a_value_are_counted(mine):
     text = "time,value\n2014-01-02,C1.0\n2014-01-03 05:00,FQ\n2014-01-05,M1.0\n2014-01-06,\n"
-    found, plan = events(mine, text, **{"labels.when_none": None})
+    found, plan = events(mine, text)
     assert list(found) == ["04 00"]
     assert plan.labels.dropped["event without a value"] == 2
     days = [*range(1, 10), 12, 13, 14, 17, 18, 19]

@@ -29,34 +29,6 @@ from helpers.shared import GB, download
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
 
-class MaskTargets:
-    """Images in files that the label file names, averaged down to `side` pixels."""
-
-    def __init__(self, labels: Labels, samples: pd.DataFrame, side: int) -> None:
-        self.paths, self.labels, self.side = labels.paths[samples["label"]], labels, side
-
-    def read(self, row: int) -> Tensor:
-        """(1, side, side) float32."""
-        own = self.labels
-        return read_mask(self.paths[row], own.variable, self.side, own.mask_reduce, own.reader)
-
-
-class ChannelTargets:
-    """Channels of the frames at sample time + offset, normalised; reduced in physical values."""
-
-    def __init__(self, store: FrameStore, target: FrameTarget, samples: pd.DataFrame) -> None:
-        self.store, self.reduce = store.select(target.channels), target.reduce
-        self.times = samples["time"].to_numpy() + np.timedelta64(target.offset_minutes, "m")
-
-    def read(self, row: int) -> Tensor:
-        """(C, H / reduce, W / reduce) float32."""
-        image = self.store.read([self.times[row]])[:, 0]  # (C, 1, H, W) -> (C, H, W)
-        if self.reduce == 1:
-            return image
-        scaler = stack_scalers(self.store.scalers, self.store.channels)
-        return normalise(avg_pool2d(denormalise(image, scaler), self.reduce), scaler)
-
-
 def read_mask(
     path: str, variable: str | None, side: int, how: str | None = "majority", reader: str | None = None
 ) -> Tensor:
@@ -120,11 +92,11 @@ class SolarDataset(Dataset):
     ) -> None:
         self.store, self.labels, self.samples = store, labels, samples
         self.offsets_minutes = tuple(offsets_minutes)
-        self.targets = self._images = None  # (N, K) float32 in label units, or a reader of images
+        self.targets, self.paths = None, ()  # (N, K) float32 in label units; (N,) files of images
         if isinstance(labels, FrameTarget):
-            self._images = ChannelTargets(store, labels, samples)
+            self._target_frames = store.select(labels.channels)
         elif labels is not None and labels.paths is not None:
-            self._images = MaskTargets(labels, samples, store.side // labels.reduce)
+            self.paths = labels.paths[samples["label"]]
         elif labels is not None:
             self.targets = torch.as_tensor(labels.values[samples["label"]], dtype=torch.float32)
 
@@ -142,17 +114,23 @@ class SolarDataset(Dataset):
 
     def target(self, row: int) -> Tensor:
         """The target of one sample without its input: (K,) or (C, H, W)."""
-        return self._images.read(row) if self.targets is None else self.targets[row]
+        if self.targets is not None:
+            return self.targets[row]
+        if isinstance(self.labels, Labels):
+            rules = self.labels.rules
+            how = rules.mask_reduce if rules.kind == "mask" else None
+            return read_mask(self.paths[row], rules.variable, self.store.side // rules.reduce, how, rules.reader)
+        store, time = self._target_frames, self.samples["time"].iloc[row]
+        image = store.read([time + pd.Timedelta(self.labels.offset_minutes, "min")])[:, 0]  # (C, 1, H, W) -> (C, H, W)
+        if self.labels.reduce == 1:
+            return image
+        scaler = stack_scalers(store.scalers, store.channels)  # averaged in physical values
+        return normalise(avg_pool2d(denormalise(image, scaler), self.labels.reduce), scaler)
 
     def at_offset(self, minutes: int) -> "SolarDataset":
         """The same samples, but the target channels are those of the frame at sample time + `minutes`."""
         moved = replace(self.labels, offset_minutes=minutes)
         return SolarDataset(self.store, moved, self.samples, self.offsets_minutes)
-
-    def keep_masks(self) -> None:
-        """Keep mask files in memory once they are read."""
-        if isinstance(self._images, MaskTargets):
-            self._images.read = cache(self._images.read)
 
 
 @dataclass
@@ -165,7 +143,7 @@ class Loaders:
     target_mean: Tensor  # (K,) float32 mean of the training targets in label units; of images the mean image (C, H, W)
     target_std: Tensor  # (K,) float32 deviation in label units; 1 for image targets
     report: str  # what was used and what was dropped, to print
-    target_span: float = 1.0  # largest minus smallest value of the training targets
+    target_span: float = 1.0  # of images: the largest minus the smallest value of the training targets
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -214,8 +192,7 @@ def make_loaders(cfg: Config) -> Loaders:
     ValueError: splits too close, a store of another kind, unusable labels, or an empty split.
     """
     store = open_store(store_path(cfg), cfg.data.channels, cfg.data.reduce, cfg.data.native_size, cfg.scalers)
-    built = store.times
-    plan = plan_samples(cfg, lambda times: np.isin(times, built))
+    plan = plan_samples(cfg, lambda times: np.isin(times, store.times))
     for name, table in plan.samples.items():
         if table.empty:
             periods = ", ".join(map(" to ".join, cfg.split.periods(name))) or "as the label file has it"
@@ -229,7 +206,8 @@ def make_loaders(cfg: Config) -> Loaders:
     if in_memory:
         store.load(plan.frames)
         for data in sets.values():
-            data.keep_masks()
+            if len(data.paths):
+                data.target = cache(data.target)  # mask files are read once
     workers = 0 if in_memory else cfg.training.loader_workers
     loaders = {name: in_batches(data, cfg, workers, shuffle=name == "train") for name, data in sets.items()}
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
@@ -238,9 +216,10 @@ def make_loaders(cfg: Config) -> Loaders:
         report += f"\nevents: {counts}"
         if not (cfg.labels.spans_hours or cfg.labels.window_hours):
             report += "; a label is taken to speak of its own time alone (labels.spans_hours is 0)"
+    statistics = _target_statistics(sets["train"], cfg.labels.kind)
     if cfg.labels.kind == "mask" and cfg.labels.mask_reduce == "majority":
-        report += lost_by_reducing(sets["train"])
-    return Loaders(**loaders, **_target_statistics(sets["train"], cfg.labels.kind), report=report)
+        report += lost_by_reducing(sets["train"], statistics["target_mean"].sum().item())
+    return Loaders(**loaders, **statistics, report=report)
 
 
 def in_batches(data: Dataset, cfg: Config, workers: int, shuffle: bool = False) -> DataLoader:
@@ -249,7 +228,7 @@ def in_batches(data: Dataset, cfg: Config, workers: int, shuffle: bool = False) 
         data,
         batch_size=cfg.training.batch_size,
         shuffle=shuffle,
-        generator=torch.Generator().manual_seed(cfg.seed),
+        generator=torch.Generator().manual_seed(cfg.seed),  # an iterator draws, in order too: not from the global one
         num_workers=workers,
         # not fork: a forked process inherits CUDA and the threads of zarr in a state that it cannot use
         multiprocessing_context=multiprocessing.get_context("forkserver") if workers else None,
@@ -263,27 +242,25 @@ def fingerprint(splits: Iterable[SolarDataset]) -> str:
     for data in splits:
         digest.update(repr([time.isoformat() for time in data.samples["time"]]).encode())
         digest.update(b"" if data.targets is None else data.targets.double().numpy().tobytes())
-        for path in getattr(getattr(data, "_images", None), "paths", ()):
+        for path in getattr(data, "paths", ()):
             digest.update(Path(path).read_bytes() if Path(path).is_file() else path.encode())
     return digest.hexdigest()[:16]
 
 
-def lost_by_reducing(data: SolarDataset) -> str:
-    """A warning for the report where a majority of pixels loses more than a fifth of what is inside of the masks."""
-    rows, own, side = _evenly_spaced(data), data.labels, data.store.side // data.labels.reduce
-    paths = own.paths[data.samples["label"].iloc[rows]]
-    before = sum(read_mask(path, own.variable, side, "mean", own.reader).sum().item() for path in paths)
-    after = sum(data.target(row).sum().item() for row in rows)
-    if after >= 0.8 * before:
+def lost_by_reducing(data: SolarDataset, left: float) -> str:
+    """A warning for the report where, with `left` pixels inside of a mask, more than a fifth of them are lost."""
+    rows, own, side = _evenly_spaced(data), data.labels.rules, data.store.side // data.labels.rules.reduce
+    whole = sum(read_mask(path, own.variable, side, "mean", own.reader).sum().item() for path in data.paths[rows])
+    if left * len(rows) >= 0.8 * whole:
         return ""
     return (
-        f"\nWARNING: of {before:.0f} pixels inside, {after:.0f} are left when the masks are reduced by majority. Set "
-        f"labels.mask_reduce: any or mean for thin structures."
+        f"\nWARNING: of {whole:.0f} pixels inside, {left * len(rows):.0f} are left when the masks are reduced by "
+        f"majority. Set labels.mask_reduce: any or mean for thin structures."
     )
 
 
 def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | float]:
-    """Mean, deviation and span of the training targets, as `Loaders` has them."""
+    """Mean and deviation of the training targets, and of images their span, as `Loaders` has them."""
     targets = data.targets
     if targets is None:
         rows, mean, low, high = _evenly_spaced(data), torch.zeros(1), math.inf, -math.inf
@@ -292,11 +269,8 @@ def _target_statistics(data: SolarDataset, kind: str) -> dict[str, Tensor | floa
         for image in map(data.target, rows):  # (C, H, W), one in memory at a time
             mean, low, high = mean + image / len(rows), min(low, image.min().item()), max(high, image.max().item())
         return {"target_mean": mean, "target_std": torch.ones(1), "target_span": high - low}
-    if kind == "event":
-        return {"target_mean": targets.mean(0), "target_std": torch.ones(targets.shape[1])}
-    std = targets.std(0, correction=0)
-    span = (targets.max() - targets.min()).item()
-    return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0), "target_span": span}
+    std = torch.ones(targets.shape[1]) if kind == "event" else targets.std(0, correction=0)
+    return {"target_mean": targets.mean(0), "target_std": torch.where(std > 0, std, 1.0)}
 
 
 def _evenly_spaced(data: SolarDataset) -> np.ndarray:

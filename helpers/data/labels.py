@@ -40,17 +40,14 @@ GOLDEN = 0.6180339887498949  # its multiples, modulo 1, lie evenly in [0, 1) how
 # ---- Reading
 @dataclass(frozen=True)
 class Labels:
-    """Labels at times: numbers, or the paths of mask files, and how these are read (as the configuration says it)."""
+    """Labels at times: numbers, or the paths of mask files."""
 
     times: np.ndarray  # (N,) datetime64[s] in UTC, sorted, each once
     values: np.ndarray  # (N, K) float64 in label units after the transform; (N, 0) for masks
     paths: np.ndarray | None = None  # (N,) mask files; None for numbers
-    variable: str | None = None
-    reduce: int = 1  # whole factor by which the masks are smaller than the input
+    rules: Any = None  # the section `labels` of the configuration
     dropped: dict[str, int] = field(default_factory=dict)  # why, and how many rows of the file were left out
     splits: np.ndarray | None = None  # (N,) train, val or test where the labels bring their own splits
-    reader: str | None = None
-    mask_reduce: str | None = "majority"  # None for images that are no masks
 
     def __len__(self) -> int:
         return len(self.times)
@@ -76,10 +73,8 @@ def labels_of(cfg: Config) -> Labels | FrameTarget:
             with _local_file(address, cfg) as path:
                 table = read_table(path, own, dropped, address, cfg.split.column)
             tables.append(table.assign(split=split) if split else table)
-    table = pd.concat(tables, ignore_index=True)
-    if own.window_hours:
-        table = strongest_events(table, cfg, dropped)
-    return _labels(table, own, dropped, f"The label file {own.path}")
+    table, grid = pd.concat(tables, ignore_index=True), sample_grid(cfg) if own.window_hours else None
+    return _labels(table, own, dropped, f"The label file {own.path}", grid)
 
 
 def load_labels(
@@ -97,12 +92,13 @@ def load_labels(
     such as fill_values. In a NetCDF file the columns are variables, of values (N,) or (N, K). Rows without a usable
     value are counted in `dropped`. A ValueError names the column, or the row, that cannot be used.
     """
-    rules = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, when_none=None)
-    rules |= dict(reader=None, mask_reduce="majority", window_hours=None, aggregate="max", time_column=time_column)
-    rules |= dict(event_at=None, value_columns=value_columns, transform=transform, variable=variable, reduce=reduce)
-    if unknown := set(others) - set(rules):
-        raise TypeError(f"load_labels knows no {', '.join(unknown)}; it knows {', '.join(rules)}.")
-    rules, dropped = SimpleNamespace(**rules | others), Counter()
+    more = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, reader=None)
+    more |= dict(mask_reduce="majority", event_at=None)
+    if unknown := set(others) - set(more):
+        raise TypeError(f"load_labels knows no {', '.join(unknown)}; it knows {', '.join(more)}.")
+    own = dict(time_column=time_column, value_columns=value_columns, transform=transform, variable=variable)
+    rules = SimpleNamespace(reduce=reduce, window_hours=None, aggregate="max", **own, **more | others)
+    dropped = Counter()
     return _labels(read_table(Path(path), rules, dropped), rules, dropped, f"The label file {path}")
 
 
@@ -143,8 +139,8 @@ def read_table(
     if rules.kind in ("scalar", "event"):
         for name in rules.value_columns:
             columns += [found for found in cells if fnmatchcase(found, name) and found not in columns] or [name]
-    elif not (rules.reader and {"path", "file_path"}.isdisjoint(cells)):
-        columns = ["file_path" if "file_path" in cells and "path" not in cells else "path"]
+    else:
+        columns = [name for name in ("path", "file_path") if name in cells][:1] or ([] if rules.reader else ["path"])
     for name in (*times, *columns, *filter(None, [split_column])):
         if (found := list(cells).count(name)) != 1:
             raise ValueError(
@@ -162,8 +158,8 @@ def read_table(
         folder = address.rpartition("/")[0] if "://" in address else path.parent
         names = cells[columns[0]] if columns else table["time"].astype(str)
         return table.assign(path=[os.path.join(folder, name) if name and columns else name for name in names])
-    none = "A0.1" if rules.kind == "event" and not rules.window_hours else None  # FQ is no event, not a missing row
-    quiet = none if rules.when_none is None else rules.when_none
+    # a quiet day is no event; in a list of events it is no row, and no number has its logarithm
+    quiet = 0.0 if rules.kind == "event" and not rules.window_hours else np.nan
     values = np.column_stack([_numbers(cells[name], where, rules.transform, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
@@ -227,51 +223,48 @@ def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter
     return table[~filled]
 
 
-def _labels(table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str) -> Labels:
-    """Labels of a table (`read_table`): transformed, sorted, each time once."""
-    images, table = rules.kind not in ("scalar", "event"), table.reset_index(drop=True)
-    values = table.drop(columns=["time", "split", "path"], errors="ignore").to_numpy(float)  # (N, K)
-    reason = "empty"
-    if rules.kind == "event" and not rules.window_hours:
-        if rules.event_at is not None:
-            values = np.where(np.isnan(values), np.nan, values >= _setting(rules, "event_at", null=-np.inf))
-        if not np.isin(values[np.isfinite(values)], (0, 1)).all():
-            raise ValueError(
-                f"{where} holds other numbers than 0 and 1 in {', '.join(rules.value_columns)}. Set labels.event_at to "
-                f"the least that is an event, or labels.kind: scalar."
-            )
-    elif rules.kind == "scalar" and rules.transform != "none" and not (rules.window_hours and rules.aggregate == "any"):
+def _labels(
+    table: pd.DataFrame, rules: Any, dropped: Counter[str], where: str, grid: np.ndarray | None = None
+) -> Labels:
+    """Labels of a table (`read_table`), transformed, sorted, each time once; those of a list of events at `grid`."""
+    yes_or_no, reason = rules.kind == "event" or rules.aggregate == "any", "empty"
+    columns = [name for name in table if name.startswith("column ")]
+    values = table[columns].to_numpy(float)  # (N, K)
+    if yes_or_no and (rules.window_hours or rules.event_at is not None):
+        level = pd.Series(["" if rules.event_at is None else str(rules.event_at)], name="event_at")
+        least = np.nan_to_num(_numbers(level, "the config", rules.transform), nan=-np.inf)
+        values = np.where(np.isnan(values), np.nan, values >= least)
+    elif yes_or_no and not np.isin(values[np.isfinite(values)], (0, 1)).all():
+        raise ValueError(
+            f"{where} holds other numbers than 0 and 1 in {', '.join(rules.value_columns)}. Set labels.event_at to "
+            f"the least that is an event, or labels.kind: scalar."
+        )
+    elif rules.kind == "scalar" and rules.transform != "none":
         if rules.zero == "floor":
             smallest = np.where(values > 0, values, np.inf).min(axis=0, initial=np.inf)
             values = np.where(values == 0, smallest, values)
         values = np.log10(values, where=values > 0, out=np.full(values.shape, np.nan))
         reason = "empty, quiet or not positive, so without a logarithm"
-    usable = (table["path"] != "").to_numpy() if images else np.isfinite(values).all(axis=1)
-    of_none = table["split"].isna().to_numpy()
-    rows = pd.DataFrame(values).assign(**table[[name for name in ("time", "split", "path") if name in table]])
-    rows = rows[usable & ~of_none]
-    once = rows.drop_duplicates().sort_values("time", kind="stable")
+    table[columns] = values
+    if rules.window_hours:
+        table = strongest_events(table, grid, rules.window_hours, 0.0 if yes_or_no else -np.inf, dropped)
+    usable = np.isfinite(table[columns]).all(axis=1) if columns else table["path"] != ""
+    of_none = table["split"].isna()
+    once = table[usable & ~of_none].drop_duplicates().sort_values("time", kind="stable")
     if (twice := once["time"].duplicated()).any():
-        time = once["time"][twice].iloc[0]
-        splits = once["split"][once["time"] == time].unique()
-        if len(splits) > 1:
-            raise ValueError(f"{where}: {time} is in the splits {' and '.join(splits)}. Remove it from all but one.")
         raise ValueError(
-            f"{where} has two different labels for {time}. Keep one row a time, for example the largest flare; for a "
-            f"list of events set labels.window_hours."
+            f"{where} has two different labels for {once['time'][twice].iloc[0]}, or has it in two splits. Keep one "
+            f"row a time, for example the largest flare; for a list of events set labels.window_hours."
         )
     dropped |= {f"label {reason}": int((~usable).sum()), "label of no split": int((usable & of_none).sum())}
-    dropped["label row repeated"] += len(rows) - len(once)
+    dropped["label row repeated"] += int((usable & ~of_none).sum()) - len(once)
     return Labels(
         once["time"].to_numpy("datetime64[s]"),
-        values[once.index],
-        once["path"].to_numpy(str) if images else None,
-        rules.variable if images else None,
-        rules.reduce,
-        {why: count for why, count in dropped.items() if count},
+        once[columns].to_numpy(float),
+        None if columns else once["path"].to_numpy(str),
+        rules,
+        +dropped,  # without zeros
         once["split"].to_numpy(str) if (once["split"] != "").any() else None,
-        rules.reader,
-        rules.mask_reduce if rules.kind == "mask" else None,
     )
 
 
@@ -282,50 +275,42 @@ def _refuse(wrong: np.ndarray, column: pd.Series, where: str, what: str) -> None
         raise ValueError(f"Row {column.index[row] + 2} of {where} has {found}, {what}")
 
 
-def _numbers(column: pd.Series, where: str, transform: str, when_none: Any = None) -> np.ndarray:
-    """Cells as float64, NaN where empty; of GOES classes the flux in W/m^2, NaN for QUIET unless `when_none` is one."""
+def _numbers(column: pd.Series, where: str, transform: str, quiet: float = np.nan) -> np.ndarray:
+    """Cells as float64, NaN where empty; of GOES classes the flux in W/m^2, and of QUIET ones `quiet`."""
     cells = column.str.upper()
+    without = cells.isin(EMPTY).to_numpy()
     if transform == "goes":
-        cells = cells if when_none is None else cells.replace(dict.fromkeys(QUIET, str(when_none).upper()))
         parts = cells.str.extract(r"^([ABCMX])(\d+(?:\.\d*)?)$")
         numbers = parts[0].map(GOES_CLASSES).to_numpy(float) * parts[1].to_numpy(float)
-        usable, empty = numbers > 0, (*QUIET, *EMPTY)
+        none = cells.isin(QUIET).to_numpy()
+        numbers, usable = np.where(none, quiet, numbers), (numbers > 0) | none
         form = "no GOES class. Write a letter of A B C M X and a number, or leave it empty where there is no flux."
     else:
         numbers = pd.to_numeric(column, errors="coerce").to_numpy(float)
-        usable, empty = np.abs(numbers) <= LARGEST_NUMBER, EMPTY
+        usable = np.abs(numbers) <= LARGEST_NUMBER
         form = f"not a number below {LARGEST_NUMBER:.1e}; for flare classes such as M2.5 set labels.transform: goes."
-    without = cells.isin(empty).to_numpy()
     _refuse(~usable & ~without, column, where, f"which is {form}")
     return np.where(without, np.nan, numbers)
 
 
-def strongest_events(events: pd.DataFrame, cfg: Config, dropped: Counter[str]) -> pd.DataFrame:
-    """A row for each sample time t: what starts in (t + first, t + last], the hours of labels.window_hours.
+def strongest_events(
+    events: pd.DataFrame, times: np.ndarray, window_hours: Sequence[float], none: float, dropped: Counter[str]
+) -> pd.DataFrame:
+    """A row for each of the `times`: the largest value that starts in (t + first, t + last] hours, or `none`.
 
-    That is the largest value, or with `labels.aggregate: any` 1 or 0. A window that reaches beyond the first or the
-    last event of the list is left out and counted, because nobody knows what happened there.
+    A window that reaches beyond the first or the last event of the list is left out and counted, because nobody knows
+    what happened there.
     """
-    own, columns, times = cfg.labels, list(events.columns.drop(["time", "split"])), sample_grid(cfg)
+    columns = list(events.columns.drop(["time", "split"]))
     dropped["event without a value"] += len(events) - len(events := events.dropna(subset=columns).sort_values("time"))
     starts, values = events["time"].to_numpy("datetime64[s]"), events[columns].to_numpy()
-    begin, end = (times + np.timedelta64(round(3600 * hours), "s") for hours in own.window_hours)
+    begin, end = (times + np.timedelta64(round(3600 * hours), "s") for hours in window_hours)
     earliest, latest = starts[[0, -1]] if len(starts) else np.array(ANY_TIME[::-1], "datetime64[s]")
     known = (begin >= earliest) & (end <= latest)
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
-    none = np.full(len(columns), _setting(own, "when_none", null=np.nan))
-    found = np.array([values[a:b].max(axis=0) if b > a else none for a, b in zip(first, last, strict=True)])
-    if own.aggregate == "any" or own.kind == "event":
-        found = ((found >= _setting(own, "event_at", null=-np.inf)) & (last > first)[:, None]).astype(float)
-    return pd.DataFrame(found[known]).assign(time=times[known], split="")
-
-
-def _setting(rules: Any, key: str, null: float) -> float:
-    """`event_at` or `when_none` of the section `labels`, in the unit of the file; `null` where it names no value."""
-    given = getattr(rules, key)
-    cell = pd.Series(["" if given is None else str(given)], name=key)
-    return np.nan_to_num(_numbers(cell, "the config", rules.transform), nan=null)[0]
+    found = np.array([values[a:b].max(axis=0, initial=none) for a, b in zip(first, last, strict=True)])
+    return pd.DataFrame(found[known], columns=columns).assign(time=times[known], split="")
 
 
 def num_outputs(cfg: Config) -> int:
@@ -388,9 +373,9 @@ def plan_samples(
     ValueError: unusable labels, or windows of two splits that are too close.
     """
     labels = labels_of(cfg) if labels is None else labels
-    offsets, window, guard = list(cfg.data.offsets_minutes), sample_window(cfg), cfg.split.guard_hours
+    offsets, window, guard = set(cfg.data.offsets_minutes), sample_window(cfg), cfg.split.guard_hours
     if isinstance(labels, FrameTarget):
-        offsets.append(labels.offset_minutes)
+        offsets.add(labels.offset_minutes)
         table, unmatched, published = pd.DataFrame({"time": sample_grid(cfg)}), {}, None
     else:
         rules = cfg.labels.lead_minutes, cfg.labels.direction, cfg.labels.tolerance_minutes
@@ -398,32 +383,27 @@ def plan_samples(
         published = None if labels.splits is None else labels.splits[table["label"]]
     if published is None:
         for name in (name for name in SPLITS if not cfg.split.periods(name)):
-            missing = f"split.{name} in the config needs its period"
-            raise ValueError(f"{cfg.labels.path} brings no splits of its own: {missing}.")
+            raise ValueError(f"{cfg.labels.path} brings no splits of its own: split.{name} in the config needs one.")
         check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, guard)
     times, split = table["time"].to_numpy(), np.full(len(table), "", object)
     for name in SPLITS:
         for start, end in cfg.split.periods(name) or [ANY_TIME]:
             inside = (times >= np.datetime64(start, "s")) & (times < np.datetime64(end, "s"))
-            if published is not None:
-                inside &= published == name
-            split[inside] = name
+            split[inside if published is None else inside & (published == name)] = name
     table, times, split = table[split != ""], times[split != ""], split[split != ""]
+    offsets = tuple(sorted(offsets))
+    needed = times[:, None] + np.array(offsets, "timedelta64[m]")  # (N, T)
+    complete = np.ones(len(times), bool)
+    if usable:
+        frames = np.unique(needed)
+        complete = np.isin(needed, frames[usable(frames)]).all(axis=1)
     reach = (window[1] - window[0] + pd.Timedelta(guard, "h")).to_timedelta64()
-    first = (pd.Series(split) != pd.Series(split).shift()).to_numpy()  # whether the sample before is of another split
-    begins = np.r_[times[first], np.datetime64(ANY_TIME[1], "s")]  # of each row of samples of one split, and never
-    near = begins[first.cumsum()] - times < reach  # only of published splits: `check_splits` refuses other ones
-    offsets = tuple(sorted(set(offsets)))
-    complete = np.ones(len(table), bool)
-    if usable and len(table):
-        frames = frame_times(table["time"], offsets)
-        there = frames[usable(frames)]
-        for minutes in offsets:
-            complete &= np.isin(times + np.timedelta64(minutes, "m"), there)
-    samples, candidates, dropped = {}, {}, {}
+    samples, candidates, dropped, every = {}, {}, {}, []
     for name in SPLITS:
-        mine = (split == name) & ~near
-        rows, whole = table[mine], complete[mine]
+        mine, others = split == name, np.append(times[split != name], np.datetime64(ANY_TIME[1], "s"))
+        # only of published splits: `check_splits` refuses other ones
+        near = others[np.searchsorted(others, times)] - times < reach
+        rows, whole = table[mine & ~near], complete[mine & ~near]
         # only training may look at its labels, and runs of other seeds are judged on the same samples
         by_label = name == "train" and isinstance(labels, Labels)
         values = labels.values[rows["label"]] if by_label else np.zeros((len(rows), 0))
@@ -432,15 +412,13 @@ def plan_samples(
         last = np.searchsorted(whole[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]
         samples[name] = rows.iloc[np.sort(looked_at[whole[looked_at]])].reset_index(drop=True)
-        candidates[name] = int((split == name).sum())
-        reasons = {
-            f"without a frame at {' or '.join(map(str, offsets))} min": int((~whole[looked_at]).sum()),
-            f"whose window, with {guard:g} h of guard, reaches into that of a later split": candidates[name]
-            - len(rows),
-        }
-        dropped[name] = {reason: count for reason, count in reasons.items() if count}
-    without_maximum = len(frame_times(table["time"][complete & ~near], offsets))
-    return Plan(labels, offsets, samples, candidates, dropped, unmatched, without_maximum)
+        every.append(rows["time"][whole])
+        candidates[name], reasons = int(mine.sum()), Counter()
+        reasons[f"without a frame at {' or '.join(map(str, offsets))} min"] = int((~whole[looked_at]).sum())
+        reach_into = f"whose window, with {guard:g} h of guard, reaches into that of a later split"
+        reasons[reach_into] = int((mine & near).sum())
+        dropped[name] = +reasons  # without zeros
+    return Plan(labels, offsets, samples, candidates, dropped, unmatched, len(frame_times(pd.concat(every), offsets)))
 
 
 def spread_out(values: np.ndarray, seed: int) -> np.ndarray:
@@ -480,12 +458,9 @@ def match(
     near = table["off"] <= 60 * tolerance_minutes
     table = table[near].sort_values(["time", "off"], kind="stable")
     twice = table["time"].duplicated()
-    unmatched = {
-        f"no frame time ({direction}) within {tolerance_minutes} min": int((~near).sum()),
-        "another label is nearer to the same frame": int(twice.sum()),
-    }
-    table = table[~twice].drop(columns="off").reset_index(drop=True)
-    return table, {reason: count for reason, count in unmatched.items() if count}
+    none = f"no frame time ({direction}) within {tolerance_minutes} min"
+    unmatched = Counter({none: int((~near).sum()), "another label is nearer to the same frame": int(twice.sum())})
+    return table[~twice].drop(columns="off").reset_index(drop=True), +unmatched  # without zeros
 
 
 def sample_window(cfg: Config) -> tuple[pd.Timedelta, pd.Timedelta]:

@@ -23,8 +23,7 @@ Invented, so that there is something to find out:
 
 Left out: a steady corona of active regions, a horizontal field that differs within a region, polar holes, the solar
 cycle, the tilt of the Sun's axis, eruptions. Regions are two or three times too large, so that they show on 64 pixels,
-and do not interact. Frames are NetCDF files in the layout of s3://nasa-surya-bench, labels are hourly GOES classes and,
-under released/, those of Surya's four released tasks: the real files, only smaller.
+and do not interact.
 """
 
 import hashlib
@@ -93,11 +92,9 @@ _STEPS = np.array([1 / 4, 1, 2, 4, 2, 2, 1 / 2, 1, 1, 2, 2, 1, 16], np.float32)[
 
 
 class SyntheticSun:
-    """A seeded Sun whose frames and X-ray flux can be asked for at any hour.
+    """A Sun whose frames and X-ray flux can be asked for at any hour up to `hours`, the same for the same two numbers.
 
-    Args:
-        seed: two Suns with the same seed and the same hours are equal, at any size.
-        hours: length of the life that is asked for; regions are born from 12 days before the start.
+    Regions are born from 12 days before the start.
     """
 
     def __init__(self, seed: int, hours: float) -> None:
@@ -309,21 +306,14 @@ def _euv(response: _Response, disk: _Disk, quiet: np.ndarray, bright: dict) -> n
 
 # ---- Files in the layout of the public bucket
 def ensure_synthetic(cfg: Config) -> Path | None:
-    """Write the synthetic frames and labels of this configuration, unless they are there.
+    """Write the frames and labels of the section `synthetic`, unless they are there; of real data (null) nothing.
 
-    Everything is drawn in a folder aside, which a killed drawing goes on with, and moved into place at the end.
+    The folder that is returned holds flares.csv, masks.csv, YYYY/MM/YYYYMMDD_HHMM.nc and, under masks/, a file of the
+    same name with the active regions of that frame; one frame in a hundred lacks, as in the real archive. The labels of
+    Surya's released tasks are in released/, as on the hub. Everything is drawn in a folder aside, which a killed
+    drawing goes on with, and moved into place at the end.
 
-    Args:
-        cfg: `cfg.synthetic` says which Sun and where; with `folder: null` (real data) nothing happens.
-
-    Returns:
-        The folder with flares.csv, masks.csv, YYYY/MM/YYYYMMDD_HHMM.nc and, under masks/, a file of the same name with
-        the active regions of that frame; one frame in a hundred lacks, as in the real archive. The labels of the
-        released tasks are in released/, in folders named as on the hub. None for real data.
-
-    Raises:
-        ValueError: the folder holds another Sun than the configuration asks for.
-        DiskFullError: too little space, before starting or on the way.
+    ValueError: the folder holds another Sun. DiskFullError: too little space, before starting or on the way.
     """
     if cfg.synthetic.folder is None:
         return None
@@ -371,17 +361,11 @@ def _draw(cfg: Config, folder: Path) -> None:
         for _ in tqdm(pool.map(_write_frame, jobs, chunksize=4), "synthetic frames", len(jobs), unit="frame"):
             pass
     masks = pd.DataFrame({"timestamp": times, "path": "masks/" + names})
-    rng = np.random.default_rng([sun.seed, 3])
-    flux = np.array([sun.flux(hour, rng) for hour in range(int(hours[-1]) + 24)])
-    hourly = pd.date_range(start, periods=len(flux), freq="1h")
-    flares = pd.DataFrame({"timestamp": hourly, "goes_class": [goes_class(f) for f in flux]})
-    flares["flux"] = [f"{f:.4e}" for f in flux]
-    tables = {"masks.csv": masks, "flares.csv": flares} | _flare_tables(sun, hourly, flux)
+    tables = {"masks.csv": masks} | _flare_tables(sun, start, int(hours[-1])) | _wind_tables(sun, start, int(hours[-1]))
     visits = start + pd.to_timedelta(hours, "h")
     paths = np.where(lacking, "", visits.strftime("%Y%m%d_%H%M.h5"))
     regions = pd.DataFrame({"timestep": visits, "file_path": paths, "present": (~lacking).astype(int)})
     tables |= {f"{REGIONS}/ar_{year}.csv": rows for year, rows in regions.groupby(visits.year)}
-    tables |= _wind_tables(sun, start, int(hours[-1]))
     for name, table in tables.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         table.to_csv(folder / name, index=False)
@@ -400,18 +384,21 @@ def _write_frame(job: tuple[SyntheticSun, int, Path, str, int]) -> None:
 _SPLIT = np.array([0, 0, 0, 1, 2])  # train, validation or test, of one block of ten days after the other
 
 
-def _flare_tables(sun: SyntheticSun, hourly: pd.DatetimeIndex, flux: np.ndarray) -> dict[str, pd.DataFrame]:
-    """The flares, and for every hour those that start within 24 hours after it; 60, 20 and 20% of the time.
+def _flare_tables(sun: SyntheticSun, start: pd.Timestamp, last: int) -> dict[str, pd.DataFrame]:
+    """The hourly flux (W/m^2) to a day after hour `last`, its flares, and for every hour those of the next 24 hours.
 
-    A flare is a local maximum of the hourly flux (W/m^2) from C1.0 on and starts 10 to 60 minutes before. The
-    cumulative index is the sum over the flares of a window: 1 for a C1.0, 10 for an M1.0, 100 for an X1.0.
+    A flare is a local maximum of the flux from C1.0 on and starts 10 to 60 minutes before. The cumulative index is the
+    sum over the flares of a window: 1 for a C1.0, 10 for an M1.0, 100 for an X1.0. Splits: 60, 20 and 20% of the time.
     """
-    classes = np.array([goes_class(f) for f in flux])
+    rng = np.random.default_rng([sun.seed, 3])
+    flux = np.array([sun.flux(hour, rng) for hour in range(last + 24)])
+    hourly, classes = pd.date_range(start, periods=len(flux), freq="1h"), np.array([goes_class(f) for f in flux])
     size = np.array([GOES_CLASSES[c[0]] / GOES_CLASSES["C"] * float(c[1:]) for c in classes])
     peak = np.flatnonzero((flux[1:-1] > flux[:-2]) & (flux[1:-1] >= flux[2:]) & (size[1:-1] >= 1)) + 1
     begin = 60 * peak - 10 * np.random.default_rng([sun.seed, 5]).integers(1, 7, len(peak))  # minutes
     events = pd.DataFrame({"start_time": hourly[0] + pd.to_timedelta(begin, "min"), "peak_time": hourly[peak]})
-    tables = {"flare_events.csv": events.assign(goes_class=classes[peak])}
+    flares = {"timestamp": hourly, "goes_class": classes, "flux": [f"{f:.4e}" for f in flux]}
+    tables = {"flares.csv": pd.DataFrame(flares), "flare_events.csv": events.assign(goes_class=classes[peak])}
     hours = np.arange(len(flux) - 26)  # the maxima of the last two hours are not known
     first, last = (np.searchsorted(begin, 60 * (hours + ahead), "right") for ahead in (0, 24))
     rows = []
