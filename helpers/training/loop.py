@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import gather_object, set_seed
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
@@ -145,6 +146,16 @@ def parameter_groups(model: nn.Module, cfg: Config) -> list[dict]:
     return [{"params": found, "lr": lr, "weight_decay": decay} for (_, lr, decay), found in in_order]
 
 
+def learning_rate_share(step: int, steps: int, cfg: Config) -> float:
+    """Share of the learning rate at an optimiser step: a linear rise, then half a cosine or nothing."""
+    warmup = round(cfg.training.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if cfg.training.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
 # ---- The loop
 class Trainer:
     """One call of `fit`, and all that a later process needs to go on as if it had never stopped.
@@ -170,29 +181,20 @@ class Trainer:
         self.inner = model.to(self.accelerator.device)  # accelerate may wrap it for several processes
         optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
         self.model, self.optimizer, self.train = self.accelerator.prepare(model, optimizer, loaders.train)
-        self.steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.learning_rate_share)
+        steps = math.ceil(len(self.train) / cfg.training.accumulation) * cfg.training.epochs
+        self.schedule = LambdaLR(optimizer, lambda step: learning_rate_share(step, steps, cfg))
         self.parts = [part for part in (optimizer, self.schedule, self.accelerator.scaler) if part is not None]
         data, weights = fingerprint(getattr(loaders, name).dataset for name in loaders.sizes), loaded_from(model)
         # what must be the same in the run that goes on, by what it is called where it is not
         self.origin = {"other frames or labels": data, "another checkpoint under the model": weights}
-        self.origin |= {"another model": [*trained_state(model)]}
-        self.origin |= {"another number of processes": self.accelerator.num_processes}
+        processes, names = self.accelerator.num_processes, list(trained_state(model))
+        self.origin |= {"another model": names, "another number of processes": processes}
         if self.run is not None:
             self.run.describe(data_fingerprint=data, checkpoint_fingerprint=weights or "none")
         self.history, self.best, self.saved = History(), {}, "nothing was saved to go on from"
         self.begin_epoch(0)
         total = cfg.training.epochs * len(self.train)
         self.bar = tqdm(total=total, unit="batch", disable=not self.accelerator.is_main_process)
-
-    def learning_rate_share(self, step: int) -> float:
-        """Share of the learning rate at an optimiser step: a linear rise, then half a cosine or nothing."""
-        warmup = round(self.cfg.training.warmup * self.steps)
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        if self.cfg.training.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
     def train_epoch(self) -> float:
         """One pass over the training split, or over what is left of it; the mean loss."""
@@ -363,8 +365,8 @@ class Trainer:
 def judge(
     model: nn.Module, loader: DataLoader, task: Task, accelerator: Accelerator, samples: int | None = None
 ) -> tuple[float, Predictions | ImagePredictions]:
-    """Mean loss and predictions of all samples of a loader (`samples`, where images are to be kept, `ImageTask`), each
-    once, however many processes share them.
+    """Mean loss and predictions of all samples of a loader, each once, however many processes share them; `samples`
+    is their number, where images are to be kept.
     """
     losses, sizes = [], []
 

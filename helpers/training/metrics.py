@@ -52,8 +52,7 @@ class ImageMetric:
 
     higher_is_better: bool
     # of the mask threshold and the span of the training targets (largest minus smallest value): a TorchMetrics metric,
-    # which is given prediction and target (B, C, H, W) batch by batch, because a split of images does not fit into
-    # memory, and pools all their pixels; of masks the target is int
+    # which pools all pixels of prediction and target (of masks int), given batch by batch (B, C, H, W)
     make: Callable[[float, float], torchmetrics.Metric]
 
 
@@ -73,8 +72,8 @@ def unexplained(prediction: Tensor, target: Tensor) -> Tensor:
 def event_metric(score: Callable[..., Any], counts: bool, higher_is_better: bool = True) -> NumberMetric:
     """A score of yes or no as a metric; NaN for an output that has only events, or none, or a prediction that is NaN.
 
-    With `counts` it takes hits, false alarms, misses and correct rejections, each (K,), where alarms are predictions
-    from the threshold on; else, as those of scikit-learn, the events and the predictions of one output.
+    With `counts` the score is of hits, false alarms, misses and correct rejections, each (K,); else, as those of
+    scikit-learn, of the events and the predictions of one output.
     """
 
     def compute(prediction: Tensor, target: Tensor, threshold: float) -> Tensor:
