@@ -19,7 +19,7 @@ import zarr
 import zarr.storage._local as local
 from frame_files import HOURS, build, files, physical_frame, write_index, write_netcdf
 
-from helpers.channels import CHANNELS, ERROR_BOUND, UNITS, coding_of, load_scalers
+from helpers.channels import CHANNELS, ERROR_BOUND, UNITS, load_scalers
 from helpers.config import load_config
 from helpers.data import archive as archives
 from helpers.data import frames
@@ -30,7 +30,6 @@ from helpers.tools import cache
 
 ROOT = Path(__file__).parents[1]
 SCALERS = load_scalers()
-CODINGS = {name: coding_of(name, SCALERS[name]) for name in CHANNELS}
 THREE = ("aia171", "hmi_m", "hmi_v")
 
 
@@ -48,7 +47,7 @@ def test_store_holds_the_reduced_signed_logarithm_and_strangers_can_read_it(fold
     assert (report.built, report.missing, report.unreadable) == (5, 1, {}) and report.lost == {HOURS[2]}
     store = open_store(folder / "store.zarr")
     assert store.times.tolist() == HOURS.delete(2).to_pydatetime().tolist()
-    assert HOURS[3] in store and HOURS[2] not in store and pd.Timestamp("2014-01-07 03:05") not in store
+    assert HOURS[3] in store and HOURS[2] not in store
     read = store.read(HOURS.delete(2))  # (C, T, H, W) normalised
     assert read.shape == (13, 5, 16, 16) and read.dtype == torch.float32
     with xarray.open_zarr(folder / "store.zarr", chunks=None) as stranger:
@@ -71,10 +70,12 @@ def test_the_bound_holds_for_every_pixel_of_every_channel(tmp_path):
         ends = np.geomspace(1e-3, high, 2048)
         values = np.concatenate([-ends if low else np.linspace(0, high, 2048), ends])
         images[name] = values.reshape(64, 64).astype(np.float32)
-    codes = reduce_frame(write_netcdf(tmp_path / "a.nc", images), CODINGS, 1, SCALERS, 64)
+    frames.create_store(tmp_path / "store.zarr", CHANNELS, 1, 64, SCALERS)
+    store = open_store(tmp_path / "store.zarr")
+    codes = reduce_frame(write_netcdf(tmp_path / "a.nc", images), store)
     assert codes.dtype == np.int16
     for i, name in enumerate(CHANNELS):
-        exact, stored, scaler = signed_log(images, name, 1), CODINGS[name].decode(codes[i]), SCALERS[name]
+        exact, stored, scaler = signed_log(images, name, 1), store.codings[name].decode(codes[i]), SCALERS[name]
         assert np.abs(stored - exact).max() / (scaler.std + scaler.epsilon) <= ERROR_BOUND, name
         assert np.abs(stored - exact).max() <= 2**-11 * 1.01, name
         assert (stored[images[name] == 0] == 0).all()
@@ -96,13 +97,6 @@ def test_channels_are_read_by_name_and_the_others_are_not_read(built):
             part.read([gone])
     with pytest.raises(ValueError, match="has no channel aia1"):
         part.select(["aia1"])
-
-
-def test_a_frame_that_goes_away_while_it_is_read_is_not_there(built, monkeypatch):
-    store = open_store(built / "store.zarr")
-    monkeypatch.setattr(type(store), "__contains__", lambda store, when: True)
-    with pytest.raises(KeyError, match="no frame at 2014-01-07 02:00:00"):
-        store.read([HOURS[2]])
 
 
 def test_large_images_have_tiles_of_their_own(tmp_path):
@@ -147,7 +141,7 @@ from helpers.data.workers import worker_pool
 folder = sys.argv[1]
 usual = {"archive": Archive(folder), "native_size": 32, "reduce": 2, "reserve_gb": 0.0, "progress": False}
 assert build_store(sys.argv[2:], Path(folder, "processes.zarr"), workers=2, **usual).built == 5
-pool = worker_pool(1)
+pool = worker_pool(2)
 print(pool.submit(os.getpid).result(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -234,9 +228,9 @@ def _metadata(change):
         (_metadata(lambda a, m: m.pop("offset")), "cannot be used: .*offset"),
         (_metadata(lambda a, m: a.update(format="int16 fixed point, 1")), "its format is int16 fixed point, 1"),
         (_metadata(lambda a, m: a.pop("format")), "its format is none"),
-        (_metadata(lambda a, m: a.update(reduce=4)), "shape of its frames does not agree"),
+        (_metadata(lambda a, m: a.update(reduce=4)), "its array frames does not agree"),
         (_metadata(lambda a, m: a["channels"].pop()), "cannot be used"),
-        (_metadata(lambda a, m: _inner(m).append(GZIP)), "its array frames uses the codec GzipCodec"),
+        (_metadata(lambda a, m: _inner(m).append(GZIP)), "its array frames does not agree"),
         (_metadata(lambda a, m: m["frames"]["codecs"].append({"name": "numcodecs.pickle"})), "cannot be used"),
         (lambda path: (path / "zarr.json").write_text(""), "cannot be used"),
     ],

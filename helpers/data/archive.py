@@ -11,17 +11,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import h5py
 import hdf5plugin  # noqa: F401  (importing it teaches HDF5 the filters LZ4, Zstd and others)
 import numpy as np
 import pandas as pd
-from tenacity import RetryError, Retrying, retry_if_not_exception_type, stop_after_attempt, wait_random_exponential
 
-from helpers.shared import DiskFullError, causes, disk_errors
+from helpers.shared import causes, disk_errors
 
 SCRATCH_PREFIX = "surya-course-frame-"
-NO_RETRIES = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # tenacity tries again
+NO_RETRIES = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # s3fs tries again
 # names of errors of botocore, aiohttp and Python that are about the way to the server, not about one file
 NO_SERVER = re.compile("ConnectionRefused|ClientConnector|EndpointConnection|ConnectTimeout|Prox|Profile|Credential")
 
@@ -33,8 +31,7 @@ UNIT_FACTORS = {
     "m/s": {"m/s": 1, "m s-1": 1, "m s^-1": 1, "km/s": 1e3, "km s-1": 1e3, "cm/s": 1e-2, "cm s-1": 1e-2},
 }
 
-# A whole date, and perhaps a time of day with its zone. Without this check pandas also takes words and parts of dates.
-_TIME = r"\d{4}([-/]?)\d\d\1\d\d([T ]\d\d(:?\d\d(:?\d\d([.]\d+)?)?)? ?(Z|[+-]\d\d:?\d\d)?)?"
+_DATE = r"\d{4}([-/]?)\d\d\1\d\d"  # without this check pandas also takes words and parts of dates
 
 
 class FrameError(ValueError):
@@ -57,13 +54,8 @@ class Archive:
     index: pd.Series | None = None  # path of every present frame by its time (`read_index`); None: as above
     anonymous: bool = True  # on the S3 server
     endpoint_url: str | None = None  # of the S3 server
-    retries: int = 4  # how often a download is tried again
-    pause_s: float = 0.5  # the mean pause before that; it doubles each time
+    retries: int = 8  # how often a download is tried again
     scratch: str | None = None  # where downloads lie until they are reduced; None: the disk of the temporary files
-
-    def __post_init__(self) -> None:
-        if "://" in self.folder and not self.folder.startswith("s3://"):
-            raise ArchiveError(f"Frames come from s3:// or from a folder, not from {self.folder} (data.archive).")
 
     def url(self, time: np.datetime64) -> str | None:
         """The address of the frame of this time; None when the index has none."""
@@ -71,7 +63,7 @@ class Archive:
         if self.index is None:
             return f"{self.folder}/{time:%Y/%m/%Y%m%d_%H%M}.nc"
         given = self.index.get(time)
-        if given is None or given.startswith("s3://"):
+        if given is None or "://" in given:
             return given
         name = given.rpartition("/")[2]  # all that counts of a path of another machine
         here = [path for path in (Path(self.folder, given), Path(self.folder, name)) if path.is_file()]
@@ -81,11 +73,7 @@ class Archive:
         """Which frames of these times, (N,) datetime64[s], there may be, (N,) bool; no server is asked."""
         if self.index is not None:
             return np.isin(times, self.index.index.to_numpy("datetime64[s]"))
-        if "://" in self.folder:
-            return np.ones(len(times), bool)
-        months = pd.DatetimeIndex(np.unique(times.astype("datetime64[M]"))).strftime("%Y/%m")
-        there = {path.name for month in months for path in Path(self.folder, month).glob("*.nc")}
-        return pd.DatetimeIndex(times).strftime("%Y%m%d_%H%M.nc").isin(there)
+        return np.array(["://" in self.folder or Path(self.url(time)).is_file() for time in times], bool)
 
     @contextmanager
     def local_copy(self, url: str) -> Iterator[Path]:
@@ -94,51 +82,44 @@ class Archive:
         FrameError: it is not there, may not be read, or could not be fetched in `retries` + 1 tries. ArchiveError: no
         file can be had, as there is no folder, no way to the server, or no credentials. DiskFullError: no room for it.
         """
-        if "://" not in url:
-            if not Path(url).is_file():
-                if not Path(self.folder).is_dir() and self.index is None:
-                    raise ArchiveError(f"There is no folder {self.folder}. Correct data.archive in the config.")
-                raise MissingFrameError("the file does not exist")
-            yield Path(url)
+        if url.startswith("s3://"):
+            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=self.scratch) as folder, disk_errors(folder):
+                self._download(url, Path(folder, "frame.nc"))
+                yield Path(folder, "frame.nc")
             return
-        with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=self.scratch) as folder:
-            path = Path(folder, "frame.nc")
-            tries = Retrying(
-                stop=stop_after_attempt(self.retries + 1),
-                wait=wait_random_exponential(multiplier=2 * self.pause_s, max=60),
-                retry=retry_if_not_exception_type((FrameError, ArchiveError, DiskFullError)),
-            )
-            try:
-                tries(self._download, url, path)
-            except RetryError as error:
-                last = _first_line(error.last_attempt.exception())
-                raise FrameError(f"could not be fetched in {self.retries + 1} tries, at last {last}") from None
-            yield path
+        if "://" in url:
+            raise ArchiveError(f"Files come from s3:// or from a folder, not from {url} (data.archive, data.index).")
+        if not Path(url).is_file():
+            if not ("://" in self.folder or Path(self.folder).is_dir()):
+                raise ArchiveError(f"There is no folder {self.folder}. Correct data.archive in the config.")
+            raise MissingFrameError("the file does not exist")
+        yield Path(url)
 
     def _download(self, url: str, path: Path) -> None:
-        """Fetch the whole file once; what need not be tried again is a FrameError or an ArchiveError."""
-        options = {"anon": self.anonymous, "endpoint_url": self.endpoint_url, "config_kwargs": NO_RETRIES}
-        with disk_errors(path.parent):
-            try:
-                filesystem, key = fsspec.core.url_to_fs(url, **options)
-                filesystem.retries = 1
-                size = filesystem.info(key, refresh=True)["size"]
-                filesystem.get_file(key, str(path))
-            except Exception as error:
-                for cause in causes(error):
-                    if NO_SERVER.search(type(cause).__name__) or "bucket does not exist" in str(cause):
-                        raise ArchiveError(
-                            f"Frames cannot be fetched from {url.rpartition('/')[0]} here ({_first_line(error)}). "
-                            f"Check the network, and data.archive, data.endpoint_url and data.anonymous in the config; "
-                            f"frames that are built can be read without it."
-                        ) from error
-                if isinstance(error, FileNotFoundError):
-                    raise MissingFrameError(f"there is no such file ({_first_line(error)})") from None
-                if isinstance(error, PermissionError):
-                    raise FrameError(f"access denied ({_first_line(error)})") from None
-                raise
-        if path.stat().st_size != size:
-            raise OSError(f"{path.stat().st_size} of {size} bytes arrived")
+        from s3fs.core import S3FileSystem, set_custom_error_handler  # here, as files of this machine do without
+
+        set_custom_error_handler(_is_of_the_server)
+        where = {"anon": self.anonymous, "endpoint_url": self.endpoint_url}
+        # in one part: only then s3fs goes on where a connection was cut
+        server = S3FileSystem(**where, config_kwargs=NO_RETRIES, max_concurrency=1)
+        server.retries = self.retries + 1
+        try:
+            server.get_file(url, str(path))
+        except Exception as error:
+            reason = _first_line(error)
+            for cause in causes(error):
+                if NO_SERVER.search(type(cause).__name__) or "bucket does not exist" in str(cause):
+                    keys = "data.archive, data.endpoint_url and data.anonymous in the config"
+                    folder = url.rpartition("/")[0]
+                    raise ArchiveError(f"Frames cannot be fetched from {folder} ({reason}). Check {keys}.") from error
+            if isinstance(error, FileNotFoundError):
+                raise MissingFrameError(f"there is no such file ({reason})") from error
+            raise FrameError(f"it could not be fetched ({reason})") from error
+
+
+def _is_of_the_server(error: Exception) -> bool:
+    """Whether it is one of the status codes 5xx, which mean that the same request may succeed later."""
+    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
 
 
 def _first_line(error: BaseException) -> str:
@@ -148,24 +129,21 @@ def _first_line(error: BaseException) -> str:
 def read_index(path: str, archive: Archive) -> pd.Series:
     """The path of every present frame by its time (UTC), sorted, from a CSV that a folder or an S3 server has.
 
-    ValueError: it has no columns path, timestep, present, a cell cannot be used, or one time has two paths.
+    ValueError: it cannot be had, has no columns path, timestep, present, or a cell cannot be used.
     """
     try:
         with archive.local_copy(path) as file:
             table = pd.read_csv(file, dtype=str, keep_default_na=False, usecols=["path", "timestep", "present"])
-        present = table["present"].replace({"True": "1", "False": "0"}).astype(float)
-    except FrameError as error:
-        raise FileNotFoundError(f"The index {path}: {error}. Check data.index in the config.") from None
+        table = table[table["present"].replace({"True": "1", "False": "0"}).astype(float) != 0]
     except ValueError as error:
-        form = "An index is a CSV with the columns path, timestep, present, the last of which is 0 or 1."
+        form = "It is a CSV with the columns path, timestep, present, the last of which is 0 or 1 (data.index)."
         raise ValueError(f"The index {path} cannot be read ({_first_line(error)}). {form}") from None
     table["time"] = parse_times(table["timestep"], f"the index {path}")
-    rows = table[present != 0].drop_duplicates(["time", "path"]).sort_values("time", kind="stable")
-    wrong = rows["time"].duplicated(keep=False) | ~rows["path"].str.match(r"s3://|(?!.*://)\s*\S")
-    if wrong.any():
-        found = ", ".join(f"{row.path!r} for {row.time} (row {row.Index + 2})" for row in rows[wrong][:2].itertuples())
-        raise ValueError(f"The index {path} has {found}. A time has one path, which is s3://... or a plain one.")
-    return rows.set_index("time")["path"]
+    paths = table.drop_duplicates(["time", "path"]).set_index("time")["path"].sort_index()
+    if paths.index.has_duplicates:
+        twice = paths[paths.index.duplicated(keep=False)]
+        raise ValueError(f"The index {path} has for {twice.index[0]} both {twice.iloc[0]!r} and {twice.iloc[1]!r}.")
+    return paths
 
 
 def parse_times(column: pd.Series, where: str) -> pd.Series:
@@ -174,7 +152,7 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
     ValueError: a cell is empty or no such time ("now", "2014.5", "2014-01"); names the row, and `where` that is.
     """
     text = column.astype("string").str.strip()
-    times = pd.to_datetime(text.where(text.str.fullmatch(_TIME)), utc=True, format="ISO8601", errors="coerce")
+    times = pd.to_datetime(text.where(text.str.match(_DATE)), utc=True, format="ISO8601", errors="coerce")
     if times.isna().any():
         row = int(np.flatnonzero(times.isna())[0])
         raise ValueError(
@@ -192,8 +170,6 @@ def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
             yield file
     except FrameError:
         raise
-    except FileNotFoundError:
-        raise MissingFrameError("the file does not exist") from None
     except Exception as error:  # a file may be odd in any way, and it is only this file
         raise FrameError(f"it cannot be read as NetCDF4 (HDF5): {_first_line(error)}") from None
 
@@ -201,16 +177,13 @@ def open_netcdf(path: str | Path) -> Iterator[h5py.File]:
 def find_variable(file: h5py.File, name: str, kinds: str = "iufb") -> h5py.Dataset:
     """A variable whose values lie in this very file, and are of one of numpy's `kinds`, else a FrameError."""
     variable: h5py.Group | h5py.Dataset = file
-    for part in name.split("/"):  # links, external and virtual datasets could make us read files of somebody else
-        if not isinstance(variable, h5py.Group) or part not in list(variable):
-            raise FrameError(f"it has no variable {name} (it has {', '.join(file) or 'none'})")
-        if not isinstance(variable.get(part, getlink=True), h5py.HardLink):
-            raise FrameError(f"{name} is a link, which is not followed")
+    for part in name.split("/"):
+        # links, external and virtual datasets could make us read files of somebody else
+        if not isinstance(variable, h5py.Group) or not isinstance(variable.get(part, getlink=True), h5py.HardLink):
+            raise FrameError(f"it has no variable {name} of its own (it has {', '.join(file) or 'none'})")
         variable = variable[part]
-    if not isinstance(variable, h5py.Dataset):
-        raise FrameError(f"{name} is a group, not an image")
-    if variable.external or variable.is_virtual:
-        raise FrameError(f"the values of {name} lie in other files, which are not read")
+    if not isinstance(variable, h5py.Dataset) or variable.external or variable.is_virtual:
+        raise FrameError(f"{name} is no variable with values in this file")
     if variable.dtype.kind not in kinds:
         raise FrameError(f"{name} holds {variable.dtype}, not numbers")
     return variable
@@ -221,13 +194,11 @@ def read_variable(file: h5py.File, name: str, unit: str | None = None, side: int
 
     FrameError: there is none in this very file, it cannot be understood, or is not `side` pixels high and wide.
     """
-    variable = find_variable(file, name)
-    shape = variable.shape or ()
-    shape = shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
-    if shape != (side or max(shape, default=1),) * 2:
-        raise FrameError(f"{name} has the shape {shape}, expected {(side, side) if side else 'a square'}")
-    values = read_values(file, name, unit).reshape(shape)  # (H, W)
-    dimensions = list(variable.dims)[-2:]
+    values = read_values(file, name, unit)
+    values = values[0] if values.ndim == 3 and len(values) == 1 else values  # (1, H, W) -> (H, W)
+    if values.shape != (side or max(values.shape, default=1),) * 2:
+        raise FrameError(f"{name} has the shape {values.shape}, expected {(side, side) if side else 'a square'}")
+    dimensions = list(file[name].dims)[-2:]
     axes = [dimension[0].name.rpartition("/")[2] if len(dimension) else dimension.label for dimension in dimensions]
     return values.T if axes == ["x", "y"] else values
 
@@ -260,19 +231,18 @@ def read_times(file: h5py.File, name: str) -> np.ndarray:
     """The times of one variable, (N,) datetime64[s] in UTC: texts, or numbers with CF units (`hours since ...`)."""
     variable = find_variable(file, name, "iufOSU")
     if variable.dtype.kind in "OSU":
-        texts = pd.Series(variable.asstr()[()], name=name)
-        try:
-            return parse_times(texts.rename(lambda number: number - 1), "the file").to_numpy()
-        except ValueError as error:
-            raise FrameError(str(error)) from None
+        texts = variable.asstr()[()]
+        # the first row is 1: there is no header
+        return parse_times(pd.Series(texts, np.arange(len(texts)) - 1, name=name), "the file").to_numpy()
     keys = {"units", "calendar", "_FillValue"} & set(variable.attrs)
     attributes = {key: np.ravel(variable.attrs[key])[0] for key in keys}
-    if " since " not in str(attributes.get("units")):
-        form = "neither texts nor numbers with units such as `hours since 2010-01-01`"
-        raise FrameError(f"{name} holds no times: {form}")
     import xarray as xr  # here, as only label files of this kind need it and it takes a quarter of a second
 
-    times = pd.DatetimeIndex(xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"])
+    times = xr.decode_cf(xr.Dataset({"time": ("n", variable[()], attributes)}))["time"].to_index()
+    if not isinstance(times, pd.DatetimeIndex):
+        raise FrameError(
+            f"{name} holds no times: neither texts nor numbers with units such as `hours since 2010-01-01`"
+        )
     if times.hasnans:
         raise FrameError(f"{name} lacks its time {int(np.flatnonzero(times.isna())[0]) + 1}")
     return times.round("s").to_numpy("datetime64[s]")

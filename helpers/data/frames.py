@@ -11,17 +11,16 @@ import copy
 import json
 import os
 import random
-import stat
 import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from concurrent.futures import Executor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import google_crc32c
 import numpy as np
@@ -32,7 +31,7 @@ from numcodecs import blosc
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm.auto import tqdm
-from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, VLenUTF8Codec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
 from helpers import channels as physics
 from helpers import shared
@@ -40,42 +39,14 @@ from helpers.channels import CHANNELS, FILL_CODE, UNITS, Coding, Scaler
 from helpers.config import Config
 from helpers.data import archive as archives
 from helpers.data.archive import Archive, FrameError, MissingFrameError
-from helpers.data.labels import Plan, labels_of, plan_samples
+from helpers.data.labels import Plan, plan_samples
 from helpers.data.workers import worker_pool
 from helpers.shared import GB, is_writable
 
 FORMAT = "int16 fixed point, 12-minute calendar, 2"  # the attribute by which a store is recognised
-CODECS = {BytesCodec, BloscCodec, Crc32cCodec, VLenUTF8Codec}  # all that a store of ours uses
 START, CADENCE, SLOTS = np.datetime64("2010-05-01", "s"), np.timedelta64(12, "m"), 1_300_440
 COMPRESSED = 0.6  # size of a compressed frame over that of its codes; measured: synthetic Sun 0.4, noisy frame 0.52
 FILE_GB = 2.6 * len(CHANNELS) / GB  # of a NetCDF file of the archive, a pixel of one channel; measured
-
-
-def reduce_frame(
-    path: str | Path, codings: dict[str, Coding], reduce: int, scalers: dict[str, Scaler], native_size: int
-) -> np.ndarray:
-    """Read the channels of `codings` from one NetCDF file, averaged over squares of `reduce` pixels in physical values.
-
-    Returns (C, H / reduce, W / reduce) int16 codes of the signed-log values. What cannot be used is a FrameError, also
-    an image of another side than `native_size`, or one whose pixels are not numbers, have no code or are all zero.
-    """
-    frame = np.empty((len(codings), native_size // reduce, native_size // reduce), np.int16)
-    with archives.open_netcdf(path) as file:
-        for i, (name, coding) in enumerate(codings.items()):
-            image = torch.from_numpy(archives.read_variable(file, name, UNITS[name], native_size))  # (H, W) physical
-            pooled = avg_pool2d(image[None, None], reduce)[0, 0].numpy()  # (H / reduce, W / reduce) physical
-            low, high = pooled.min(), pooled.max()  # NaN when any pixel is
-            if not np.isfinite(high - low):
-                odd = 1 - np.isfinite(pooled).mean()
-                raise FrameError(f"{name} has pixels that are not numbers (NaN), in {odd:.1%} of the image")
-            if low == high == 0:
-                raise FrameError(f"{name} is 0 {UNITS[name]} in every pixel")
-            try:
-                frame[i] = coding.encode(physics.to_signed_log(pooled, scalers[name]))
-            except ValueError:
-                found = f"{name} goes from {low:.6g} to {high:.6g} {UNITS[name]}"
-                raise FrameError(f"{found}, which is beyond what the store can keep") from None
-    return frame
 
 
 def _row(when: Any) -> int:
@@ -94,38 +65,31 @@ class FrameStore:
     """
 
     def __init__(self, path: Path, scalers: dict[str, Scaler]) -> None:
-        """ValueError or KeyError where it is not what its attributes say (frames are not looked at)."""
-        if links := [entry.name for entry in os.scandir(path) if entry.is_symlink()]:
+        """An error of any kind where it is not what its attributes say (frames are not looked at)."""
+        if links := [entry.name for entry in path.iterdir() if entry.is_symlink()]:
             raise ValueError(f"{', '.join(links)} is a link to elsewhere")
         group = zarr.open_group(path, mode="r", zarr_format=3)
         self.path, self.scalers, self.attributes = path, scalers, dict(group.attrs)
         if (found := self.attributes.get("format", "none, so an old version or not ours")) != FORMAT:
             raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
+        arrays, axes = _make_arrays({}, self.attributes)
+        wrong = [name for name in ("frames", *axes) if group[name].metadata != arrays[name].metadata]
+        wrong = wrong or [name for name, values in axes.items() if not np.array_equal(group[name][:], values)]
+        if wrong:
+            raise ValueError(f"its array {wrong[0]} does not agree with its attributes")
         self.stored_channels = self.channels = tuple(self.attributes["channels"])
-        self.side = self.attributes["native_size"] // self.attributes["reduce"]
+        self.codings = dict(zip(self.channels, map(Coding, axes["step"], axes["offset"]), strict=True))
+        self.side, self.tile = group["frames"].shape[-1], group["frames"].chunks[-1]
         self.frame_bytes = 2 * len(self.channels) * self.side**2
-        numbers = zip(self.channels, self.attributes["steps"], self.attributes["offsets"], strict=True)
-        self.codings = {name: Coding(np.float32(step), np.float32(offset)) for name, step, offset in numbers}
-        shape, axes = (len(self.channels), self.side, self.side), _axes(self.attributes)
-        tiles = (1, 1, _tile(self.side), _tile(self.side))
-        if (group["frames"].shape, group["frames"].chunks) != ((SLOTS, *shape), tiles):
-            raise ValueError("the shape of its frames does not agree with its attributes")
-        for name in ("frames", *axes):
-            array = group[name]
-            if foreign := {type(codec) for codec in (*array.filters, array.serializer, *array.compressors)} - CODECS:
-                raise ValueError(f"its array {name} uses the codec {foreign.pop().__name__}, which is not ours")
-            if name in axes and not np.array_equal(array[:], axes[name]):
-                raise ValueError(f"its array {name} does not agree with its attributes")
-        self._memory: dict[int, list[np.ndarray]] = {}
+        self._memory: dict[int, list[np.ndarray]] = {}  # codes of all channels by row
 
     def file(self, when: Any) -> Path:
         """Where the frame of this time is, or would be."""
         return self.path / "frames" / f"c.{_row(when)}.0.0.0"
 
     def __contains__(self, when: Any) -> bool:
-        with suppress(OSError, ValueError):
-            return stat.S_ISREG(os.lstat(self.file(when)).st_mode)
-        return False
+        file = self.file(when)
+        return file.is_file() and not file.is_symlink()
 
     @property
     def times(self) -> np.ndarray:
@@ -138,9 +102,9 @@ class FrameStore:
     def select(self, channels: Sequence[str]) -> Self:
         """The same store, frames in memory included, with other channels; ValueError when it lacks one."""
         if absent := [name for name in channels if name not in self.stored_channels]:
+            there = ", ".join(self.stored_channels)
             raise ValueError(
-                f"{self.path} has no channel {', '.join(absent)}; it has {', '.join(self.stored_channels)}. Choose "
-                f"another data.store and run `make cache`: a new store gets all that the config names."
+                f"{self.path} has no channel {', '.join(absent)}; it has {there}. Choose another data.store."
             )
         other = copy.copy(self)
         other.channels = tuple(channels)
@@ -164,21 +128,44 @@ class FrameStore:
         return out
 
     def _codes(self, when: Any) -> list[np.ndarray]:
-        """Codes (H, W) int16 of the chosen channels; the others are not read from the disk."""
-        row, chosen = _row(when), [self.stored_channels.index(name) for name in self.channels]
-        if row in self._memory:
-            return [self._memory[row][i] for i in chosen]
+        """Codes of the chosen channels, each (H, W) int16; the others are not read from the disk."""
+        chosen = [self.stored_channels.index(name) for name in self.channels]
+        if _row(when) in self._memory:
+            return [self._memory[_row(when)][channel] for channel in chosen]
+        if when not in self:
+            raise KeyError(f"{self.path} has no frame at {pd.Timestamp(when)}; build it with `make cache`.")
         try:
-            if when in self:
-                return _read_shard(self.file(when), len(self.stored_channels), self.side, chosen)
-        except FileNotFoundError:  # it went away just now
-            pass
-        except (OSError, RuntimeError, ValueError, OverflowError) as error:
+            with open(self.file(when), "rb") as file:
+                return self._read_shard(file, chosen)
+        except Exception as error:
             raise OSError(
                 f"The frame at {pd.Timestamp(when)} is damaged: {self.file(when)} ({error}). "
                 f"`make cache ARGS=--verify` removes damaged frames and makes them again."
             ) from error
-        raise KeyError(f"{self.path} has no frame at {pd.Timestamp(when)}; build it with `make cache`.")
+
+    def _read_shard(self, file: BinaryIO, chosen: Sequence[int]) -> list[np.ndarray]:
+        """Codes of the chosen channels of a frame, each (H, W) int16; ValueError where a checksum differs.
+
+        A shard of Zarr is its chunks, then (offset, bytes) of each of them, then the CRC32C of that index; a chunk is
+        what Blosc made of it and its CRC32C. Zarr itself takes 3.7 times as long, channel by channel.
+        """
+
+        def checked(block: bytes) -> bytes:
+            if google_crc32c.value(block[:-4]) != int.from_bytes(block[-4:], "little"):
+                raise ValueError("its checksum differs")
+            return block[:-4]
+
+        across, planes = self.side // self.tile, []
+        file.seek(-(len(self.stored_channels) * across**2 * 16 + 4), os.SEEK_END)
+        index = np.frombuffer(checked(file.read()), "<i8").reshape(-1, across, across, 2)
+        for channel in chosen:
+            tiles = np.empty((across, across, self.tile, self.tile), "<i2")
+            for place in np.ndindex(across, across):
+                offset, size = index[channel][place]
+                file.seek(offset)
+                blosc.decompress(checked(file.read(size)), tiles[place])
+            planes.append(tiles.transpose(0, 2, 1, 3).reshape(self.side, self.side))
+        return planes
 
     def load(self, times: Iterable) -> None:
         """Keep the frames at `times` in memory from now on, the codes of all channels."""
@@ -188,38 +175,6 @@ class FrameStore:
     def __repr__(self) -> str:
         size = f"{len(self.channels)} channels of {self.side} x {self.side} pixels"
         return f"FrameStore({self.path}: {len(self.times)} frames, {size}, reduced by {self.attributes['reduce']})"
-
-
-def _read_shard(path: Path, channels: int, side: int, chosen: Sequence[int]) -> list[np.ndarray]:
-    """Codes (side, side) int16 of the chosen ones of all `channels` of a frame; ValueError where a checksum differs.
-
-    A shard of Zarr is its chunks, then (offset, bytes) of each of them, then the CRC32C of that index; a chunk is what
-    Blosc made of it and its CRC32C. Zarr itself takes 3.7 times as long, channel by channel.
-    """
-
-    def checked(block: bytes) -> bytes:
-        if google_crc32c.value(block[:-4]) != int.from_bytes(block[-4:], "little"):
-            raise ValueError("its checksum differs")
-        return block[:-4]
-
-    tile = _tile(side)
-    across, planes = side // tile, []
-    with open(path, "rb") as file:
-        file.seek(-(channels * across**2 * 16 + 4), os.SEEK_END)
-        index = np.frombuffer(checked(file.read()), "<u8").reshape(channels, across, across, 2)
-        for channel in chosen:
-            tiles = np.empty((across, across, tile, tile), "<i2")
-            for place in np.ndindex(across, across):
-                offset, size = map(int, index[channel][place])
-                file.seek(offset)
-                blosc.decompress(checked(file.read(size)), tiles[place])
-            planes.append(tiles.transpose(0, 2, 1, 3).reshape(side, side))
-    return planes
-
-
-def _tile(side: int) -> int:
-    """Side of the chunks into which images of `side` pixels are cut."""
-    return side if side % 1024 else 1024
 
 
 def open_store(
@@ -238,27 +193,15 @@ def open_store(
         raise FileNotFoundError(f"There is no frame store at {path}. Run `make cache`, or correct data.store.")
     try:
         store = FrameStore(path, scalers)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:
         command = f"mv {path} {path}.old && make cache"
         raise ValueError(f"The store {path} cannot be used: {error}. Build a new one: {command}") from error
     factors = [scalers[name].scale if name in scalers else None for name in store.channels]
     for key, wanted in {"reduce": reduce, "native_size": native_size, "scale_factors": factors}.items():
         if wanted is not None and store.attributes[key] != wanted:
-            raise ValueError(
-                f"The store {path} was built with {key} {store.attributes[key]}, but the config asks for {wanted}. "
-                f"Choose another data.store (a new one will be built), or set the config to what the store holds."
-            )
+            found = f"The store {path} was built with {key} {store.attributes[key]}, but the config asks for {wanted}"
+            raise ValueError(f"{found}. Choose another data.store, or set the config to what the store holds.")
     return store.select(physics.check_channels(channels)) if channels else store
-
-
-def _axes(attributes: dict) -> dict[str, np.ndarray]:
-    """The arrays beside `frames`, which strangers to this project need."""
-    return {
-        "time": np.arange(SLOTS, dtype=np.int32) * 12,
-        "channel": np.array(attributes["channels"], np.dtypes.StringDType()),
-        "step": np.array(attributes["steps"], np.float32),
-        "offset": np.array(attributes["offsets"], np.float32),
-    }
 
 
 def create_store(
@@ -280,28 +223,11 @@ def create_store(
         "reduce": reduce,
         "native_size": native_size,
     }
-    side, count = native_size // reduce, len(codings)
     aside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=shared.make_folder(path.parent))
     with shared.disk_errors(path.parent), aside as folder:
-        group = zarr.create_group(Path(folder, "store"), attributes=attributes)
-        group.create_array(
-            "frames",
-            shape=(SLOTS, count, side, side),
-            shards=(1, count, side, side),
-            chunks=(1, 1, _tile(side), _tile(side)),
-            dtype="i2",
-            fill_value=FILL_CODE,
-            # bitshuffle makes 2 to 4 % less of it, but takes 8 % longer to read
-            compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=2), Crc32cCodec()],
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=("time", "channel", "y", "x"),
-            # the names under which xarray knows what is no pixel, and that step and offset belong to frames
-            attributes={"units": "1", "_FillValue": FILL_CODE, "coordinates": "step offset"},
-        )
-        for name, values in _axes(attributes).items():
-            axis, unit = ("time", {"units": "minutes since 2010-05-01"}) if name == "time" else ("channel", {})
-            form = {"chunks": values.shape, "compressors": BloscCodec(), "dimension_names": [axis], "attributes": unit}
-            group.create_array(name, data=values, **form)
+        group, axes = _make_arrays(Path(folder, "store"), attributes)
+        for name, values in axes.items():
+            group[name][:] = values
         with warnings.catch_warnings(action="ignore"):  # that the format does not demand it; xarray wants it
             zarr.consolidate_metadata(Path(folder, "store"))
         try:
@@ -310,6 +236,38 @@ def create_store(
         except OSError:
             if not (path / "zarr.json").is_file():
                 raise
+
+
+def _make_arrays(place: Path | dict, attributes: dict) -> tuple[zarr.Group, dict[str, np.ndarray]]:
+    """A store of empty arrays, and what is to be in those beside `frames`, which strangers to this project need."""
+    count, side = len(attributes["channels"]), attributes["native_size"] // attributes["reduce"]
+    tile = side if side % 1024 else 1024
+    group = zarr.create_group(place, attributes=attributes)
+    group.create_array(
+        "frames",
+        shape=(SLOTS, count, side, side),
+        shards=(1, count, side, side),
+        chunks=(1, 1, tile, tile),
+        dtype="i2",
+        fill_value=FILL_CODE,
+        # bitshuffle makes 2 to 4 % less of it, but takes 8 % longer to read
+        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="shuffle", typesize=2), Crc32cCodec()],
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=("time", "channel", "y", "x"),
+        # the names under which xarray knows what is no pixel, and that step and offset belong to frames
+        attributes={"units": "1", "_FillValue": FILL_CODE, "coordinates": "step offset"},
+    )
+    axes = {
+        "time": np.arange(SLOTS, dtype=np.int32) * 12,
+        "channel": np.array(attributes["channels"], np.dtypes.StringDType()),
+        "step": np.array(attributes["steps"], np.float32),
+        "offset": np.array(attributes["offsets"], np.float32),
+    }
+    for name, values in axes.items():
+        axis, unit = ("time", {"units": "minutes since 2010-05-01"}) if name == "time" else ("channel", {})
+        form = {"shape": values.shape, "chunks": values.shape, "dtype": values.dtype, "compressors": BloscCodec()}
+        group.create_array(name, **form, dimension_names=[axis], attributes=unit)
+    return group, axes
 
 
 @dataclass
@@ -331,9 +289,12 @@ class BuildReport:
         took = f" in {self.seconds:.0f} s" if self.built else ""
         counts = f"{self.built} built{took}, {self.already} there already, {self.missing} not in the archive"
         lines = [f"Frame store {self.store}: {counts}, {len(self.unreadable)} unreadable"]
-        lines += [f"  {self.given_up} that could not be made before: `make cache` looks again"] * bool(self.given_up)
+        if self.given_up:
+            lines.append(f"  {self.given_up} that could not be made before: `make cache` looks again")
         lines += [f"  unreadable: {url}: {reason}" for url, reason in self.unreadable.items()]
-        return "\n".join(lines[:11] + [f"  ... and {len(lines) - 11} more"] * (len(lines) > 11))
+        if len(lines) > 11:
+            lines[11:] = [f"  ... and {len(lines) - 11} more"]
+        return "\n".join(lines)
 
 
 def build_store(
@@ -373,43 +334,63 @@ def build_store(
     if lacking:
         size = len(lacking) * store.frame_bytes * COMPRESSED
         shared.ensure_space(path, size, reserve_gb, what=f"{len(lacking)} frames")
-    mine = worker_pool(workers) if min(workers, len(lacking)) > 1 else ThreadPoolExecutor(1)
-    with nullcontext(executor) if executor else mine as pool:
+    with nullcontext(executor) if executor else worker_pool(min(workers, len(lacking))) as pool:
         urls = [archive.url(when) for when in lacking]
         # after an error in one of them, `map` begins no other
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
         each_mb = max(1, round(1000 * FILE_GB * native_size**2))
         bar = tqdm(made, f"{len(lacking)} frames", len(lacking), unit="MB", unit_scale=each_mb, disable=not progress)
-        for when, url, outcome in zip(lacking, urls, bar, strict=True):
-            if not isinstance(outcome, FrameError):
-                report.built += outcome
-                report.already += not outcome
+        for when, url, error in zip(lacking, urls, bar, strict=True):
+            if error is None:
+                report.built += 1
                 continue
             report.lost.add(when)
-            if isinstance(outcome, MissingFrameError):
+            if isinstance(error, MissingFrameError):
                 report.missing += 1
             else:
-                report.unreadable[url] = str(outcome)
+                report.unreadable[url] = str(error)
     report.seconds += time.perf_counter() - started
     return report
 
 
-def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str | None) -> bool | FrameError:
-    """Make one frame; return True, or False if it is there already, or why it cannot be made."""
+def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str | None) -> FrameError | None:
+    """Make one frame, unless somebody else did so by now; return why it cannot be made."""
     if when in store:
-        return False
+        return None
     if url is None:
         return MissingFrameError("the index does not have it")
     try:
         with archive.local_copy(url) as path:
-            reduce, native_size = store.attributes["reduce"], store.attributes["native_size"]
-            codes = reduce_frame(path, store.codings, reduce, store.scalers, native_size)
+            codes = reduce_frame(path, store)
     except FrameError as error:
         return error
     with shared.disk_errors(store.path):
-        zarr.open_array(store.path / "frames", mode="r+")[_row(when)] = codes
+        zarr.open_group(store.path, mode="r+")["frames"][_row(when)] = codes
     shared.share(store.file(when))
-    return True
+    return None
+
+
+def reduce_frame(path: str | Path, store: FrameStore) -> np.ndarray:
+    """Read one NetCDF file, averaged over squares of pixels in physical values: its codes, as `store` keeps them.
+
+    Returns (C, H, W) int16 of all channels of the store. What cannot be used is a FrameError, also an image of another
+    side, or one whose pixels are not numbers, have no code or are all zero.
+    """
+    frame = np.empty((len(store.codings), store.side, store.side), np.int16)
+    with archives.open_netcdf(path) as file:
+        for i, (name, coding) in enumerate(store.codings.items()):
+            image = archives.read_variable(file, name, UNITS[name], store.attributes["native_size"])  # (H, W) physical
+            pooled = avg_pool2d(torch.from_numpy(image)[None], store.attributes["reduce"])[0].numpy()
+            if not np.isfinite(pooled).all():
+                raise FrameError(f"{name} has pixels that are not numbers (NaN)")
+            if not pooled.any():
+                raise FrameError(f"{name} is 0 {UNITS[name]} in every pixel")
+            try:
+                frame[i] = coding.encode(physics.to_signed_log(pooled, store.scalers[name]))
+            except ValueError:
+                found = f"{name} goes from {pooled.min():.6g} to {pooled.max():.6g} {UNITS[name]}"
+                raise FrameError(f"{found}, which is beyond what the store can keep") from None
+    return frame
 
 
 def channels_needed(cfg: Config) -> tuple[str, ...]:
@@ -425,14 +406,12 @@ def store_path(cfg: Config) -> Path:
     store of your own counts first.
     """
     data, needed, folder = cfg.data, channels_needed(cfg), Path(cfg.data.store)
-    if folder.suffix == ".zarr":
-        paths = [folder]
-    else:
-        size = f"{data.native_size}px-reduce{data.reduce}"
-        names = ["13ch"] if needed == CHANNELS else ["+".join(needed), "13ch"]
-        paths = [folder / f"{size}-{name}.zarr" for name in names]
-    own = map(cfg.shared.to_write, paths) if data.private_cache else ()
-    return next((path for path in (*own, *paths) if path.exists()), paths[0])
+    paths = [folder]
+    if folder.suffix != ".zarr":
+        names = "13ch" if needed == CHANNELS else "+".join(needed), "13ch"
+        paths = [folder / f"{data.native_size}px-reduce{data.reduce}-{name}.zarr" for name in names]
+    own = [cfg.shared.to_write(path) for path in paths if data.private_cache]
+    return next((path for path in own + paths if path.exists()), paths[0])
 
 
 def make_archive(cfg: Config) -> Archive:
@@ -441,9 +420,7 @@ def make_archive(cfg: Config) -> Archive:
     folder, index = (
         text if text is None or "://" in text else str(cfg.shared.to_read(text)) for text in (data.archive, data.index)
     )
-    if cfg.paths.scratch and not Path(cfg.paths.scratch).is_dir():
-        raise FileNotFoundError(f"There is no folder {cfg.paths.scratch} for downloads (paths.scratch in the config).")
-    archive = Archive(folder, None, data.anonymous, data.endpoint_url, data.retries, scratch=cfg.paths.scratch)
+    archive = Archive(folder, None, data.anonymous, data.endpoint_url, data.retries, cfg.paths.scratch)
     return replace(archive, index=archives.read_index(index, archive)) if index else archive
 
 
@@ -455,83 +432,73 @@ def prepare_store(
     plan_only: bool = False,
     again: bool = False,
 ) -> BuildReport:
-    """Build the frames that samples need and the store lacks; quick when everything is there.
+    """Build the frames of `times`, or those of the samples of the three splits; quick when everything is there.
 
     A sample whose frame turns out to be missing or unreadable is given up; with a maximum, the next one of the seeded
-    order takes its place.
-
-    Args:
-        times: of the frames to build; None for those of the samples of the three splits.
-        plan_only: build nothing; `samples` and `needs` of the report say what would be.
-        again: look also for the frames that an earlier call could not make, as `make cache` does.
+    order takes its place. With `plan_only` nothing is built: `samples` and `needs` of the report say what would be.
+    With `again` frames that an earlier call could not make are looked for once more, as `make cache` does.
 
     PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
     ValueError: there is no sample, or more would be read than data.ask_above_gb.
     """
     data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
-    labels, report, there = labels_of(cfg) if times is None else None, BuildReport(path), np.array([], "datetime64[s]")
-    history = {"lost": [], "seconds a frame": None}  # of earlier calls: times of frames that cannot be made, and speed
-    with suppress(OSError, ValueError):
-        history |= json.loads(path.with_name(f"{path.name}.builds.json").read_text())
+    report, there = BuildReport(path), np.array([], "datetime64[s]")
+    notes = path.with_name(f"{path.name}.builds.json")  # which frames earlier builds could not make, and their speed
+    history = json.loads(notes.read_text()) if notes.is_file() else {"lost": [], "seconds a frame": None}
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = set() if again and is_writable(path) else {np.datetime64(when) for when in history["lost"]}
-    report.given_up = len(lost)
+    lost = set() if again and is_writable(path) else set(np.array(history["lost"], "datetime64[s]"))
 
     def may_be_had(frames: np.ndarray) -> np.ndarray:
-        gone = np.array(list(lost), "datetime64[s]")
-        return np.isin(frames, there) | archive.may_have(frames) & ~np.isin(frames, gone)
+        given_up = np.isin(frames, np.array(list(lost), "datetime64[s]"))
+        return np.isin(frames, there) | archive.may_have(frames) & ~given_up
 
     while True:
-        if exists := (path / "zarr.json").is_file():
+        if path.exists():
             store = open_store(path, channels, data.reduce, data.native_size, cfg.scalers)
             channels, there = store.stored_channels, store.times
+        report.given_up = len(lost - report.lost - set(there))
         if times is None:
-            report.samples = plan_samples(cfg, may_be_had, labels)
-            if not len(report.samples.frames):
-                raise ValueError(
-                    f"There is no frame for any sample.\n{report.samples}\nFrames come from {archive.folder}. Correct "
-                    f"data.archive, the splits or section labels of the config."
-                )
+            report.samples = plan_samples(cfg, may_be_had)
         wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
+        if not len(wanted):
+            keys = f"data.archive ({archive.folder}), the splits or section labels of the config"
+            raise ValueError(f"There is no frame for any sample.\n{report.samples}\nCorrect {keys}.")
         lacking = np.setdiff1d(wanted, there)
         report.already = len(wanted) - len(lacking) - report.built
-        each_gb, stored = FILE_GB * data.native_size**2, 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
+        to_read = len(lacking) * FILE_GB * data.native_size**2
+        to_store = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
         report.needs = (
             f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
-            f"to build: {len(lacking)} frames; {len(lacking) * each_gb:.1f} GB to read, {len(lacking) * stored:.2f} GB "
-            f"to store ({shared.free_space(path) / GB:.1f} GB free)"
+            f"to build: {len(lacking)} frames; {to_read:.1f} GB to read, {to_store:.2f} GB to store "
+            f"({shared.free_space(path) / GB:.1f} GB free)"
         )
         if speed := history["seconds a frame"]:
             report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
-        if times is None:
-            count = report.samples.frames_without_maximum
-            whole = f"{count} frames, {count * each_gb:.0f} GB to read"
-            report.needs += f"\nall samples, without training.max_..._samples: {whole}"
-        if plan_only or exists and not len(lacking):
+        if plan_only or not len(lacking):
             return report
         plan = f"{report.samples or ''}\n{report.needs}\n".lstrip()
+        own = cfg.shared.to_write(path)
+        if data.private_cache and own != path:
+            create_store(own, channels, data.reduce, data.native_size, cfg.scalers)  # so it is taken from now on
+            return prepare_store(cfg, times, executor, progress, again=again)
         if not is_writable(path):
-            if data.private_cache and path != cfg.shared.to_write(path):
-                path, there, lost, report.given_up = cfg.shared.to_write(path), there[:0], set(), 0
-                continue
             raise PermissionError(
                 f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds the "
                 f"frames with `make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds a "
                 f"store of your own instead, of all {len(wanted)} frames."
             )
-        if len(lacking) * each_gb > data.ask_above_gb:
+        if to_read > data.ask_above_gb:
             raise ValueError(
                 f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
                 f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
             )
         settings = {"archive": archive, "native_size": data.native_size, "scalers": cfg.scalers, "executor": executor}
         settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
-        report.store = path
         build_store(lacking, path, channels, data.reduce, **settings, report=report)
-        history["lost"] = sorted({*history["lost"]} - {*map(str, lacking)} | {*map(str, report.lost)})
+        history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost)))
         if report.built:
             history["seconds a frame"] = report.seconds / report.built
-        with shared.atomic_write(path.with_name(f"{path.name}.builds.json")) as temporary:
+        with shared.atomic_write(notes) as temporary:
             temporary.write_text(json.dumps(history))
         if times is not None or report.lost <= lost:
             return report

