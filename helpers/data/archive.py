@@ -57,13 +57,13 @@ class Archive:
     retries: int = 8  # how often a download is tried again
     scratch: str | None = None  # where downloads lie until they are reduced; None: the disk of the temporary files
 
-    def url(self, time: np.datetime64) -> str | None:
-        """The address of the frame of this time; None when the index has none."""
+    def url(self, time: np.datetime64) -> str:
+        """The address of the frame of this time, even if it is not there."""
         time = pd.Timestamp(time)
         if self.index is None:
             return f"{self.folder}/{time:%Y/%m/%Y%m%d_%H%M}.nc"
-        given = self.index.get(time)
-        if given is None or "://" in given:
+        given = self.index.get(time, "none")
+        if "://" in given:
             return given
         name = given.rpartition("/")[2]  # all that counts of a path of another machine
         here = [path for path in (Path(self.folder, given), Path(self.folder, name)) if path.is_file()]

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -208,7 +208,7 @@ def create_store(
     path: Path, channels: Sequence[str], reduce: int, native_size: int, scalers: dict[str, Scaler]
 ) -> None:
     """Make an empty store under another name and move it into place; when someone else was faster, theirs stays."""
-    if reduce < 1 or native_size % reduce:
+    if native_size % reduce:
         raise ValueError(f"Images of {native_size} pixels cannot be reduced by {reduce} (data.reduce): not a divisor.")
     codings = [physics.coding_of(name, scalers[name]) for name in physics.check_channels(channels)]
     attributes = {
@@ -230,12 +230,9 @@ def create_store(
             group[name][:] = values
         with warnings.catch_warnings(action="ignore"):  # that the format does not demand it; xarray wants it
             zarr.consolidate_metadata(Path(folder, "store"))
-        try:
+        with suppress(OSError):  # someone else was faster
             Path(folder, "store").rename(path)
             shared.share(path)
-        except OSError:
-            if not (path / "zarr.json").is_file():
-                raise
 
 
 def _make_arrays(place: Path | dict, attributes: dict) -> tuple[zarr.Group, dict[str, np.ndarray]]:
@@ -341,11 +338,11 @@ def build_store(
         each_mb = max(1, round(1000 * FILE_GB * native_size**2))
         bar = tqdm(made, f"{len(lacking)} frames", len(lacking), unit="MB", unit_scale=each_mb, disable=not progress)
         for when, url, error in zip(lacking, urls, bar, strict=True):
+            if error:
+                report.lost.add(when)
             if error is None:
                 report.built += 1
-                continue
-            report.lost.add(when)
-            if isinstance(error, MissingFrameError):
+            elif isinstance(error, MissingFrameError):
                 report.missing += 1
             else:
                 report.unreadable[url] = str(error)
@@ -353,12 +350,10 @@ def build_store(
     return report
 
 
-def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str | None) -> FrameError | None:
+def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str) -> FrameError | None:
     """Make one frame, unless somebody else did so by now; return why it cannot be made."""
     if when in store:
         return None
-    if url is None:
-        return MissingFrameError("the index does not have it")
     try:
         with archive.local_copy(url) as path:
             codes = reduce_frame(path, store)
@@ -431,6 +426,7 @@ def prepare_store(
     progress: bool = True,
     plan_only: bool = False,
     again: bool = False,
+    report: BuildReport | None = None,  # of an earlier build, to go on counting
 ) -> BuildReport:
     """Build the frames of `times`, or those of the samples of the three splits; quick when everything is there.
 
@@ -442,64 +438,61 @@ def prepare_store(
     ValueError: there is no sample, or more would be read than data.ask_above_gb.
     """
     data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
-    report, there = BuildReport(path), np.array([], "datetime64[s]")
+    report, there = report or BuildReport(path), np.array([], "datetime64[s]")
     notes = path.with_name(f"{path.name}.builds.json")  # which frames earlier builds could not make, and their speed
     history = json.loads(notes.read_text()) if notes.is_file() else {"lost": [], "seconds a frame": None}
+    if path.exists():
+        store = open_store(path, channels, data.reduce, data.native_size, cfg.scalers)
+        channels, there = store.stored_channels, store.times
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = set() if again and is_writable(path) else set(np.array(history["lost"], "datetime64[s]"))
-
-    def may_be_had(frames: np.ndarray) -> np.ndarray:
-        given_up = np.isin(frames, np.array(list(lost), "datetime64[s]"))
-        return np.isin(frames, there) | archive.may_have(frames) & ~given_up
-
-    while True:
-        if path.exists():
-            store = open_store(path, channels, data.reduce, data.native_size, cfg.scalers)
-            channels, there = store.stored_channels, store.times
-        report.given_up = len(lost - report.lost - set(there))
-        if times is None:
-            report.samples = plan_samples(cfg, may_be_had)
-        wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
-        if not len(wanted):
-            keys = f"data.archive ({archive.folder}), the splits or section labels of the config"
-            raise ValueError(f"There is no frame for any sample.\n{report.samples}\nCorrect {keys}.")
-        lacking = np.setdiff1d(wanted, there)
-        report.already = len(wanted) - len(lacking) - report.built
-        to_read = len(lacking) * FILE_GB * data.native_size**2
-        to_store = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
-        report.needs = (
-            f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
-            f"to build: {len(lacking)} frames; {to_read:.1f} GB to read, {to_store:.2f} GB to store "
-            f"({shared.free_space(path) / GB:.1f} GB free)"
+    lost = report.lost if again and is_writable(path) else set(np.array(history["lost"], "datetime64[s]"))
+    given_up = np.array(list(lost.difference(there)), "datetime64[s]")
+    report.given_up = len(lost.difference(there, report.lost))
+    if times is None:
+        report.samples = plan_samples(
+            cfg, lambda wanted: np.isin(wanted, there) | archive.may_have(wanted) & ~np.isin(wanted, given_up)
         )
-        if speed := history["seconds a frame"]:
-            report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
-        if plan_only or not len(lacking):
-            return report
-        plan = f"{report.samples or ''}\n{report.needs}\n".lstrip()
-        own = cfg.shared.to_write(path)
-        if data.private_cache and own != path:
-            create_store(own, channels, data.reduce, data.native_size, cfg.scalers)  # so it is taken from now on
-            return prepare_store(cfg, times, executor, progress, again=again)
-        if not is_writable(path):
-            raise PermissionError(
-                f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds the "
-                f"frames with `make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds a "
-                f"store of your own instead, of all {len(wanted)} frames."
-            )
-        if to_read > data.ask_above_gb:
-            raise ValueError(
-                f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
-                f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
-            )
-        settings = {"archive": archive, "native_size": data.native_size, "scalers": cfg.scalers, "executor": executor}
-        settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
-        build_store(lacking, path, channels, data.reduce, **settings, report=report)
-        history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost)))
-        if report.built:
-            history["seconds a frame"] = report.seconds / report.built
-        with shared.atomic_write(notes) as temporary:
-            temporary.write_text(json.dumps(history))
-        if times is not None or report.lost <= lost:
-            return report
-        lost |= report.lost
+    wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
+    if not len(wanted):
+        keys = f"data.archive ({archive.folder}), the splits or section labels of the config"
+        raise ValueError(f"There is no frame for any sample.\n{report.samples}\nCorrect {keys}.")
+    lacking = np.setdiff1d(wanted, there)
+    report.already = len(wanted) - len(lacking) - report.built
+    to_read = len(lacking) * FILE_GB * data.native_size**2
+    to_store = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
+    report.needs = (
+        f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
+        f"to build: {len(lacking)} frames; {to_read:.1f} GB to read, {to_store:.2f} GB to store "
+        f"({shared.free_space(path) / GB:.1f} GB free)"
+    )
+    if speed := history["seconds a frame"]:
+        report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
+    if plan_only or not len(lacking):
+        return report
+    plan, own = f"{report.samples or ''}\n{report.needs}\n".lstrip(), cfg.shared.to_write(path)
+    if data.private_cache and own != path:
+        create_store(own, channels, data.reduce, data.native_size, cfg.scalers)  # which `store_path` takes from now on
+        return prepare_store(cfg, times, executor, progress)
+    if not is_writable(path):
+        raise PermissionError(
+            f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds them with "
+            f"`make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds a store of your own "
+            f"instead, of all {len(wanted)} frames."
+        )
+    if to_read > data.ask_above_gb:
+        raise ValueError(
+            f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
+            f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
+        )
+    settings = {"archive": archive, "native_size": data.native_size, "scalers": cfg.scalers, "executor": executor}
+    settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
+    before = len(report.lost)
+    build_store(lacking, path, channels, data.reduce, **settings, report=report)
+    history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost)))
+    if report.built:
+        history["seconds a frame"] = report.seconds / report.built
+    with shared.atomic_write(notes) as temporary:
+        temporary.write_text(json.dumps(history))
+    if times is None and len(report.lost) > before:
+        return prepare_store(cfg, None, executor, progress, again=again, report=report)
+    return report
