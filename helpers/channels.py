@@ -29,7 +29,7 @@ GOES_CLASSES = {"A": 1e-8, "B": 1e-7, "C": 1e-6, "M": 1e-5, "X": 1e-4}  # W/m^2 
 
 # The store's fixed point. The largest rounding error is half a step, so that 0.8 % of the spread of a channel means
 # 0.004 in normalised units for every pixel (float16 would be finer for the quiet Sun, and four times coarser in a
-# flare). The second limit is in signed-log units: a store stays good when a spread in data.scalers becomes smaller.
+# flare). The second limit is in signed-log units: a store stays good when a spread becomes smaller.
 STEP_OF_SPREAD, LARGEST_STEP = 0.008, 2.0**-10
 LARGEST_CODE, FILL_CODE = 32767, -32768  # codes go from -32767 to 32767; -32768 stands for no value
 # Intensities have the long side of the range for bright pixels, and a short one for the few below zero: the finest step
@@ -77,11 +77,9 @@ def coding_of(name: str, scaler: Scaler) -> Coding:
 
 
 def check_channels(names: Sequence[str]) -> tuple[str, ...]:
-    """Return `names` as a tuple; raise ValueError where they are not a list of channels, each once."""
-    wrong = [names] if isinstance(names, str) else [n for n in names if n not in CHANNELS or list(names).count(n) > 1]
-    if wrong or not names:
-        what = f"{wrong} in " if wrong else ""
-        raise ValueError(f"Not a list of channels, each once: {what}{names!r}. There are {', '.join(CHANNELS)}.")
+    """`names` as a tuple; ValueError where they are not a list of channels, each once."""
+    if isinstance(names, str) or not names or len({*names}) < len(names) or not {*names} <= {*CHANNELS}:
+        raise ValueError(f"Not a list of channels, each once: {names!r}. There are {', '.join(CHANNELS)}.")
     return tuple(names)
 
 
@@ -99,34 +97,28 @@ def colormap(name: str):
 def load_scalers(path: str | Path | None = None) -> dict[str, Scaler]:
     """Read the constants of each channel from a YAML file like the release's (None: the copy in helpers/data).
 
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: with the channel whose constants are missing, no numbers, or make no scale.
+    ValueError: names the channel whose constants are missing, no numbers, or make no scale.
     """
     path = Path(path or SCALERS_FILE)
-    scalers, name = {}, "its first entry"
+    scalers, name = {}, "each channel"
     try:
-        for name, entry in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-            scaler = Scaler(*(float(entry[key]) for key in ("mean", "std", "sl_scale_factor", "epsilon")))
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for name in CHANNELS:
+            scaler = Scaler(*(float(entries[name][key]) for key in ("mean", "std", "sl_scale_factor", "epsilon")))
             if not (np.isfinite(astuple(scaler)).all() and scaler.scale > 0 and scaler.std > 0 and scaler.epsilon >= 0):
                 raise ValueError("scale factor and std must be above 0")
             scalers[name] = scaler
-    except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(
-            f"{path}: {name} needs the numbers mean, std, epsilon and sl_scale_factor, as in {SCALERS_FILE} ({error})."
-        ) from error
-    if missing := [name for name in CHANNELS if name not in scalers]:
-        raise ValueError(f"{path} has no constants for {', '.join(missing)}; {SCALERS_FILE} has those of the release.")
+    except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        needed = f"the numbers mean, std, epsilon and sl_scale_factor, as in {SCALERS_FILE}"
+        raise ValueError(f"{path}: {name} needs {needed} ({type(error).__name__}: {error}).") from error
     return scalers
 
 
 def stack_scalers(scalers: Mapping[str, Scaler], channels: Sequence[str], trailing: int = 2) -> Scaler:
     """One Scaler for an array with a channel axis followed by `trailing` axes: its fields are float64 (C, 1, ..., 1).
 
-    They are in the order of `channels`, each of which needs constants (ValueError); trailing=3 suits (C, T, H, W).
+    They are in the order of `channels`; trailing=3 suits (C, T, H, W).
     """
-    if missing := [name for name in channels if name not in scalers]:
-        raise ValueError(f"No normalisation constants for {', '.join(missing)}; add them to the file data.scalers.")
     constants = np.array([astuple(scalers[name]) for name in channels], np.float64).T  # (4, C)
     return Scaler(*constants.reshape(4, len(channels), *[1] * trailing))
 
@@ -144,15 +136,10 @@ def from_signed_log(signed_log, scaler: Scaler):
     return xp.sign(y) * xp.expm1(xp.abs(y)) / scale
 
 
-def standardise(signed_log, scaler: Scaler):
-    """Signed-log values -> normalised values, z = (y - mean) / (std + epsilon)."""
-    _, y, (mean, std, epsilon) = _prepare(signed_log, scaler.mean, scaler.std, scaler.epsilon)
-    return (y - mean) / (std + epsilon)
-
-
 def normalise(physical, scaler: Scaler):
     """Physical values -> normalised values (what the model reads); same shape, float32 or float64."""
-    return standardise(to_signed_log(physical, scaler), scaler)
+    _, y, (mean, std, epsilon) = _prepare(to_signed_log(physical, scaler), scaler.mean, scaler.std, scaler.epsilon)
+    return (y - mean) / (std + epsilon)
 
 
 def denormalise(normalised, scaler: Scaler):

@@ -8,13 +8,14 @@ import difflib
 import importlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, ValidationInfo
 
 from helpers.channels import CHANNELS, Scaler, load_scalers
 from helpers.shared import SharedFolder, find_shared
@@ -26,11 +27,10 @@ Count = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
-# Marks of a key, beside its type. PATH: `load_config` makes it absolute. MACHINE: says where and how fast something
-# runs and changes no number, so it may differ in a resumed run. COMPARED: differs between the runs of a comparison.
-PATH, MACHINE, COMPARED = "path", "machine", "compared"
-# names of the registries in metrics.py, tasks.py and plots.py, or `module:name` of your own
-OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+# Marks of a key, beside its type. MACHINE: says where and how fast something runs and changes no number, so it may
+# differ in a resumed run. COMPARED: differs between the runs of a comparison.
+MACHINE, COMPARED = "machine", "compared"
+# names of the registries in metrics.py, tasks.py and plots.py
 EVENT_METRICS = ("tss", "hss", "f1", "precision", "recall", "auc", "average_precision")
 KINDS: dict[str, dict[str, tuple[str, ...]]] = {  # what suits each kind of target; the first figure is the default
     "scalar": {
@@ -53,6 +53,27 @@ class ConfigError(ValueError):
     """All mistakes of a configuration in one message, ready to print."""
 
 
+class Location(str):
+    """An absolute path, or an address; `written` is how it stood in the configuration, where a run is to move."""
+
+    written: str
+
+
+def _locate(text: str, info: ValidationInfo) -> Location:
+    for name, value in info.context["names"].items():
+        text = text if value is None else text.replace(name, str(value))
+    unknown = set(re.findall(r"\{\w+\}", text)) - {"{shared}"}
+    if unknown and info.field_name not in ("labels", "released"):  # who uses {labels} says it
+        raise ValueError(f"{', '.join(unknown)} in {text!r} stands for nothing; the head of config.yaml has the names")
+    full = text.replace("{shared}", str(info.context["shared"].path))
+    located = Location(full if "://" in full else info.context["root"] / Path(full).expanduser())
+    located.written = text
+    return located
+
+
+Place = Annotated[str, AfterValidator(_locate), PlainSerializer(lambda place: getattr(place, "written", place))]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -60,15 +81,14 @@ class _Section(BaseModel):
 # The sections of config.yaml, where each key is explained.
 class Paths(_Section):
     shared: str | None
-    runs: Annotated[str, PATH]
+    runs: Place
     reserve_gb: Annotated[float, Field(ge=0)]
-    labels: Annotated[str, PATH]
-    released: Annotated[str, PATH]
-    scratch: Annotated[str | None, PATH]
+    labels: Place
+    released: Place
 
 
 class Synthetic(_Section):
-    folder: Annotated[str | None, PATH, MACHINE]
+    folder: Annotated[Place | None, MACHINE]
     seed: int
     start: str
     visits: Count
@@ -77,8 +97,8 @@ class Synthetic(_Section):
 
 
 class Data(_Section):
-    archive: Annotated[str, PATH, MACHINE]
-    index: Annotated[str | None, PATH]
+    archive: Annotated[Place, MACHINE]
+    index: Place | None
     anonymous: Annotated[bool, MACHINE]
     endpoint_url: Annotated[str | None, MACHINE]
     channels: Annotated[list[Channel], Field(min_length=1)]
@@ -87,12 +107,10 @@ class Data(_Section):
     offsets_minutes: Annotated[list[int], Field(min_length=1)]
     cadence_minutes: Annotated[int, Field(ge=12, multiple_of=12)]
     every_minutes: Annotated[int, Field(ge=12, multiple_of=12)]
-    store: Annotated[str, PATH, MACHINE]
+    store: Annotated[Place, MACHINE]
     build_workers: Annotated[Count, MACHINE]
     private_cache: Annotated[bool, MACHINE]
     ask_above_gb: Annotated[float, Field(ge=0), MACHINE]
-    scalers: Annotated[str | None, PATH]
-    retries: Annotated[NotNegative, MACHINE]
     memory_cache_gb: Annotated[float, Field(ge=0), MACHINE]
 
     @property
@@ -103,9 +121,9 @@ class Data(_Section):
 
 class Labels(_Section):
     kind: Literal["scalar", "event", "mask", "image"]
-    path: Annotated[str | list[str] | dict[Literal[SPLITS], str | list[str]] | None, PATH]
+    path: dict[Literal[SPLITS], list[Place] | Place] | list[Place] | Place | None
     time_column: str | Annotated[list[str], Field(min_length=1)]
-    value_columns: list[str]
+    value_columns: Annotated[list[str], Field(min_length=1)]
     transform: Literal["none", "log10", "goes"]
     fill_values: list[float]
     zero: Literal["drop", "floor"]
@@ -122,7 +140,7 @@ class Labels(_Section):
     target_offset_minutes: int
     reduce: Count
     mask_reduce: Literal["majority", "any", "mean"]
-    reader: Annotated[str, Field(pattern=OWN)] | None
+    reader: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None
 
     @property
     def netcdf(self) -> bool:
@@ -150,13 +168,10 @@ class Target(_Section):
     mask_threshold: Share
 
 
-def periods_of(given: Sequence[str] | Sequence[Sequence[str]] | None) -> list[Sequence[str]]:
-    """The periods of a split, each its first and end time: one, a list of several, or none."""
-    return [] if not given else [given] if isinstance(given[0], str) else list(given)
-
-
-def _periods(given: Any) -> Any:
-    for period in periods_of(given):
+def periods_of(given: list[str] | list[list[str]] | None) -> list[list[str]]:
+    """The periods of a split, each its first and end time (ISO, in UTC, the end excluded): one, several, or none."""
+    periods = [given] if given and isinstance(given[0], str) else given or []
+    for period in periods:
         if len(period) != 2:
             raise ValueError(f"a period is the time at which it begins and the one at which it ends, not {period}")
         first, end = (datetime.fromisoformat(time) for time in period)
@@ -164,10 +179,10 @@ def _periods(given: Any) -> Any:
             raise ValueError("splits are in UTC, like the frames; write them without a time zone")
         if first >= end:
             raise ValueError(f"it ends at {end} before it begins at {first}")
-    return given
+    return periods
 
 
-Periods = Annotated[list[str] | list[list[str]] | None, AfterValidator(_periods)]  # ISO dates, the end excluded
+Periods = Annotated[list[str] | list[list[str]] | None, AfterValidator(periods_of)]
 
 
 class Split(_Section):
@@ -177,13 +192,13 @@ class Split(_Section):
     column: str | None
     guard_hours: Annotated[float, Field(ge=0)]
 
-    def periods(self, name: str) -> list[Sequence[str]]:
+    def periods(self, name: str) -> list[list[str]]:
         """The periods of the split train, val or test."""
-        return periods_of(getattr(self, name))
+        return getattr(self, name)
 
 
 class Model(_Section):
-    weights: Annotated[str | None, PATH]
+    weights: Place | None
     weights_channels: list[Channel]
     patch_size: Count
     embed_dim: Count
@@ -191,12 +206,7 @@ class Model(_Section):
     n_spectral_blocks: NotNegative
     num_heads: Count
     time_dim: Count
-    mlp_ratio: Positive
-    window_size: Literal[2]
-    dp_rank: Count
-    rpe: bool
     nglo: Annotated[int, Field(ge=0, le=1)]
-    drop_rate: Share
 
 
 class Head(_Section):
@@ -204,7 +214,6 @@ class Head(_Section):
     decoder_channels: list[Channel]
     penultimate: Count | None
     dropout: Share
-    feature_batches: Count
 
 
 class Lora(_Section):
@@ -212,7 +221,7 @@ class Lora(_Section):
     alpha: Positive
     dropout: Share
     targets: Annotated[list[Literal["qkv", "proj", "fc1", "fc2", "to_dynamic_projection"]], Field(min_length=1)]
-    qkv: list[Literal["q", "k", "v"]]
+    qkv: Annotated[list[Literal["q", "k", "v"]], Field(min_length=1)]
 
 
 class Training(_Section):
@@ -274,8 +283,6 @@ class Config(_Section):
 
     root: Annotated[Path, Field(exclude=True)]  # the folder of config.yaml
     shared: Annotated[SharedFolder, Field(exclude=True)]  # the shared folder of this machine
-    scalers: Annotated[dict[str, Scaler], Field(exclude=True)]  # normalisation constants of each channel
-    written: Annotated[dict[str, Any], Field(exclude=True)]  # paths before they were made absolute
     set_by: Annotated[dict[str, str], Field(exclude=True)]  # dotted key -> the layer that its value is from
     profile: Annotated[str, COMPARED]
     task: str
@@ -295,12 +302,14 @@ class Config(_Section):
     compare: Annotated[Compare, MACHINE]
     tracking: Annotated[Tracking, MACHINE]
 
-    def __eq__(self, other: object) -> bool:  # wherever the values come from
-        return isinstance(other, Config) and self.model_dump() == other.model_dump()
-
     def to_dict(self) -> dict[str, Any]:
         """The values as plain dicts and lists, to write beside a run; paths as written, so that the run can move."""
-        return _nested({**dict(leaves(self.model_dump())), **self.written})
+        return self.model_dump()
+
+    @cached_property
+    def scalers(self) -> dict[str, Scaler]:
+        """The normalisation constants of each channel, those of the release."""
+        return load_scalers()
 
     def explain(self, *keys: str) -> str:
         """Lines "key value <- layer that set it" of these keys or sections, or of MATTER; ConfigError: no such key."""
@@ -389,7 +398,7 @@ def load_config(
     """Read config.yaml and lay config.local.yaml, the notebook's parameters and `overrides` over it.
 
     Args:
-        path: the YAML file; a bare name is looked for here, then in the folders above, then beside the helpers package.
+        path: the YAML file; looked for here, then in the folders above, then beside the helpers package.
         overrides: dotted key to value, for example `{"training.lr": 1e-3}`; wins over everything else.
         profile, task, experiment: choose other blocks than the file does; None keeps the file's choice.
         parameters: dotted keys from papermill (`make run-notebook P="training.lr=1e-3"`).
@@ -397,9 +406,8 @@ def load_config(
     Raises:
         ConfigError: one message with every mistake, each with its key path and the layer that set it.
     """
-    path = Path(path)
-    above = (*Path.cwd().parents, Path(__file__).resolve().parents[1]) if len(path.parts) == 1 else ()
-    found = [folder / path for folder in (Path(), *above) if (folder / path).is_file()]
+    folders = (Path(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
+    found = [folder / path for folder in folders if (folder / path).is_file()]
     if not found:
         raise ConfigError(f"There is no configuration file {path}. Start inside the repository, or pass its full path.")
     path = found[0].resolve()
@@ -407,21 +415,16 @@ def load_config(
     sources += [("notebook parameters", parameters or {}), ("overrides=", overrides or {})]
     arguments = {"profile": profile, "task": task, "experiment": experiment}
     sources += [("this call", {key: name for key, name in arguments.items() if name is not None})]
-    layers, problems = [], []
-    for origin, tree in sources:  # in each of them: profiles, over these tasks, over these experiments
-        layers += sorted(
-            _layers(tree, origin, problems, "", {}),
-            key=lambda layer: [key in layer[0] for key in ("experiment", "task", "profile")],
-        )
+    problems: list[str] = []
+    settings = [setting for origin, tree in sources for setting in _settings(tree, origin, problems)]
     chosen, choices_exist = {}, True
     for block, key in _OVERLAYS.items():
         chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
-        names = sorted({needs[key] for needs, *_ in layers if [*needs] == [key]})
+        names = sorted({setting.needs[key] for setting in settings if [*setting.needs][:1] == [key]})
         if chosen[key] not in names:
             choices_exist = False
-            there = ", ".join(names) or "nothing"
-            problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}")
-    counting = [(name, values) for needs, name, values in layers if needs.items() <= chosen.items()]
+            problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {', '.join(names)}")
+    counting = [setting for setting in settings if setting.needs.items() <= chosen.items()]
     config = _validated(counting, chosen, problems, path.parent) if choices_exist else None
     if problems:
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
@@ -463,48 +466,40 @@ def _read(path: Path) -> dict[str, Any]:
     return tree or {}
 
 
-def _nested(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """{"training.lr": 1, "seed": 2} -> {"training": {"lr": 1}, "seed": 2}."""
-    tree: dict[str, Any] = {}
-    for key, value in dotted.items():
-        section, _, name = key.rpartition(".")
-        (tree.setdefault(section, {}) if section else tree)[name] = value
-    return tree
-
-
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every entry, whose own key may be dotted; `labels.path` may be a dict itself."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value and f"{prefix}{key}" != "labels.path":
+        if isinstance(value, dict) and value and not f"{prefix}{key}".endswith("labels.path"):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def _layers(
-    tree: dict, origin: str, problems: list[str], within: str, needs: dict[str, str]
-) -> Iterator[tuple[dict[str, str], str, dict]]:
-    """The sections of a file, and those in its profiles, tasks and experiments; mistakes are added to `problems`.
+class _Setting(NamedTuple):
+    key: str  # dotted, "" of a profile, task or experiment that sets nothing
+    value: Any
+    layer: str  # which sets it, such as "profiles.tiny in config.yaml"
+    needs: dict[str, str]  # the choices for which it counts, such as {"profile": "tiny"}
 
-    Yields the choices for which a layer counts, such as {"profile": "tiny"}, its name, and its values by dotted key.
-    """
-    values = dict(leaves({key: value for key, value in tree.items() if key not in _OVERLAYS}))
-    problems += [f"{within}{key} ({origin}): {_nearest(key)}" for key in values if key not in _SCHEMA]
-    yield needs, f"{within[:-1]} in {origin}" if within else origin, values
-    for block, key in _OVERLAYS.items():
-        named = tree.get(block) or {}
-        if named and key in needs:
-            problems.append(f"{within}{block} ({origin}): {block} stand here already, one inside another never counts")
-            named = {}
-        if not isinstance(named, dict):
-            problems.append(f"{within}{block} ({origin}): must hold named sections, got {named!r}; {key}: chooses one")
-            named = {}
-        for name, layer in named.items():
-            where = f"{within}{block}.{name}"
-            if isinstance(layer, dict):
-                yield from _layers(layer, origin, problems, f"{where}.", {**needs, key: str(name)})
-            else:
-                problems.append(f"{where} ({origin}): must hold sections such as 'training:', got {layer!r}")
+
+def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
+    """All that a file sets; of one key the last that counts wins. Mistakes are added to `problems`."""
+    settings = []
+    for dotted, value in leaves(tree):
+        key, needs = dotted, {}
+        while (block := key.partition(".")[0]) in _OVERLAYS:
+            _, _, inner = key.partition(".")
+            name, _, key = inner.partition(".")
+            if _OVERLAYS[block] in needs:
+                problems.append(f"{dotted} ({origin}): {block} stand here already, one inside another never counts")
+            needs[_OVERLAYS[block]] = name
+        layer = f"{dotted.removesuffix(f'.{key}')} in {origin}" if needs else origin
+        if key and key not in _SCHEMA:
+            problems.append(f"{dotted} ({origin}): {_nearest(key)}")
+        elif value and not key:
+            problems.append(f"{dotted} ({origin}): must hold sections such as 'training:', got {value!r}")
+        settings.append(_Setting(key, value, layer, needs))
+    return sorted(settings, key=lambda setting: [key in setting.needs for key in ("experiment", "task", "profile")])
 
 
 def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:
@@ -541,36 +536,33 @@ def _nearest(key: str) -> str:
     return f"unknown key; did you mean {near[0]}?" if near else "unknown key, and no known one is near"
 
 
-def _validated(layers: Sequence[tuple[str, dict]], chosen: dict, problems: list[str], root: Path) -> Config | None:
-    """The checked configuration of these layers (name, values); None where a mistake was added to `problems`."""
-    plain = {key: value for _, layer in layers for key, value in layer.items() if key in _SCHEMA} | chosen
-    set_by = {key: name for name, layer in layers for key in layer}  # the last layer counts, here and above
-    shared = scalers = None
-    written, located = {}, {}
+def _validated(settings: list[_Setting], chosen: dict, problems: list[str], root: Path) -> Config | None:
+    """The checked configuration of these settings; None where a mistake was added to `problems`."""
+    settings = [setting for setting in settings if setting.key in _SCHEMA]
+    values = {setting.key: setting.value for setting in settings} | chosen
+    set_by = {setting.key: setting.layer for setting in settings}
+    names = {"labels": "paths.labels", "released": "paths.released", "synthetic": "synthetic.folder"}
+    names = {f"{{{name}}}": values.get(key) for name, key in {**names, "seed": "synthetic.seed"}.items()}
+    tree: dict[str, Any] = {"root": root, "set_by": set_by}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    setting = values.get("paths.shared")
+    tree["shared"] = find_shared(setting if isinstance(setting, str) else None, root)
     try:
-        setting = plain.get("paths.shared")
-        shared = find_shared(setting if isinstance(setting, str) else None, root)
-        written, located = _paths(plain, root, shared.path, problems)
-        own = located.get("data.scalers")
-        scalers = load_scalers(shared.to_read(own) if isinstance(own, str) else None)
-    except (OSError, ValueError) as error:
-        problems.append(f"{'data.scalers' if shared else 'paths.shared'}: {error}")
-    extras = {"root": root, "shared": shared, "scalers": scalers, "written": written, "set_by": set_by}
-    try:
-        config = Config.model_validate({**_nested(plain | located), **extras})
+        config = Config.model_validate(tree, context={"root": root, "shared": tree["shared"], "names": names})
     except ValidationError as error:
-        told = {*extras}  # why these are not there is in the list already
-        for mistake in error.errors():
+        told: dict[str, str] = {}
+        for mistake in sorted(error.errors(), key=lambda one: one["type"] not in ("value_error", "string_type")):
             key = ".".join(str(part) for part in mistake["loc"] if isinstance(part, str))
             known = next((known for known in _SCHEMA if key.startswith(f"{known}.")), key)
-            if known in told:
-                continue
-            if known != key:  # it may be of several types, and the mistake in one of them is enough
-                told.add(known)
             item = "".join(f"[{part}]" for part in mistake["loc"] if isinstance(part, int))
             where = f" ({set_by[known]})" if known in set_by else ""
             got = "" if mistake["type"] == "missing" else f", got {mistake['input']!r}"
-            problems.append(f"{known}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}")
+            message = f"{known}{item}{where}: {mistake['msg'][0].lower()}{mistake['msg'][1:]}{got}"
+            # a key may be of several types, and the mistake in one of them is enough: in that of text, if there is
+            told.setdefault(f"{known}{item}" if known == key else known, message)
+        problems += told.values()
         return None
     for keys, sentence in _contradictions(config):
         origins = dict.fromkeys(set_by[key] for key in keys.split(", ") if key in set_by)
@@ -578,134 +570,78 @@ def _validated(layers: Sequence[tuple[str, dict]], chosen: dict, problems: list[
     return config
 
 
-def _paths(values: dict[str, Any], root: Path, shared: Path, problems: list[str]) -> tuple[dict, dict]:
-    """All settings that are paths: as written, but with {seed}, {synthetic} and {labels} filled in; and absolute."""
-    names = {"{labels}": "paths.labels", "{released}": "paths.released"}
-    names |= {"{synthetic}": "synthetic.folder", "{seed}": "synthetic.seed"}
-
-    def fill_in(text: str) -> str:
-        for name, source in names.items():
-            text = text if values.get(source) is None else text.replace(name, str(values[source]))
-        unknown = set(re.findall(r"\{\w+\}", text)) - {"{shared}"}
-        if unknown and key not in ("paths.labels", "paths.released"):  # those who use {labels} say it
-            why = " as synthetic.folder is null (all data is real)" if "{synthetic}" in unknown else ""
-            problems.append(f"{key}: {', '.join(unknown)} in {text!r} stands for nothing{why}")
-        return text
-
-    def locate(text: str) -> str:
-        return text if "://" in text else str(root / Path(text.replace("{shared}", str(shared))).expanduser())
-
-    def each_text(value: Any, change: Callable[[str], str]) -> Any:
-        if isinstance(value, dict):
-            return {name: each_text(item, change) for name, item in value.items()}
-        if isinstance(value, list):
-            return [each_text(item, change) for item in value]
-        return change(value) if isinstance(value, str) else value
-
-    written = {}
-    for key in (key for key, marks in _SCHEMA.items() if PATH in marks and values.get(key) is not None):
-        written[key] = each_text(values[key], fill_in)
-    return written, each_text(written, locate)
-
-
 def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     """What no single key can know: the keys to look at, and what is wrong with them."""
     # frames
     offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
-    if len(offsets) != c.model.time_dim:
-        yield "data.offsets_minutes, model.time_dim", f"{len(offsets)} offset(s) for {c.model.time_dim} input frame(s)"
-    if sorted(set(offsets)) != offsets or offsets[-1] > 0:
-        yield "data.offsets_minutes", f"offsets must rise, each once, to at most 0 (the sample's time), got {offsets}"
+    if len(offsets) != c.model.time_dim or sorted(set(offsets)) != offsets or offsets[-1] > 0:
+        rule = f"{c.model.time_dim} offset(s) that rise, each once, to at most 0 (the sample's time), not {offsets}"
+        yield "data.offsets_minutes, model.time_dim", rule
     if len(set(channels)) < len(channels):
         yield "data.channels", f"each channel once, got {channels}"
-    if c.model.weights and (unknown := sorted(set(channels) - set(c.model.weights_channels))):
-        yield "data.channels, model.weights_channels", f"the checkpoint was not trained with {unknown}"
-    if native % c.data.reduce:
-        yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
 
     # model
-    weights, held = c.model.weights or "", c.training.frozen_dtype
-    if weights.startswith("hf://") and weights.count("/") < 4:
-        yield "model.weights", f"an address on the hub is hf://owner/name/file, got {weights}"
+    held = c.training.frozen_dtype
     if held not in ("fp32", c.training.precision):
         yield "training.frozen_dtype, training.precision", f"weights held in {held} are computed with in {held}"
-    if c.data.native_size % c.data.reduce == 0:
+    if native % c.data.reduce:
+        yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
+    else:
         for problem in encoder_problems(**c.encoder_arguments()):
             keys = {name: f"model.{name}" for name in Model.model_fields}
             keys |= {"img_size": "data.native_size, data.reduce", "recompute_blocks": "training.recompute_blocks"}
             yield ", ".join(keys[name] for name in re.findall(r"\w+", problem) if name in keys), problem
     for problem in pooling_problems(c.head.pooling, c.model.nglo):
         yield "head.pooling, model.nglo", problem
-    if "qkv" in c.lora.targets and not c.lora.qkv:
-        yield "lora.targets, lora.qkv", "qkv is a target but none of q, k, v is chosen"
 
     # labels
-    own, kind, wanted = c.labels, c.labels.kind, c.head.decoder_channels
-    if own.lead_minutes and own.direction != "forward":
-        yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
-    if own.window_hours and not (own.window_hours[0] < own.window_hours[1] and own.numbers):
+    own, kind, window = c.labels, c.labels.kind, c.labels.window_hours
+    files = own.variable or own.reader
+    if window and not (window[0] < window[1] and own.numbers):
         yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
-    if own.window_hours and (own.lead_minutes or own.spans_hours):
+    if window and (own.lead_minutes or own.spans_hours):
         keys = "labels.window_hours, labels.lead_minutes, labels.spans_hours"
         yield keys, "the window says how far ahead a label looks: leave the other two at 0"
-    brings = isinstance(own.path, dict) or c.split.column or own.netcdf
-    files = own.variable or own.reader
-    for name in (name for name in SPLITS if not getattr(c.split, name) and (own.window_hours or not brings)):
-        yield f"split.{name}, labels.path", "a split needs its period, unless the label file brings its own splits"
-    if own.window_hours and (c.split.column or isinstance(own.path, dict)):
+    if window and (c.split.column or isinstance(own.path, dict)):
         keys = "labels.window_hours, split.column, labels.path"
         yield keys, "the samples of an event list are split by periods alone"
-    if kind != "event" and not (own.window_hours and own.aggregate == "any") and own.event_at is not None:
+    if own.event_at is not None and kind != "event" and not (window and own.aggregate == "any"):
         yield "labels.event_at, labels.kind", "event_at is for labels.kind: event, or for aggregate: any in a window"
     if kind == "event" and own.transform == "log10":
         yield "labels.transform, labels.kind", "event_at is in the unit of the file, so events need no logarithm: none"
-    if own.aggregate == "any" and not own.window_hours:
+    if own.aggregate == "any" and not window:
         yield "labels.aggregate, labels.window_hours", "events are put together in a window: set labels.window_hours"
-    if own.event_at is not None and isinstance(own.event_at, str) != (own.transform == "goes"):
-        yield "labels.event_at, labels.transform", "a class such as M1.0 with transform: goes, else a number"
     if own.unit and not own.netcdf:
         yield "labels.unit, labels.path", "only NetCDF and HDF5 files say what unit their values have"
-    if own.numbers and not (own.path and own.value_columns):
-        yield "labels.path, labels.value_columns", f"{kind} labels need a CSV and at least one of its columns"
-    if not own.numbers and files and not own.path:
-        yield "labels.path, labels.variable", "mask and image files need a CSV that names them"
-    if kind == "mask" and not files:
-        yield "labels.variable", "masks are read from files: name their variable, or your own reader"
-    if kind == "image" and bool(own.target_channels) == bool(files):
-        yield "labels.variable, labels.target_channels", "images come either from files or from the frames: set one"
-    both = sorted(set(c.data.channels) & set(own.target_channels))
-    if kind == "image" and both and own.target_offset_minutes in c.data.offsets_minutes:
+    if not own.path and (own.numbers or files):
+        yield "labels.path, labels.kind", f"{kind} labels need a file: a table of them, or one that names their files"
+    if not own.numbers and bool(files) == bool(kind == "image" and own.target_channels):
+        keys = "labels.variable, labels.target_channels"
+        yield keys, "masks come from files, images from files or from channels of the frames: set one of the two"
+    both = sorted(set(channels) & set(own.target_channels))
+    if kind == "image" and both and own.target_offset_minutes in offsets:
         yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
-    outputs = 0 if own.numbers else c.num_outputs
-    if wanted and len(wanted) != outputs:
-        yield "head.decoder_channels", f"{len(wanted)} channels for {outputs} image(s) that are predicted"
-    if unknown := sorted(set(wanted) - set(c.model.weights_channels)):
-        yield "head.decoder_channels, model.weights_channels", f"the checkpoint has no decoder rows of {unknown}"
-    if not own.numbers and c.model.nglo:
-        yield "labels.kind, model.nglo", "images are decoded from the patches alone; set model.nglo: 0"
     if c.model.patch_size % own.reduce:
         yield "labels.reduce, model.patch_size", f"{own.reduce} does not divide the {c.model.patch_size}-pixel patch"
 
     # target
     asked = {"target.loss": [c.target.loss], "target.metrics": c.target.metrics, "target.plot": [c.target.plot]}
-    for (key, names), there in zip(asked.items(), KINDS[c.labels.kind].values(), strict=True):
+    for (key, names), there in zip(asked.items(), KINDS[kind].values(), strict=True):
         for name in (name for name in names if name not in (None, *there)):
-            if not OWN.fullmatch(name):
-                yield f"{key}, labels.kind", f"for {c.labels.kind} labels there is {', '.join(there)}, not {name!r}"
-                continue
             try:
                 found = find_named(name, {})
+                fits = hasattr(found, "higher_is_better") if key == "target.metrics" else callable(found)
+                wrong = None if fits else "must be a function, or of metrics a NumberMetric or ImageMetric"
             except Exception as error:  # whatever a module of one's own raises
-                yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
-                continue
-            if not (hasattr(found, "higher_is_better") if key == "target.metrics" else callable(found)):
-                yield key, f"{name} must be a function, or of metrics a NumberMetric or ImageMetric"
+                wrong = f"cannot be imported: {type(error).__name__}: {error}"
+            if wrong:
+                yield f"{key}, labels.kind", f"of {kind} labels there is {', '.join(there)}; {name} {wrong}"
     counted = ", ".join(name for name in c.target.metrics if name in EVENT_METRICS)
-    if c.labels.kind == "scalar" and c.target.event_threshold is None and counted:
+    if kind == "scalar" and c.target.event_threshold is None and counted:
         yield "target.metrics, target.event_threshold", f"{counted} count events: say from which value on"
     if c.target.weights != "none" and c.target.loss != "bce":
         yield "target.weights, target.loss", f"{c.target.weights} weights are of bce; a loss of your own gets the share"
-    if c.labels.kind == "event" and c.target.event_threshold is not None:
+    if kind == "event" and c.target.event_threshold is not None:
         yield "target.event_threshold, labels.kind", "of events, the threshold is chosen on validation; leave it null"
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import SoftFileLease, Timeout
+from filelock import AcquireReturnProxy, SoftFileLease, Timeout
 
 SUBFOLDER = "surya-course"
 GB = 1e9
@@ -67,11 +67,8 @@ _announced: set[SharedFolder] = set()
 def find_shared(setting: str | None, root: Path) -> SharedFolder:
     """Find the shared folder of this machine, the first of the choices below, and print once which it is and why.
 
-    Args:
-        setting: `paths.shared` of the configuration; a relative path starts at `root`.
-
-    Raises:
-        FileNotFoundError: `setting` or SURYA_SHARED names a folder whose parent does not exist.
+    `setting` is `paths.shared` of the configuration; where it is relative it starts at `root`. FileNotFoundError: it,
+    or SURYA_SHARED, names a folder whose parent does not exist.
     """
     choices = [
         (setting, "paths.shared in the config"),
@@ -111,26 +108,20 @@ def _existing(path: Path) -> Path:
 
 
 def find_weights(address: str | None, shared: SharedFolder, reserve_gb: float = 0.0) -> Path | None:
-    """The local file of pretrained weights, downloaded into the shared Hugging Face cache if nobody did before.
+    """The local file of pretrained weights: of a path, of "hf://owner/name/file", or None of None (random weights).
 
-    Args:
-        address: a path, "hf://owner/name/file", or None (random weights), for which None is returned.
-        reserve_gb: free space that must remain on the disk after a download.
-
-    Raises:
-        FileNotFoundError: no such file, here or on the hub, or it cannot be downloaded.
-        DiskFullError: the disk has no room for it.
+    A download goes into the shared Hugging Face cache, if nobody did it before, and leaves `reserve_gb` GB free. It is
+    a FileNotFoundError where there is no such file or no way to it, and a DiskFullError where there is no room.
     """
     if address is None:
         return None
-    if not address.startswith("hf://"):
-        if not (path := shared.to_read(address)).is_file():
-            raise FileNotFoundError(
-                f"There is no checkpoint at {path} (model.weights in the config). Put the file there, or use "
-                f'"hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt" to take it from the Hugging Face hub.'
-            )
-        return path
-    return download(address, shared, reserve_gb, "model.weights")
+    if address.startswith("hf://"):
+        return download(address, shared, reserve_gb, "model.weights")
+    path = shared.to_read(address)
+    if not path.is_file():
+        surya = "hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt"
+        raise FileNotFoundError(f"There is no checkpoint at {path} (model.weights in the config); Surya is {surya}.")
+    return path
 
 
 def download(address: str, shared: SharedFolder, reserve_gb: float, setting: str) -> Path:
@@ -141,7 +132,10 @@ def download(address: str, shared: SharedFolder, reserve_gb: float, setting: str
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     kind = "dataset" if address.startswith("hf://datasets/") else "model"
-    owner, name, filename = address.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
+    parts = address.removeprefix("hf://").removeprefix("datasets/").split("/", 2)
+    if len(parts) < 3:
+        raise FileNotFoundError(f"{address} is no address on the hub, hf://owner/name/file: correct {setting}.")
+    owner, name, filename = parts
     repository, folder = f"{owner}/{name}", f"{kind}s--{owner}--{name}"
     private_hub = shared.private.parent / "huggingface" / "hub"
     cache = shared.hub if shared.writable else private_hub
@@ -218,11 +212,10 @@ def share(path: Path) -> None:
 def make_folder(path: str | Path) -> Path:
     """Make `path` and the folders above it, shared as the folder above them is."""
     path = Path(path)
-    if not path.is_dir():
-        make_folder(path.parent)
-        with suppress(FileExistsError):  # made by another process just now
-            path.mkdir()
-            share(path)
+    lacking = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(lacking):
+        share(folder)
     return path
 
 
@@ -230,8 +223,7 @@ def make_folder(path: str | Path) -> Path:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Write a file so that others see all of it or nothing: yields a temporary path that is moved to `path` at the end.
 
-    The folder is made if needed. On an error the temporary file is removed and an older `path` stays as it was; where
-    the disk became full it is a DiskFullError.
+    The folder is made if needed. On an error, of a full disk too, the temporary file goes and an older `path` stays.
     """
     path = Path(path)
     remove_leftovers(make_folder(path.parent))
@@ -262,20 +254,15 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-@contextmanager
-def lease(path: str | Path, what: str, expires_s: float = 60.0) -> Iterator[None]:
-    """Only one process of all machines is inside for `path` at a time; others wait, and say for what.
+def lease(path: str | Path, what: str, expires_s: float = 60.0) -> AcquireReturnProxy:
+    """`with lease(...)`: one process of all machines is inside for `path` at a time; others wait, and say for what.
 
     A lock whose owner is dead, or has shown no sign of life for `expires_s` seconds, is taken over.
     """
-    make_folder(Path(path).parent)
-    lock = SoftFileLease(Path(path).with_name(f".{Path(path).name}.lock"), lease_duration=expires_s)
+    path = Path(path)
+    lock = SoftFileLease(make_folder(path.parent) / f".{path.name}.lock", lease_duration=expires_s)
     try:
-        lock.acquire(timeout=1)
+        return lock.acquire(timeout=1)
     except Timeout:
         print(f"Another process works on {what} (it holds {lock.lock_file}); waiting for it.")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        return lock.acquire()

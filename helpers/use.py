@@ -64,7 +64,7 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
     blocks = {"profiles": {run["profile"]: {}}, "tasks": {run["task"]: {}}}  # may be gone from today's configuration
     cfg = load_config(config, overrides=settings | blocks)
     if other := [name for name, scaler in cfg.scalers.items() if extra.get("scalers", {}).get(name) != asdict(scaler)]:
-        raise CheckpointError(f"{folder.name} was trained with another normalisation (data.scalers) of {other}.")
+        raise CheckpointError(f"{folder.name} was trained with another normalisation (scalers.yaml) of {other}.")
     model = build_model(cfg, len(extra["target_mean"]))
     load_adapter(saved, model)
     mean, std = torch.tensor(extra["target_mean"]), torch.tensor(extra.get("target_std", 1.0))

@@ -137,7 +137,7 @@ def test_the_last_choice_counts(folder):
 
 def test_nested_and_dotted_overrides_mean_the_same(path):
     dotted = load_config(path, {"training.lr": 0.5, "training.epochs": 2})
-    assert dotted == load_config(path, {"training": {"lr": 0.5, "epochs": 2}})
+    assert dotted.to_dict() == load_config(path, {"training": {"lr": 0.5, "epochs": 2}}).to_dict()
 
 
 def test_names_in_paths_are_filled_in(path):
@@ -149,21 +149,28 @@ def test_names_in_paths_are_filled_in(path):
     assert cfg.model.weights == str(path.parent / "helpers/data/surya.tiny.pt")
     assert cfg.runs_folder == Path.home() / "r"
     assert load_config(path, {"data.index": "s3://bucket/i.csv"}).data.index == "s3://bucket/i.csv"
-    assert "{share} in '{share}/x' stands for nothing" in mistakes(path, {"data.store": "{share}/x"})
+    assert "data.store (overrides=): value error, {share} in '{share}/x' stands for nothing" in mistakes(
+        path, {"data.store": "{share}/x"}
+    )
+    several = {"labels.path": ["{labels}/a.csv", "/b.csv"]}
+    assert load_config(path, several).labels.path[1] == "/b.csv"
+    assert load_config(path, several).to_dict()["labels"]["path"] == ["{shared}/synthetic/sun-0/a.csv", "/b.csv"]
+    for wrong in ({"train": "{share}/x"}, ["a.csv", "{share}/x"]):
+        assert "labels.path" in mistakes(path, {"labels.path": wrong})
 
 
 def test_the_shared_folder_and_the_scalers_come_with_it(path, tmp_path):
     cfg = load_config(path, {"training.regime": "scratch"})
     assert cfg.scalers == load_scalers() and cfg.initial_weights is None
-    assert pickle.loads(pickle.dumps(cfg)) == cfg
-    assert "paths.shared: " in mistakes(path, {"paths.shared": str(tmp_path / "not/mounted")})
-    assert "data.scalers: " in mistakes(path, {"data.scalers": "none.yaml"})
+    assert pickle.loads(pickle.dumps(cfg)).to_dict() == cfg.to_dict()
+    with pytest.raises(FileNotFoundError, match="not/mounted .from paths.shared in the config"):
+        load_config(path, {"paths.shared": str(tmp_path / "not/mounted")})
 
 
 @pytest.mark.parametrize(
     ("changes", "resumed", "compared"),
     [
-        ({"data.build_workers": 7, "data.retries": 1, "training.device": "cpu", "paths.runs": "r"}, True, True),
+        ({"data.build_workers": 7, "training.device": "cpu", "paths.runs": "r"}, True, True),
         ({"seed": 3, "training.max_train_samples": 5}, False, True),
         ({"training.lr": 0.5}, False, False),
         ({"data.reduce": 4}, False, False),
@@ -255,10 +262,8 @@ def test_a_value_in_the_place_of_a_section_is_said(folder):
     message = mistakes(local(folder, "profiles: {surya: 3}"))
     assert "profiles.surya (config.local.yaml): must hold sections such as 'training:', got 3" in message
     message = mistakes(local(folder, "profiles: surya\ntraining: {lrr: 3}"))
-    assert (
-        "profiles (config.local.yaml): must hold named sections, got 'surya'; profile: chooses one" in message
-        and "training.lrr" in message
-    )
+    assert "profiles (config.local.yaml): must hold sections such as 'training:', got 'surya'" in message
+    assert "training.lrr" in message
 
 
 WRONG_TYPES = {
@@ -270,13 +275,13 @@ WRONG_TYPES = {
     "data.anonymous": ("yes",),
     "lora.targets[0]": (["q_proj", "proj"],),
     "lora.targets": ([],),
-    "model.window_size": (4,),
+    "lora.qkv": ([],),
+    "labels.value_columns": ([],),
     "model.nglo": (2,),
     "head.dropout": (1.0,),
     "split.train": (["2014-01-01"],),
     "split.train[0]": ([2014, "2015-01-01"],),
     "labels.lead_minutes": (-60,),
-    "data.scalers": (5,),
     "paths.shared": (5,),
 }
 
@@ -301,9 +306,9 @@ CONTRADICTIONS = [
     ({"data.native_size": 48}, "data.native_size, data.reduce, model.patch_size"),
     ({"data.offsets_minutes": [-60, -30, 0]}, "data.offsets_minutes, model.time_dim"),
     ({"model.time_dim": 3}, "data.offsets_minutes, model.time_dim"),
-    ({"data.offsets_minutes": [0, -60]}, "data.offsets_minutes"),
-    ({"data.offsets_minutes": [0, 0]}, "data.offsets_minutes"),
-    ({"data.offsets_minutes": [0, 60]}, "data.offsets_minutes"),
+    ({"data.offsets_minutes": [0, -60]}, "data.offsets_minutes, model.time_dim"),
+    ({"data.offsets_minutes": [0, 0]}, "data.offsets_minutes, model.time_dim"),
+    ({"data.offsets_minutes": [0, 60]}, "data.offsets_minutes, model.time_dim"),
     ({"training.recompute_blocks": [0, 5]}, "training.recompute_blocks"),
     ({"training.recompute_blocks": [-1]}, "training.recompute_blocks"),
     ({"head.pooling": "class_token"}, "head.pooling, model.nglo"),
@@ -311,33 +316,21 @@ CONTRADICTIONS = [
     ({"model.embed_dim": 4, "model.num_heads": 8}, "model.embed_dim, model.num_heads"),
     ({"model.embed_dim": 66, "model.num_heads": 6}, "model.embed_dim"),
     ({"model.n_spectral_blocks": 6}, "model.n_spectral_blocks, model.depth"),
-    ({"model.rpe": True, "model.nglo": 1, "head.pooling": "class_token"}, "model.rpe, model.nglo"),
-    ({"model.weights": "hf://a"}, "model.weights"),
     ({"training.frozen_dtype": "bf16"}, "training.frozen_dtype, training.precision"),
     ({"data.channels": ["aia94", "aia94"]}, "data.channels"),
-    (
-        {"model.weights_channels": ["aia94"], "data.channels": ["aia94", "hmi_m"]},
-        "data.channels, model.weights_channels",
-    ),
-    ({"lora.qkv": []}, "lora.targets, lora.qkv"),
-    ({"labels.direction": "nearest"}, "labels.direction, labels.lead_minutes"),
     ({"labels.window_hours": [0, 24]}, "labels.window_hours, labels.lead_minutes, labels.spans_hours"),
-    ({"labels.path": None}, "labels.path, labels.value_columns"),
-    ({"labels.value_columns": []}, "labels.path, labels.value_columns"),
+    ({"labels.path": None}, "labels.path, labels.kind"),
     (IMAGE | {"labels.target_channels": []}, "labels.variable, labels.target_channels"),
     (IMAGE | {"labels.variable": "mask"}, "labels.variable, labels.target_channels"),
-    (MASK | {"labels.path": None}, "labels.path, labels.variable"),
-    (MASK | {"labels.variable": None}, "labels.variable"),
+    (MASK | {"labels.path": None}, "labels.path, labels.kind"),
+    (MASK | {"labels.variable": None}, "labels.variable, labels.target_channels"),
     (IMAGE | {"labels.target_offset_minutes": -60}, "data.channels, labels.target_channels"),
     (MASK | {"target.loss": "mse"}, "target.loss, labels.kind"),
     (IMAGE | {"target.metrics": ["rmse", "iou"]}, "target.metrics, labels.kind"),
     ({"target.plot": "image"}, "target.plot, labels.kind"),
-    ({"target.loss": "nowhere.at_all:loss"}, "target.loss"),
-    ({"target.loss": "math:pi"}, "target.loss"),
-    ({"target.metrics": ["math:floor"]}, "target.metrics"),
-    (IMAGE | {"head.decoder_channels": ["hmi_m", "hmi_v"]}, "head.decoder_channels"),
-    ({"head.decoder_channels": ["hmi_m"]}, "head.decoder_channels"),
-    (IMAGE | {"model.nglo": 1, "head.pooling": "class_token"}, "labels.kind, model.nglo"),
+    ({"target.loss": "nowhere.at_all:loss"}, "target.loss, labels.kind"),
+    ({"target.loss": "math:pi"}, "target.loss, labels.kind"),
+    ({"target.metrics": ["math:floor"]}, "target.metrics, labels.kind"),
     (MASK | {"labels.reduce": 3}, "labels.reduce, model.patch_size"),
     ({"target.metrics": ["tss"], "target.event_threshold": None}, "target.metrics, target.event_threshold"),
     ({"split.train": ["2014-02-01", "2014-01-01"]}, "split.train"),
@@ -364,7 +357,9 @@ def test_a_contradiction_names_the_file_that_is_wrong(folder):
 
 def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
     message = mistakes(path, {"synthetic.folder": None})
-    assert all(f"{key}: {{synthetic}} in " in message for key in ("labels.path", "data.archive", "data.store"))
+    assert "has 3 mistakes" in message  # paths.labels and paths.released may stay
+    for key in ("labels.path", "data.archive", "data.store"):
+        assert re.search(rf"- {key} \(.*\): value error, {{synthetic}} in ", message), key
 
 
 @pytest.mark.parametrize(
@@ -375,7 +370,6 @@ def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
         IMAGE | {"labels.path": None},
         IMAGE | {"head.decoder_channels": ["hmi_v"], "labels.reduce": 2},
         MASK | {"target.metrics": ["dice", "iou"], "target.plot": "image"},
-        {"lora.qkv": [], "lora.targets": ["fc1"]},
         {"model.weights": None, "model.weights_channels": []},
         {"target.event_threshold": None},
         {"target.plot": "spectrum", "labels.value_columns": ["goes_class", "another"]},
@@ -402,13 +396,14 @@ def test_all_mistakes_come_in_one_error(folder):
 
 
 def test_all_contradictions_come_in_one_error(folder):
-    message = mistakes(local(folder, "training: {lrr: 1.0}"), {"model.num_heads": 5, "model.nglo": 1, "lora.qkv": []})
+    wrong = {"model.num_heads": 5, "model.nglo": 1, "target.weights": "sqrt"}
+    message = mistakes(local(folder, "training: {lrr: 1.0}"), wrong)
     for part in (
         "has 4 mistakes:",
         "training.lrr (config.local.yaml): unknown key; did you mean training.lr?",
         "model.embed_dim, model.num_heads (profiles.tiny in config.yaml, overrides=): ",
         "head.pooling, model.nglo (tasks.flare in config.yaml, overrides=): ",
-        "lora.targets, lora.qkv (config.yaml, overrides=): ",
+        "target.weights, target.loss (overrides=, config.yaml): ",
     ):
         assert part in message, message
 
@@ -446,8 +441,8 @@ def test_a_file_that_is_no_sections_is_refused(folder):
 
 
 def test_an_empty_local_file_changes_nothing(folder):
-    before = load_config(folder / "config.yaml")
-    assert load_config(local(folder, "# nothing yet\n")) == before
+    before = load_config(folder / "config.yaml").to_dict()
+    assert load_config(local(folder, "# nothing yet\n")).to_dict() == before
 
 
 def test_values_mean_what_a_person_expects():
@@ -461,7 +456,7 @@ def test_values_mean_what_a_person_expects():
 
 def test_numbers_and_dates_of_a_file(folder):
     cfg = load_config(local(folder, "training: {lr: 1e-3}\nsplit: {test: [2014-12-05, 2015-02-20 12:00]}"))
-    assert cfg.training.lr == 0.001 and cfg.split.test == ["2014-12-05", "2015-02-20 12:00"]
+    assert cfg.training.lr == 0.001 and cfg.split.test == [["2014-12-05", "2015-02-20 12:00"]]
 
 
 # ---------------------------------------------------------------------------------------------------- the result
@@ -479,9 +474,9 @@ def test_the_copy_beside_a_run_says_it_all(path, profile):
     copy = yaml.safe_load(yaml.safe_dump(cfg.to_dict()))
     assert copy == cfg.to_dict()
     assert str(path.parent) not in str(copy)  # no folder of one machine
-    assert load_config(path, {**copy, "profile": profile}) == cfg
+    assert load_config(path, {**copy, "profile": profile}).to_dict() == copy
 
 
 def test_a_block_inside_its_like_never_counts_and_is_refused(folder):
     message = mistakes(local(folder, "tasks: {flare: {tasks: {forecast: {seed: 3}}}}"))
-    assert "tasks.flare.tasks (config.local.yaml): tasks stand here already" in message
+    assert "tasks.flare.tasks.forecast.seed (config.local.yaml): tasks stand here already" in message

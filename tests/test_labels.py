@@ -494,6 +494,8 @@ def test_the_guard_follows_from_the_window(mine):
     ):
         plan_samples(mine(EVENTS, **WINDOW | own))
     assert plan_samples(mine(EVENTS, **WINDOW | own | {"labels.window_hours": [0, 11]}))
+    with pytest.raises(ValueError, match="brings no splits of its own: split.val in the config needs its period"):
+        plan_samples(mine(EVENTS, **WINDOW | {"split.val": None}))
     back = mine(EVENTS, **WINDOW | own | {"labels.window_hours": [-24, 0]})  # the first one of val knows of train
     assert sample_window(back) == (pd.Timedelta("-24h"), pd.Timedelta(0))
     with pytest.raises(ValueError, match="split.train and split.val overlap by 12.0 h"):
@@ -506,7 +508,6 @@ def test_the_guard_follows_from_the_window(mine):
     ("overrides", "keys"),
     [
         (WINDOW | {"split.column": "part"}, "labels.window_hours, split.column, labels.path"),
-        (WINDOW | {"split.val": None}, "split.val, labels.path"),
         (WINDOW | {"labels.event_at": "M1.0"}, "labels.event_at, labels.kind"),
         ({"labels.aggregate": "any"}, "labels.aggregate, labels.window_hours"),
         ({"labels.unit": "km/s"}, "labels.unit, labels.path"),

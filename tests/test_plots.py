@@ -203,8 +203,7 @@ def test_the_way_through_a_model_is_measured_not_assumed():
 # ---------------------------------------------------------------------------------------------------- masks and images
 def image_task(tmp_path, task: str):
     (tmp_path / "config.yaml").write_text((ROOT / "config.yaml").read_text())
-    scalers = {"data.scalers": str(ROOT / "helpers/data/scalers.yaml")}
-    return load_config(tmp_path / "config.yaml", scalers, task=task)
+    return load_config(tmp_path / "config.yaml", task=task)
 
 
 def image_predictions(cfg, size: int = 32) -> ImagePredictions:

@@ -106,6 +106,8 @@ def test_a_local_checkpoint_and_a_missing_one(find, tmp_path):
     assert find_weights(None, find()) is None
     with pytest.raises(FileNotFoundError, match="none.pt .model.weights.*hf://nasa-ibm"):
         find_weights(str(tmp_path / "none.pt"), find())
+    with pytest.raises(FileNotFoundError, match="hf://a is no address .* correct model.weights"):
+        find_weights("hf://a", find())
 
 
 @pytest.mark.parametrize("refs", ["abc", "a-version-that-was-never-downloaded", None])

@@ -40,7 +40,6 @@ SMALL = {
     "model.n_spectral_blocks": 1,
     "model.num_heads": 2,
     "model.weights": None,
-    "data.scalers": str(ROOT / "helpers/data/scalers.yaml"),
     "split.train": ["2014-01-07 00:00", "2014-01-07 14:00"],
     "split.val": ["2014-01-07 18:00", "2014-01-07 22:00"],
     "split.test": ["2014-01-08 02:00", "2014-01-08 06:00"],
@@ -252,7 +251,6 @@ def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tm
     overrides = {
         "synthetic.folder": str(tmp_path / "sun"),
         "synthetic.seed": 77,
-        "data.scalers": SMALL["data.scalers"],
         "synthetic.visits": 12,
         "paths.reserve_gb": 0,
         "split.train": ["2014-01-01", "2014-01-10"],

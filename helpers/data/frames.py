@@ -415,7 +415,7 @@ def make_archive(cfg: Config) -> Archive:
     folder, index = (
         text if text is None or "://" in text else str(cfg.shared.to_read(text)) for text in (data.archive, data.index)
     )
-    archive = Archive(folder, None, data.anonymous, data.endpoint_url, data.retries, cfg.paths.scratch)
+    archive = Archive(folder, None, data.anonymous, data.endpoint_url)
     return replace(archive, index=archives.read_index(index, archive)) if index else archive
 
 

@@ -66,14 +66,14 @@ def seed_everything(cfg: Config) -> None:
 
 
 def standardise_features(model: nn.Module, loaders: Loaders, cfg: Config) -> None:
-    """Move a 1D model to its device, and give it the mean and deviation of its features over `head.feature_batches`
-    batches of the training split. A 2D model, which reads normalised pixels or tokens, stays as it is.
+    """Move a 1D model to its device, and give it the mean and deviation of its features over 64 batches of
+    the training split. A 2D model, which reads normalised pixels or tokens, stays as it is.
     """
     if isinstance(model, FeatureModel):
         accelerator = make_accelerator(cfg)
         model.to(accelerator.device)
         with accelerator.autocast():
-            model.fit_features(loaders.train, limit=cfg.head.feature_batches)
+            model.fit_features(loaders.train, limit=64)
 
 
 def fit(model: nn.Module, loaders: Loaders, cfg: Config, run: Run | None = None) -> History:
