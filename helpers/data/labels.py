@@ -215,10 +215,9 @@ def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter
     filled = np.isin(values, np.float32(rules.fill_values)).any(axis=1)
     dropped["label is a fill value"] += int(filled.sum())
     for row, column in np.argwhere(np.isin(values, np.float32(KNOWN_FILLS)) & ~filled[:, None])[:1]:
-        found = f"{values[row, column]:.7g} in its {numbers.columns[column]}"
-        mend = "Name it in labels.fill_values to leave such rows out"
         raise ValueError(
-            f"Row {table.index[row] + 2} of {where} has {found}, which usually stands for no value. {mend}."
+            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its {numbers.columns[column]}, "
+            f"which usually stands for no value. Name it in labels.fill_values to leave such rows out."
         )
     return table[~filled]
 
