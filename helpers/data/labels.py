@@ -309,7 +309,8 @@ def strongest_events(
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
     found = np.array([values[a:b].max(axis=0, initial=none) for a, b in zip(first, last, strict=True)])
-    return pd.DataFrame(found[known], columns=columns).assign(time=times[known], split="")
+    table = pd.DataFrame(found.reshape(-1, len(columns))[known], columns=columns)
+    return table.assign(time=times[known], split="")
 
 
 def num_outputs(cfg: Config) -> int:
@@ -382,7 +383,8 @@ def plan_samples(
         published = None if labels.splits is None else labels.splits[table["label"]]
     if published is None:
         for name in (name for name in SPLITS if not cfg.split.periods(name)):
-            raise ValueError(f"{cfg.labels.path} brings no splits of its own: split.{name} in the config needs one.")
+            source = cfg.labels.path or f"Task {cfg.task}"
+            raise ValueError(f"{source} brings no splits of its own: split.{name} in the config needs its period.")
         check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, guard)
     times, split = table["time"].to_numpy(), np.full(len(table), "", object)
     for name in SPLITS:
@@ -434,7 +436,7 @@ def sample_grid(cfg: Config) -> np.ndarray:
     """Times in the splits at every multiple of data.every_minutes from midnight, (N,) datetime64[s], sorted."""
     every, periods = f"{cfg.data.every_minutes}min", [period for name in SPLITS for period in cfg.split.periods(name)]
     within = [pd.date_range(pd.Timestamp(a).ceil(every), b, freq=every, inclusive="left") for a, b in periods]
-    return np.unique(np.concatenate(within).astype("datetime64[s]"))
+    return np.unique(np.concatenate(within or [[]]).astype("datetime64[s]"))
 
 
 def match(
