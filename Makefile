@@ -3,10 +3,10 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab config plan cache predict test test-fast test-notebooks bench update new-notebook lint lock clean
+.PHONY: help env run-notebook lab config plan cache predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
 
 # Variables of the command line: one that no target knows would be lost without a word.
-KNOWN := NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT ARGS B PYTHON
+KNOWN := NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT ARGS B N PYTHON
 $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(if $(filter $(KNOWN),$(name)),, \
 	$(error No target knows '$(name)'; there are $(KNOWN). Settings go into one P, in quotes: P="training.lr=1e-3 seed=2"))))
 # These reach the recipes through the environment, word for word: neither make nor the shell looks for $ in them.
@@ -66,6 +66,9 @@ test-fast: env  ## run the tests that take no time
 
 test-notebooks: env  ## run every notebook, and every kind of task, 5 minutes
 	@"$(PY)" -m pytest $(PARALLEL) -m notebook $(ARGS)
+
+chaos: env  ## try kills, full disks, several at once and bad inputs, one table (an hour) [N=10: at most 10 of each kind]
+	@"$(PY)" tests/chaos $(N)
 
 bench: env  ## measure the speed, one table (8 minutes); B=list names other benchmarks, B=name runs one [ARGS=..]
 ifeq ($(B),list)
