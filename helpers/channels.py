@@ -78,7 +78,7 @@ def coding_of(name: str, scaler: Scaler) -> Coding:
 
 def check_channels(names: Sequence[str]) -> tuple[str, ...]:
     """`names` as a tuple; ValueError where they are not a list of channels, each once."""
-    if isinstance(names, str) or not names or len({*names}) < len(names) or not {*names} <= {*CHANNELS}:
+    if isinstance(names, str) or not names or len(set(names)) < len(names) or not set(names) <= set(CHANNELS):
         raise ValueError(f"Not a list of channels, each once: {names!r}. There are {', '.join(CHANNELS)}.")
     return tuple(names)
 

@@ -397,14 +397,9 @@ def load_config(
 ) -> Config:
     """Read config.yaml and lay config.local.yaml, the notebook's parameters and `overrides` over it.
 
-    Args:
-        path: the YAML file; looked for here, then in the folders above, then beside the helpers package.
-        overrides: dotted key to value, for example `{"training.lr": 1e-3}`; wins over everything else.
-        profile, task, experiment: choose other blocks than the file does; None keeps the file's choice.
-        parameters: dotted keys from papermill (`make run-notebook P="training.lr=1e-3"`).
-
-    Raises:
-        ConfigError: one message with every mistake, each with its key path and the layer that set it.
+    The file is looked for here, then in the folders above, then beside the helpers package. `overrides` and
+    `parameters` have dotted keys, such as {"training.lr": 1e-3}; `profile`, `task` and `experiment` choose other blocks
+    than the file does. ConfigError: every mistake in one message, each with its key and the layer that set it.
     """
     folders = (Path(), *Path.cwd().parents, Path(__file__).resolve().parents[1])
     found = [folder / path for folder in folders if (folder / path).is_file()]
@@ -488,7 +483,7 @@ def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
     for dotted, value in leaves(tree):
         key, needs = dotted, {}
         while (block := key.partition(".")[0]) in _OVERLAYS:
-            _, _, inner = key.partition(".")
+            inner = key.partition(".")[2]
             name, _, key = inner.partition(".")
             if _OVERLAYS[block] in needs:
                 problems.append(f"{dotted} ({origin}): {block} stand here already, one inside another never counts")
@@ -517,8 +512,7 @@ _SCHEMA = dict(_schema_keys(Config))  # dotted key -> its marks
 def settings_that_matter(settings: Config | Mapping[str, Any], purpose: Literal["resume", "compare"]) -> dict[str, Any]:
     """The settings, by dotted key, that must be equal in two runs: where one resumes the other, or to compare them.
 
-    Args:
-        settings: a configuration, or the config.yaml of a run as a dict.
+    They are those of a configuration, or of the config.yaml of a run as a dict.
     """
     may_differ = (MACHINE,) if purpose == "resume" else (MACHINE, COMPARED)
     tree = settings.to_dict() if isinstance(settings, Config) else settings
@@ -573,12 +567,10 @@ def _validated(settings: list[_Setting], chosen: dict, problems: list[str], root
 def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     """What no single key can know: the keys to look at, and what is wrong with them."""
     # frames
-    offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
+    offsets, native = c.data.offsets_minutes, c.data.native_size
     if len(offsets) != c.model.time_dim or sorted(set(offsets)) != offsets or offsets[-1] > 0:
         rule = f"{c.model.time_dim} offset(s) that rise, each once, to at most 0 (the sample's time), not {offsets}"
         yield "data.offsets_minutes, model.time_dim", rule
-    if len(set(channels)) < len(channels):
-        yield "data.channels", f"each channel once, got {channels}"
 
     # model
     held = c.training.frozen_dtype
@@ -599,12 +591,9 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     files = own.variable or own.reader
     if window and not (window[0] < window[1] and own.numbers):
         yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
-    if window and (own.lead_minutes or own.spans_hours):
-        keys = "labels.window_hours, labels.lead_minutes, labels.spans_hours"
-        yield keys, "the window says how far ahead a label looks: leave the other two at 0"
-    if window and (c.split.column or isinstance(own.path, dict)):
-        keys = "labels.window_hours, split.column, labels.path"
-        yield keys, "the samples of an event list are split by periods alone"
+    if window and (own.lead_minutes or own.spans_hours or c.split.column or isinstance(own.path, dict)):
+        keys = "labels.window_hours, labels.lead_minutes, labels.spans_hours, split.column, labels.path"
+        yield keys, "the window says how far ahead a label looks, and only periods split a list of events"
     if own.event_at is not None and kind != "event" and not (window and own.aggregate == "any"):
         yield "labels.event_at, labels.kind", "event_at is for labels.kind: event, or for aggregate: any in a window"
     if kind == "event" and own.transform == "log10":
@@ -618,7 +607,7 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     if not own.numbers and bool(files) == bool(kind == "image" and own.target_channels):
         keys = "labels.variable, labels.target_channels"
         yield keys, "masks come from files, images from files or from channels of the frames: set one of the two"
-    both = sorted(set(channels) & set(own.target_channels))
+    both = sorted(set(c.data.channels) & set(own.target_channels))
     if kind == "image" and both and own.target_offset_minutes in offsets:
         yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
     if c.model.patch_size % own.reduce:

@@ -29,7 +29,7 @@ class DiskFullError(OSError):
 
 @dataclass(frozen=True)
 class SharedFolder:
-    """The folder shared by everyone on this machine, and where to write when it is read-only."""
+    """The folder shared by everyone on this machine, and where to write when it is read-only for you."""
 
     path: Path  # <chosen folder>/surya-course
     reason: str  # why this one was taken
@@ -43,7 +43,7 @@ class SharedFolder:
         return beside / "huggingface" / "hub" if beside == _user_cache() else beside / "hub"
 
     def to_write(self, path: str | Path) -> Path:
-        """Where you may write `path`: itself, or the same place in your private folder when it is read-only for you."""
+        """Where you may write `path`: itself, or the same place in your private folder."""
         path = Path(path)
         if self.writable or not path.is_relative_to(self.path):
             return path

@@ -317,8 +317,10 @@ CONTRADICTIONS = [
     ({"model.embed_dim": 66, "model.num_heads": 6}, "model.embed_dim"),
     ({"model.n_spectral_blocks": 6}, "model.n_spectral_blocks, model.depth"),
     ({"training.frozen_dtype": "bf16"}, "training.frozen_dtype, training.precision"),
-    ({"data.channels": ["aia94", "aia94"]}, "data.channels"),
-    ({"labels.window_hours": [0, 24]}, "labels.window_hours, labels.lead_minutes, labels.spans_hours"),
+    (
+        {"labels.window_hours": [0, 24]},
+        "labels.window_hours, labels.lead_minutes, labels.spans_hours, split.column, labels.path",
+    ),
     ({"labels.path": None}, "labels.path, labels.kind"),
     (IMAGE | {"labels.target_channels": []}, "labels.variable, labels.target_channels"),
     (IMAGE | {"labels.variable": "mask"}, "labels.variable, labels.target_channels"),

@@ -251,6 +251,8 @@ def test_a_store_of_another_kind_is_refused(folder):
     other = SCALERS | {"hmi_m": type(SCALERS["hmi_m"])(0.0, 1.0, 0.5, 1e-8)}
     with pytest.raises(ValueError, match="scale_factors .0.01, 0.01, .*, but the config asks for .0.01, 0.5"):
         open_store(folder / "store.zarr", scalers=other)
+    with pytest.raises(ValueError, match="Not a list of channels, each once"):
+        open_store(folder / "store.zarr", ["hmi_v", "hmi_v"])
     # fewer channels, another order: the same store
     assert build(folder, channels=["hmi_v", "aia171"], times=HOURS[:1]).already == 1
     (folder / "notes").mkdir()

@@ -507,7 +507,7 @@ def test_the_guard_follows_from_the_window(mine):
 @pytest.mark.parametrize(
     ("overrides", "keys"),
     [
-        (WINDOW | {"split.column": "part"}, "labels.window_hours, split.column, labels.path"),
+        (WINDOW | {"split.column": "part"}, "labels.window_hours, .*, split.column, labels.path"),
         (WINDOW | {"labels.event_at": "M1.0"}, "labels.event_at, labels.kind"),
         ({"labels.aggregate": "any"}, "labels.aggregate, labels.window_hours"),
         ({"labels.unit": "km/s"}, "labels.unit, labels.path"),
