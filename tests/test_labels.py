@@ -496,6 +496,8 @@ def test_the_guard_follows_from_the_window(mine):
     assert plan_samples(mine(EVENTS, **WINDOW | own | {"labels.window_hours": [0, 11]}))
     with pytest.raises(ValueError, match="brings no splits of its own: split.val in the config needs its period"):
         plan_samples(mine(EVENTS, **WINDOW | {"split.val": None}))
+    with pytest.raises(ValueError, match="brings no splits of its own: split.train in the config needs its period"):
+        plan_samples(mine(EVENTS, **WINDOW | {"split.train": None, "split.val": None, "split.test": None}))
     back = mine(EVENTS, **WINDOW | own | {"labels.window_hours": [-24, 0]})  # the first one of val knows of train
     assert sample_window(back) == (pd.Timedelta("-24h"), pd.Timedelta(0))
     with pytest.raises(ValueError, match="split.train and split.val overlap by 12.0 h"):

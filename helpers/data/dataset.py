@@ -65,8 +65,7 @@ def read_mask(
                 f"labels.kind: image to learn the values themselves"
             )
     except FrameError as error:
-        where = "See labels.path and labels.variable"
-        raise FrameError(f"The image label {path} cannot be used: {error}. {where}.") from None
+        raise FrameError(f"The image label {path} cannot be used: {error}. See labels.path, labels.variable.") from None
     if size > side:
         mask = avg_pool2d(mask[None, None], size // side)[0, 0]
         if binary and how != "mean":
@@ -92,11 +91,11 @@ class SolarDataset(Dataset):
     ) -> None:
         self.store, self.labels, self.samples = store, labels, samples
         self.offsets_minutes = tuple(offsets_minutes)
-        self.targets, self.paths = None, ()  # (N, K) float32 in label units; (N,) files of images
+        self.targets, self.paths = None, []  # (N, K) float32 in label units; N files of images
         if isinstance(labels, FrameTarget):
             self._target_frames = store.select(labels.channels)
         elif labels is not None and labels.paths is not None:
-            self.paths = labels.paths[samples["label"]]
+            self.paths = labels.paths[samples["label"]].tolist()
         elif labels is not None:
             self.targets = torch.as_tensor(labels.values[samples["label"]], dtype=torch.float32)
 
@@ -175,15 +174,13 @@ class Loaders:
 
 def make_datasets(plan: Plan, store: FrameStore, cfg: Config) -> dict[str, SolarDataset]:
     """The samples of each split; mask files on the Hugging Face hub are downloaded into the shared cache first."""
-    if isinstance(plan.labels, Labels) and plan.labels.paths is not None:
-        local = plan.labels.paths.astype(object)
-        for row in pd.concat(plan.samples.values())["label"]:
-            if local[row].startswith("hf://"):
-                local[row] = str(download(local[row], cfg.shared, cfg.paths.reserve_gb, "labels.path"))
-        plan = replace(plan, labels=replace(plan.labels, paths=local))
-    return {
-        name: SolarDataset(store, plan.labels, table, cfg.data.offsets_minutes) for name, table in plan.samples.items()
-    }
+    sets = {}
+    for name, table in plan.samples.items():
+        sets[name] = data = SolarDataset(store, plan.labels, table, cfg.data.offsets_minutes)
+        for row, path in enumerate(data.paths):
+            if path.startswith("hf://"):
+                data.paths[row] = str(download(path, cfg.shared, cfg.paths.reserve_gb, "labels.path"))
+    return sets
 
 
 def make_loaders(cfg: Config) -> Loaders:
@@ -206,7 +203,7 @@ def make_loaders(cfg: Config) -> Loaders:
     if in_memory:
         store.load(plan.frames)
         for data in sets.values():
-            if len(data.paths):
+            if data.paths:
                 data.target = cache(data.target)  # mask files are read once
     workers = 0 if in_memory else cfg.training.loader_workers
     loaders = {name: in_batches(data, cfg, workers, shuffle=name == "train") for name, data in sets.items()}
@@ -250,7 +247,8 @@ def fingerprint(splits: Iterable[SolarDataset]) -> str:
 def lost_by_reducing(data: SolarDataset, left: float) -> str:
     """A warning for the report where, with `left` pixels inside of a mask, more than a fifth of them are lost."""
     rows, own, side = _evenly_spaced(data), data.labels.rules, data.store.side // data.labels.rules.reduce
-    whole = sum(read_mask(path, own.variable, side, "mean", own.reader).sum().item() for path in data.paths[rows])
+    paths = [data.paths[row] for row in rows]
+    whole = sum(read_mask(path, own.variable, side, "mean", own.reader).sum().item() for path in paths)
     if left * len(rows) >= 0.8 * whole:
         return ""
     return (

@@ -215,10 +215,9 @@ def _without_fills(table: pd.DataFrame, rules: Any, where: str, dropped: Counter
     filled = np.isin(values, np.float32(rules.fill_values)).any(axis=1)
     dropped["label is a fill value"] += int(filled.sum())
     for row, column in np.argwhere(np.isin(values, np.float32(KNOWN_FILLS)) & ~filled[:, None])[:1]:
-        found = f"{values[row, column]:.7g} in its {numbers.columns[column]}"
-        mend = "Name it in labels.fill_values to leave such rows out"
         raise ValueError(
-            f"Row {table.index[row] + 2} of {where} has {found}, which usually stands for no value. {mend}."
+            f"Row {table.index[row] + 2} of {where} has {values[row, column]:.7g} in its {numbers.columns[column]}, "
+            f"which usually stands for no value. Name it in labels.fill_values to leave such rows out."
         )
     return table[~filled]
 
@@ -310,7 +309,8 @@ def strongest_events(
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
     found = np.array([values[a:b].max(axis=0, initial=none) for a, b in zip(first, last, strict=True)])
-    return pd.DataFrame(found[known], columns=columns).assign(time=times[known], split="")
+    table = pd.DataFrame(found.reshape(-1, len(columns))[known], columns=columns)
+    return table.assign(time=times[known], split="")
 
 
 def num_outputs(cfg: Config) -> int:
@@ -383,7 +383,8 @@ def plan_samples(
         published = None if labels.splits is None else labels.splits[table["label"]]
     if published is None:
         for name in (name for name in SPLITS if not cfg.split.periods(name)):
-            raise ValueError(f"{cfg.labels.path} brings no splits of its own: split.{name} in the config needs one.")
+            source = cfg.labels.path or f"Task {cfg.task}"
+            raise ValueError(f"{source} brings no splits of its own: split.{name} in the config needs its period.")
         check_splits({name: getattr(cfg.split, name) for name in SPLITS}, window, guard)
     times, split = table["time"].to_numpy(), np.full(len(table), "", object)
     for name in SPLITS:
@@ -435,7 +436,7 @@ def sample_grid(cfg: Config) -> np.ndarray:
     """Times in the splits at every multiple of data.every_minutes from midnight, (N,) datetime64[s], sorted."""
     every, periods = f"{cfg.data.every_minutes}min", [period for name in SPLITS for period in cfg.split.periods(name)]
     within = [pd.date_range(pd.Timestamp(a).ceil(every), b, freq=every, inclusive="left") for a, b in periods]
-    return np.unique(np.concatenate(within).astype("datetime64[s]"))
+    return np.unique(np.concatenate(within or [[]]).astype("datetime64[s]"))
 
 
 def match(

@@ -355,8 +355,8 @@ def _draw(cfg: Config, folder: Path) -> None:
     names = times.strftime("%Y/%m/%Y%m%d_%H%M.nc")
     jobs = [(sun, int(hour), folder, name, side) for hour, name in zip(hours[~lacking], names, strict=True)]
     jobs = [job for job in jobs if not (folder / job[3]).exists()]  # written last of a job
-    size = len(jobs) * side**2 * BYTES_A_PIXEL
-    ensure_space(folder, size, cfg.paths.reserve_gb, what=f"a synthetic Sun of {len(jobs)} frames")
+    what = f"a synthetic Sun of {len(jobs)} frames"
+    ensure_space(folder, len(jobs) * side**2 * BYTES_A_PIXEL, cfg.paths.reserve_gb, what)
     with worker_pool(cfg.synthetic.workers) as pool:
         for _ in tqdm(pool.map(_write_frame, jobs, chunksize=4), "synthetic frames", len(jobs), unit="frame"):
             pass
