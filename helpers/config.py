@@ -542,9 +542,12 @@ def _validated(settings: list[_Setting], chosen: dict, problems: list[str], root
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     setting = values.get("paths.shared")
-    tree["shared"] = find_shared(setting if isinstance(setting, str) else None, root)
     try:
+        tree["shared"] = find_shared(setting if isinstance(setting, str) else None, root)
         config = Config.model_validate(tree, context={"root": root, "shared": tree["shared"], "names": names})
+    except OSError as error:
+        problems.append(f"paths.shared: {error}")
+        return None
     except ValidationError as error:
         told: dict[str, str] = {}
         for mistake in sorted(error.errors(), key=lambda one: one["type"] not in ("value_error", "string_type")):

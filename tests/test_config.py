@@ -163,8 +163,7 @@ def test_the_shared_folder_and_the_scalers_come_with_it(path, tmp_path):
     cfg = load_config(path, {"training.regime": "scratch"})
     assert cfg.scalers == load_scalers() and cfg.initial_weights is None
     assert pickle.loads(pickle.dumps(cfg)).to_dict() == cfg.to_dict()
-    with pytest.raises(FileNotFoundError, match="not/mounted .from paths.shared in the config"):
-        load_config(path, {"paths.shared": str(tmp_path / "not/mounted")})
+    assert "paths.shared: " in mistakes(path, {"paths.shared": str(tmp_path / "not/mounted")})
 
 
 @pytest.mark.parametrize(
