@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab config plan cache predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
+.PHONY: help env run-notebook lab config plan cache verify predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
 
 # Variables of the command line: one that no target knows would be lost without a word.
 KNOWN := NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT ARGS B N PYTHON
@@ -52,6 +52,9 @@ lab: env  ## open JupyterLab on the same environment
 config: env  ## every setting, its value and the layer that set it [TASK=..] [PROFILE=..] [P=..] [KEY=training.lr, or a section]
 	@"$(PY)" -m helpers.tools.show_config $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") \
 		$(if $(KEY),--key "$$KEY") --parameters "$$P"
+
+verify: env  ## forecast as NASA did, and compare the errors [PROFILE=surya_4k] [P=..] [ARGS="--reduce 4", "--times 1"]
+	@"$(PY)" -m helpers.tools.verify $(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P" $(ARGS)
 
 predict: env  ## predict where there is no label: RUN=.. or RELEASED=.. TIMES=2014-01-07/2014-01-09 [EVERY=60] [OUT=..]
 	@"$(PY)" -m helpers.tools.predict --run "$$RUN" --released "$$RELEASED" --times "$$TIMES" \
