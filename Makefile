@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab config plan cache verify predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
+.PHONY: help env run-notebook lab config check plan cache verify predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
 
 # Variables of the command line: one that no target knows would be lost without a word.
 KNOWN := NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT ARGS B N PYTHON
@@ -81,6 +81,10 @@ ifeq ($(B),list)
 else
 	@"$(PY)" "tests/benchmarks/$(basename $(or $(B),speed)).py" $(ARGS)
 endif
+
+check: env  ## what this machine has, and what mends what lacks [TASK=..] [PROFILE=..]
+	@HF_HUB_OFFLINE=1 "$(PY)" -m helpers.tools.check $(if $(TASK),--task "$$TASK") \
+		$(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 
 plan: env  ## what a task would use, download and store [TASK=..] [PROFILE=..] [P="..."]
 	@"$(PY)" -m helpers.tools.cache --plan $(if $(TASK),--task "$$TASK") $(if $(PROFILE),--profile "$$PROFILE") \

@@ -6,6 +6,7 @@ standard cache layout in `hub` beside it, so that what others have downloaded is
 
 import errno
 import os
+import re
 import shlex
 import shutil
 import time
@@ -15,10 +16,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from filelock import AcquireReturnProxy, SoftFileLease, Timeout
 
 SUBFOLDER = "surya-course"
 GB = 1e9
+# The control groups of Linux limit a container, or a job of a cluster. Where the process is, where their files are, and
+# the names there, in version 2 and 1: limit, use, and what of that are copies of files, which can be dropped.
+OWN_GROUP, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 class DiskFullError(OSError):
@@ -169,6 +178,23 @@ def download(address: str, shared: SharedFolder, reserve_gb: float, setting: str
 def free_space(path: str | Path) -> int:
     """Bytes that you may still write to the disk of `path` (which need not exist yet)."""
     return shutil.disk_usage(_existing(Path(path))).free
+
+
+def memory() -> tuple[int, int]:
+    """Free and total bytes of memory: of this machine, or what a container or a cluster's job may have of it."""
+    free, total = psutil.virtual_memory().available, psutil.virtual_memory().total
+    groups = OWN_GROUP.read_text().splitlines() if OWN_GROUP.exists() else []
+    for kind, group in (line.split(":", 2)[1:] for line in groups):
+        if kind not in GROUP_FILES:
+            continue
+        limit, use, files = GROUP_FILES[kind]
+        for name in (group, *map(str, Path(group).parents)):  # inside a container only the last one is there
+            with suppress(OSError, ValueError):  # not there, or without a limit
+                folder = GROUPS / kind / name.lstrip("/")
+                most, used = (int((folder / file).read_text()) for file in (limit, use))
+                droppable = int(re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)[1])
+                free, total = min(free, most - used + droppable), min(total, most)
+    return free, total
 
 
 def ensure_space(path: str | Path, size: float, reserve_gb: float, what: str = "this") -> None:

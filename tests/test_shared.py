@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 from helpers import shared
 from helpers.shared import (
@@ -25,6 +27,7 @@ from helpers.shared import (
     make_folder,
     share,
 )
+from helpers.training.devices import free_memory
 
 ROOT = Path(__file__).parents[1]
 HF = "hf://nasa-ibm-ai4science/Surya-1.0/surya.366m.v1.pt"
@@ -315,3 +318,33 @@ def test_many_contenders_for_a_dead_owner_s_lease_never_hold_it_together(tmp_pat
         assert [contender.wait() for contender in contenders] == [0, 0, 0]
     assert (tmp_path / "count").read_text() == "45"
     assert sorted(os.listdir(tmp_path)) == ["count"]
+
+
+# --- memory of a container ---
+
+
+@pytest.mark.parametrize(
+    "version, own",
+    [
+        (2, "0::/"),  # in a container: its own group is all that it sees
+        (2, "0::/job/step"),  # the limit is that of a group above
+        (1, "9:name=systemd:/x\n4:memory:/kubepods/pod7\n0::/"),  # a path of the machine outside
+    ],
+)
+def test_memory_is_what_the_container_leaves(tmp_path, monkeypatch, version, own):
+    monkeypatch.setattr(shared, "OWN_GROUP", tmp_path / "own")
+    monkeypatch.setattr(shared, "GROUPS", tmp_path / "groups")
+    names = shared.GROUP_FILES["" if version == 2 else "memory"]
+    folder = tmp_path / "groups" / ("" if version == 2 else "memory")
+    (folder / "job" / "step").mkdir(parents=True)
+    machine = shared.memory()
+    assert machine[0] < machine[1] == psutil.virtual_memory().total  # no groups on this system
+    (tmp_path / "own").write_text(own)
+    (folder / "job" / "step" / names[0]).write_text("max")
+    (folder / names[0]).write_text("3000000")
+    (folder / names[1]).write_text("2500000")
+    (folder / "memory.stat").write_text(f"anon 1\n{names[2]} 2000000\nactive_file 5\n")
+    assert shared.memory() == (2_500_000, 3_000_000)
+    assert free_memory(torch.device("cpu")) == 2_500_000
+    (folder / names[0]).write_text("max")  # version 1 writes a very large number
+    assert shared.memory()[1] == machine[1]

@@ -1,15 +1,13 @@
 """Which device computes, in which precision, and how much memory it has."""
 
 import os
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
 
+from helpers import shared
 from helpers.config import Config
 
 
@@ -59,8 +57,4 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # a container may have less than its machine (control groups, version 2)
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{what}").read_text()) for what in ("max", "current"))
-        free = min(free, limit - used)
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return shared.memory()[0] // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
