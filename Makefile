@@ -3,7 +3,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help env run-notebook lab config check plan cache verify predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
+.PHONY: help env kernel run-notebook lab config check plan cache verify predict test test-fast test-notebooks chaos bench update new-notebook lint lock clean
 
 # Variables of the command line: one that no target knows would be lost without a word.
 KNOWN := NB TASK PROFILE P KEY FROM NAME RUN RELEASED TIMES EVERY OUT ARGS B N PYTHON
@@ -26,6 +26,10 @@ ACTIVE := $(shell for folder in "$$VIRTUAL_ENV" "$$CONDA_PREFIX"; do \
 PY := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
 # Where Python may not keep what it has compiled, each new process compiles torch and the rest again: 10 s of work.
 unexport PYTHONDONTWRITEBYTECODE
+# Where the environment has all but this folder, nothing is installed.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+# Developers' packages come with the first call of these.
+test test-fast test-notebooks bench lint: EXTRA := dev
 PARALLEL := -n 2 --dist loadgroup
 
 help:  ## what there is (this list)
@@ -40,7 +44,10 @@ ifeq ($(ACTIVE),)
 			echo "Install one, or name yours: make PYTHON=/path/to/python3.12 env"; exit 1; }; \
 		"$(PYTHON)" -P helpers/tools/environment.py .venv; }
 endif
-	@"$(PY)" -P helpers/tools/environment.py
+	@"$(PY)" -P helpers/tools/environment.py "" $(EXTRA)
+
+kernel: EXTRA := kernel
+kernel: env  ## register this environment as the kernel "Surya course" (on a hub, make env does it)
 
 run-notebook: env  ## run NB=finetune from top to bottom [TASK=..] [PROFILE=..] [P="training.lr=1e-3 seed=1"]
 	@"$(PY)" -m helpers.tools.run_notebook "$$NB" $(if $(TASK),--task "$$TASK") \

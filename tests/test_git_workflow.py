@@ -145,6 +145,23 @@ def test_outputs_stay_out_of_git_but_in_the_folder(clone):
     assert "secret" in (clone / LESSON).read_text()
 
 
+@pytest.mark.parametrize("name, shown", [("surya-course", "Surya course"), ("python3", ".venv (Python 3.12)")])
+def test_the_choice_of_a_kernel_is_no_change(template, clone, name, shown):
+    notebook = nbformat.read(clone / LESSON, as_version=4)
+    notebook.metadata["kernelspec"] = {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"}
+    nbformat.write(notebook, clone / LESSON)
+    git(clone, "commit", "-qam", "As in the template")
+    notebook.metadata["kernelspec"].update(name=name, display_name=shown)
+    nbformat.write(notebook, clone / LESSON)
+    execute(clone / LESSON)
+    assert git(clone, "diff", "--no-ext-diff", "--name-only", "HEAD") == ""
+    assert nbformat.read(clone / LESSON, as_version=4).metadata.kernelspec.name == name
+    notebook.metadata["kernelspec"].update(name="ir", display_name="R", language="R")  # of another language it stays
+    nbformat.write(notebook, clone / LESSON)
+    git(clone, "commit", "-qam", "R")
+    assert '"name": "ir"' in git(clone, "show", f"HEAD:{LESSON}")
+
+
 def test_a_worktree_uses_the_settings_of_its_clone(template, clone):
     folder = clone.with_name("my worktree")
     git(clone, "worktree", "add", "-q", "-b", "other-task", str(folder))
@@ -178,7 +195,7 @@ def test_settings_are_mended_where_their_python_is_gone(clone):
     git(clone, "config", "filter.nbstripout.clean", "/no/such/python -m nbstripout")  # a removed environment
     git(clone, "config", "filter.nbstripout.smudge", "no-such-command")
     configure(clone)
-    assert git(clone, "config", "filter.nbstripout.clean").startswith(sys.executable)
+    assert f"| {sys.executable} -m" in git(clone, "config", "filter.nbstripout.clean")
     assert git(clone, "config", "filter.nbstripout.smudge") == "cat\n"
 
 
@@ -206,7 +223,7 @@ def both_moved(template, clone):
     """Both changed the lesson in different cells and added some; the researcher runs it with another kernel."""
     write_notebook(clone / LESSON, "lr = 1", "train()", "plot(mine)", "mine()", outputs=True)
     notebook = nbformat.read(clone / LESSON, as_version=4)
-    notebook.metadata["kernelspec"] = {"name": "surya", "display_name": "Surya", "language": "python"}
+    notebook.metadata["kernelspec"] = {"name": "ir", "display_name": "R", "language": "R"}
     nbformat.write(notebook, clone / LESSON)
     (clone / "config.local.yaml").write_text("seed: 7\n")
     git(clone, "commit", "-qam", "My cells")
@@ -224,7 +241,7 @@ def assert_both_are_there(clone: Path) -> None:
     notebook = nbformat.read(clone / LESSON, as_version=4)
     nbformat.validate(notebook)
     assert sources(clone / LESSON) == ["lr = 9", "train()", "plot(mine)", "mine()", "theirs()"]
-    assert notebook.metadata.kernelspec.name == "surya" and opens_in_jupyterlab(clone / LESSON)
+    assert notebook.metadata.kernelspec.name == "ir" and opens_in_jupyterlab(clone / LESSON)
     assert "secret" not in (clone / LESSON).read_text()
     assert (clone / "config.local.yaml").read_text() == "seed: 7\n"
     assert git(clone, "status", "--porcelain") == " M helpers/heads.py\n"

@@ -11,7 +11,8 @@ import pytest
 import torch
 import yaml
 
-from helpers.channels import CHANNELS, SCALERS_FILE, load_scalers
+from helpers import channels
+from helpers.channels import CHANNELS, load_scalers
 from helpers.data import archive  # noqa: F401  (its filters for h5py)
 from helpers.model import checkpoint, encoder
 from helpers.model.encoder import SuryaEncoder
@@ -89,10 +90,10 @@ def frame_order(monkeypatch, folder):
 
 
 def a_scaler(monkeypatch, folder):
-    constants = yaml.safe_load(SCALERS_FILE.read_text())
+    constants = yaml.safe_load(channels.SCALERS_FILE.read_text())
     constants["aia304"]["std"] *= 2
     (folder / "scalers.yaml").write_text(yaml.safe_dump(constants))
-    return f"data.scalers={folder / 'scalers.yaml'}"
+    monkeypatch.setattr(channels, "SCALERS_FILE", folder / "scalers.yaml")
 
 
 def no_shift_of_the_norms(monkeypatch, folder):

@@ -35,8 +35,7 @@ def main() -> int:
             problems.append(f"{what}: {server} does not answer")
 
     device, (free, total) = choose_device(cfg.training.device), memory()
-    say("Python", f"{sys.version.split()[0]}, {sys.prefix}")
-    say("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
+    say("Python", f"{sys.version.split()[0]} in {sys.prefix}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     say("memory", f"{free / GB:.1f} of {total / GB:.1f} GB free")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "none is used, but the CPU"
     say("GPU", f"{name}, {free_memory(device) / GB:.1f} GB free")
