@@ -29,7 +29,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Where the environment has all but this folder, nothing is installed.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 # Developers' packages come with the first call of these.
-test test-fast test-notebooks bench lint: EXTRA := dev
+test test-fast test-notebooks chaos bench lint: EXTRA := dev
 PARALLEL := -n 2 --dist loadgroup
 
 help:  ## what there is (this list)
