@@ -158,7 +158,7 @@ def read_table(
         folder = address.rpartition("/")[0] if "://" in address else path.parent
         names = cells[columns[0]] if columns else table["time"].astype(str)
         return table.assign(path=[os.path.join(folder, name) if name and columns else name for name in names])
-    # a quiet day is no event; in a list of events it is no row, and no number has its logarithm
+    # FQ says "no event"; it has no place in a list of events, and as a number no logarithm
     quiet = 0.0 if rules.kind == "event" and not rules.window_hours else np.nan
     values = np.column_stack([_numbers(cells[name], where, rules.transform, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
