@@ -19,7 +19,8 @@ import pandas as pd
 from helpers.shared import causes, disk_errors
 
 SCRATCH_PREFIX = "surya-course-frame-"
-NO_RETRIES = {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60}  # s3fs tries again
+# of botocore, for one request; how often a file is begun or gone on with is s3fs's, and in the configuration
+PATIENCE = {"retries": {"total_max_attempts": 3, "mode": "standard"}, "connect_timeout": 5, "read_timeout": 20}
 # names of errors of botocore, aiohttp and Python that are about the way to the server, not about one file
 NO_SERVER = re.compile("ConnectionRefused|ClientConnector|EndpointConnection|ConnectTimeout|Prox|Profile|Credential")
 
@@ -54,7 +55,7 @@ class Archive:
     index: pd.Series | None = None  # path of every present frame by its time (`read_index`); None: as above
     anonymous: bool = True  # on the S3 server
     endpoint_url: str | None = None  # of the S3 server
-    retries: int = 8  # how often a download is tried again
+    retries: int = 4  # how often a download is tried again
     scratch: str | None = None  # where downloads lie until they are reduced; None: the disk of the temporary files
 
     def url(self, time: np.datetime64) -> str:
@@ -96,12 +97,11 @@ class Archive:
         yield Path(url)
 
     def _download(self, url: str, path: Path) -> None:
-        from s3fs.core import S3FileSystem, set_custom_error_handler  # here, as files of this machine do without
+        from s3fs import S3FileSystem  # here, as files of this machine do without
 
-        set_custom_error_handler(_is_of_the_server)
         where = {"anon": self.anonymous, "endpoint_url": self.endpoint_url}
         # in one part: only then s3fs goes on where a connection was cut
-        server = S3FileSystem(**where, config_kwargs=NO_RETRIES, max_concurrency=1)
+        server = S3FileSystem(**where, config_kwargs=PATIENCE, max_concurrency=1)
         server.retries = self.retries + 1
         try:
             server.get_file(url, str(path))
@@ -115,11 +115,6 @@ class Archive:
             if isinstance(error, FileNotFoundError):
                 raise MissingFrameError(f"there is no such file ({reason})") from error
             raise FrameError(f"it could not be fetched ({reason})") from error
-
-
-def _is_of_the_server(error: Exception) -> bool:
-    """Whether it is one of the status codes 5xx, which mean that the same request may succeed later."""
-    return getattr(error, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500
 
 
 def _first_line(error: BaseException) -> str:
