@@ -19,7 +19,6 @@ import pandas as pd
 from helpers.shared import causes, disk_errors
 
 SCRATCH_PREFIX = "surya-course-frame-"
-# of botocore, for one request; how often a file is begun or gone on with is s3fs's, and in the configuration
 PATIENCE = {"retries": {"total_max_attempts": 3, "mode": "standard"}, "connect_timeout": 5, "read_timeout": 20}
 # names of errors of botocore, aiohttp and Python that are about the way to the server, not about one file
 NO_SERVER = re.compile("ConnectionRefused|ClientConnector|EndpointConnection|ConnectTimeout|Prox|Profile|Credential")
@@ -55,8 +54,6 @@ class Archive:
     index: pd.Series | None = None  # path of every present frame by its time (`read_index`); None: as above
     anonymous: bool = True  # on the S3 server
     endpoint_url: str | None = None  # of the S3 server
-    retries: int = 4  # how often a download is tried again
-    scratch: str | None = None  # where downloads lie until they are reduced; None: the disk of the temporary files
 
     def url(self, time: np.datetime64) -> str:
         """The address of the frame of this time, even if it is not there."""
@@ -80,11 +77,11 @@ class Archive:
     def local_copy(self, url: str) -> Iterator[Path]:
         """The file at `url` on this disk: itself, or a whole download that is deleted afterwards.
 
-        FrameError: it is not there, may not be read, or could not be fetched in `retries` + 1 tries. ArchiveError: no
+        FrameError: it is not there, may not be read, or could not be fetched in several tries. ArchiveError: no
         file can be had, as there is no folder, no way to the server, or no credentials. DiskFullError: no room for it.
         """
         if url.startswith("s3://"):
-            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=self.scratch) as folder, disk_errors(folder):
+            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, disk_errors(folder):
                 self._download(url, Path(folder, "frame.nc"))
                 yield Path(folder, "frame.nc")
             return
@@ -100,9 +97,8 @@ class Archive:
         from s3fs import S3FileSystem  # here, as files of this machine do without
 
         where = {"anon": self.anonymous, "endpoint_url": self.endpoint_url}
-        # in one part: only then s3fs goes on where a connection was cut
+        # in one part: only then s3fs goes on where a connection was cut (five times)
         server = S3FileSystem(**where, config_kwargs=PATIENCE, max_concurrency=1)
-        server.retries = self.retries + 1
         try:
             server.get_file(url, str(path))
         except Exception as error:

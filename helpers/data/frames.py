@@ -70,13 +70,11 @@ class FrameStore:
             raise ValueError(f"{', '.join(links)} is a link to elsewhere")
         group = zarr.open_group(path, mode="r", zarr_format=3)
         self.path, self.scalers, self.attributes = path, scalers, dict(group.attrs)
-        if (found := self.attributes.get("format", "none, so an old version or not ours")) != FORMAT:
-            raise ValueError(f"its format is {found}; this version of the course reads {FORMAT}")
-        arrays, axes = _make_arrays({}, self.attributes)
-        wrong = [name for name in ("frames", *axes) if group[name].metadata != arrays[name].metadata]
-        wrong = wrong or [name for name, values in axes.items() if not np.array_equal(group[name][:], values)]
-        if wrong:
-            raise ValueError(f"its array {wrong[0]} does not agree with its attributes")
+        expected, axes = _make_arrays({}, *(self.attributes[key] for key in ("channels", "reduce", "native_size")))
+        if group.metadata != expected.metadata:
+            raise ValueError(f"its zarr.json is not that of the format {FORMAT!r}")
+        if wrong := [name for name, values in axes.items() if not np.array_equal(group[name][:], values)]:
+            raise ValueError(f"its array {wrong[0]} is not as it was written")
         self.stored_channels = self.channels = tuple(self.attributes["channels"])
         self.codings = dict(zip(self.channels, map(Coding, axes["step"], axes["offset"]), strict=True))
         self.side, self.tile = group["frames"].shape[-1], group["frames"].chunks[-1]
@@ -204,13 +202,33 @@ def open_store(
     return store.select(physics.check_channels(channels)) if channels else store
 
 
-def create_store(
-    path: Path, channels: Sequence[str], reduce: int, native_size: int, scalers: dict[str, Scaler]
-) -> None:
+def create_store(path: Path, channels: Sequence[str], reduce: int, native_size: int) -> None:
     """Make an empty store under another name and move it into place; when someone else was faster, theirs stays."""
+    aside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=shared.make_folder(path.parent))
+    with shared.disk_errors(path.parent), aside as folder:
+        group, axes = _make_arrays(Path(folder, "store"), channels, reduce, native_size)
+        for name, values in axes.items():
+            group[name][:] = values
+        with suppress(OSError):  # someone else was faster
+            Path(folder, "store").rename(path)
+            shared.share(path)
+
+
+def _make_arrays(
+    place: Path | dict, channels: Sequence[str], reduce: int, native_size: int
+) -> tuple[zarr.Group, dict[str, np.ndarray]]:
+    """A store of empty arrays, and what is to be in those beside `frames`, which strangers to this project need."""
     if native_size % reduce:
         raise ValueError(f"Images of {native_size} pixels cannot be reduced by {reduce} (data.reduce): not a divisor.")
+    count, side, scalers = len(channels), native_size // reduce, physics.load_scalers()
+    tile = side if side % 1024 else 1024
     codings = [physics.coding_of(name, scalers[name]) for name in physics.check_channels(channels)]
+    axes = {
+        "time": np.arange(SLOTS, dtype=np.int32) * 12,
+        "channel": np.array(channels, np.dtypes.StringDType()),
+        "step": np.array([coding.step for coding in codings]),
+        "offset": np.array([coding.offset for coding in codings]),
+    }
     attributes = {
         "format": FORMAT,
         "space": "signed-log: y = sign(x s) log(1 + |x s|) of the physical value x, s in scale_factors",
@@ -218,27 +236,11 @@ def create_store(
         "channels": list(channels),
         "units": [UNITS[name] for name in channels],
         "scale_factors": [scalers[name].scale for name in channels],
-        "steps": [float(coding.step) for coding in codings],
-        "offsets": [float(coding.offset) for coding in codings],
+        "steps": axes["step"].tolist(),
+        "offsets": axes["offset"].tolist(),
         "reduce": reduce,
         "native_size": native_size,
     }
-    aside = tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=shared.make_folder(path.parent))
-    with shared.disk_errors(path.parent), aside as folder:
-        group, axes = _make_arrays(Path(folder, "store"), attributes)
-        for name, values in axes.items():
-            group[name][:] = values
-        with warnings.catch_warnings(action="ignore"):  # that the format does not demand it; xarray wants it
-            zarr.consolidate_metadata(Path(folder, "store"))
-        with suppress(OSError):  # someone else was faster
-            Path(folder, "store").rename(path)
-            shared.share(path)
-
-
-def _make_arrays(place: Path | dict, attributes: dict) -> tuple[zarr.Group, dict[str, np.ndarray]]:
-    """A store of empty arrays, and what is to be in those beside `frames`, which strangers to this project need."""
-    count, side = len(attributes["channels"]), attributes["native_size"] // attributes["reduce"]
-    tile = side if side % 1024 else 1024
     group = zarr.create_group(place, attributes=attributes)
     group.create_array(
         "frames",
@@ -254,17 +256,12 @@ def _make_arrays(place: Path | dict, attributes: dict) -> tuple[zarr.Group, dict
         # the names under which xarray knows what is no pixel, and that step and offset belong to frames
         attributes={"units": "1", "_FillValue": FILL_CODE, "coordinates": "step offset"},
     )
-    axes = {
-        "time": np.arange(SLOTS, dtype=np.int32) * 12,
-        "channel": np.array(attributes["channels"], np.dtypes.StringDType()),
-        "step": np.array(attributes["steps"], np.float32),
-        "offset": np.array(attributes["offsets"], np.float32),
-    }
     for name, values in axes.items():
-        axis, unit = ("time", {"units": "minutes since 2010-05-01"}) if name == "time" else ("channel", {})
         form = {"shape": values.shape, "chunks": values.shape, "dtype": values.dtype, "compressors": BloscCodec()}
-        group.create_array(name, **form, dimension_names=[axis], attributes=unit)
-    return group, axes
+        group.create_array(name, **form, dimension_names=["time" if name == "time" else "channel"])
+    group["time"].attrs["units"] = "minutes since 2010-05-01"
+    with warnings.catch_warnings(action="ignore"):  # that the format does not demand it; xarray wants it
+        return zarr.consolidate_metadata(group.store), axes
 
 
 @dataclass
@@ -302,7 +299,6 @@ def build_store(
     *,
     archive: Archive | None = None,  # where the frames come from; None for NASA's bucket
     native_size: int = 4096,  # side of the images before
-    scalers: dict[str, Scaler] | None = None,
     workers: int = 1,  # processes of this machine that make frames
     executor: Executor | None = None,  # makes them instead, such as Dask's `Client(...).get_executor()` on these disks
     reserve_gb: float = 2.0,  # free space that must remain on the disk
@@ -319,11 +315,11 @@ def build_store(
     """
     path, archive, report = Path(path), archive or Archive(), report or BuildReport(Path(path))
     if not (path / "zarr.json").is_file():
-        create_store(path, channels, reduce, native_size, scalers or physics.load_scalers())
-    store, started = open_store(path, channels, reduce, native_size, scalers), time.perf_counter()
+        create_store(path, channels, reduce, native_size)
+    store, started = open_store(path, channels, reduce, native_size), time.perf_counter()
     shared.remove_leftovers(path / "frames")
     shared.remove_leftovers(path.parent, f".{path.name}.*")
-    shared.remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
+    shared.remove_leftovers(Path(tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
     wanted = {START + _row(when) * CADENCE for when in times}
     lacking = list(wanted - set(store.times))
     random.shuffle(lacking)
@@ -442,7 +438,7 @@ def prepare_store(
     notes = path.with_name(f"{path.name}.builds.json")  # which frames earlier builds could not make, and their speed
     history = json.loads(notes.read_text()) if notes.is_file() else {"lost": [], "seconds a frame": None}
     if path.exists():
-        store = open_store(path, channels, data.reduce, data.native_size, cfg.scalers)
+        store = open_store(path, channels, data.reduce, data.native_size)
         channels, there = store.stored_channels, store.times
     # whoever may only read the store cannot look again for what its owner did not find
     lost = report.lost if again and is_writable(path) else set(np.array(history["lost"], "datetime64[s]"))
@@ -471,7 +467,7 @@ def prepare_store(
         return report
     plan, own = f"{report.samples or ''}\n{report.needs}\n".lstrip(), cfg.shared.to_write(path)
     if data.private_cache and own != path:
-        create_store(own, channels, data.reduce, data.native_size, cfg.scalers)  # which `store_path` takes from now on
+        create_store(own, channels, data.reduce, data.native_size)  # which `store_path` takes from now on
         return prepare_store(cfg, times, executor, progress)
     if not is_writable(path):
         raise PermissionError(
@@ -484,7 +480,7 @@ def prepare_store(
             f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
             f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
         )
-    settings = {"archive": archive, "native_size": data.native_size, "scalers": cfg.scalers, "executor": executor}
+    settings = {"archive": archive, "native_size": data.native_size, "executor": executor}
     settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
     before = len(report.lost)
     build_store(lacking, path, channels, data.reduce, **settings, report=report)

@@ -66,7 +66,7 @@ def in_a_process_of_its_own(way: str, path: Path, channels=CHANNELS) -> tuple[fl
 def one(way: str, path: str, *channels: str) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        create_store(Path(folder, "empty.zarr"), channels, POOLING, SIDE, load_scalers())
+        create_store(Path(folder, "empty.zarr"), channels, POOLING, SIDE)
         store = open_store(Path(folder, "empty.zarr"))
     ways = {"usual": lambda: usual_way(Path(path), channels), "ours": lambda: reduce_frame(path, store)}
     start = time.perf_counter()
