@@ -4,6 +4,7 @@ Two kinds of trouble are kept apart. A FrameError is about one file, which a bui
 ArchiveError is about none of them in particular (no network, no such profile): the build stops at the first frame.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ class Archive:
         """Which frames of these times, (N,) datetime64[s], there may be, (N,) bool; no server is asked."""
         if self.index is not None:
             return np.isin(times, self.index.index.to_numpy("datetime64[s]"))
-        return np.array(["://" in self.folder or Path(self.url(time)).is_file() for time in times], bool)
+        return np.array(["://" in self.folder or os.path.isfile(self.url(time)) for time in times], bool)
 
     @contextmanager
     def local_copy(self, url: str) -> Iterator[Path]:
