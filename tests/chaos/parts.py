@@ -130,7 +130,7 @@ def builds_from_s3(ground: Path, place: Path, count: int) -> str:
     write_index(place / "bucket", HOURS)
     build(place / "bucket", "whole.zarr")
     with serving(place / "bucket") as (address, _):
-        archive = Archive("s3://sun", endpoint_url=address, scratch=str(place))
+        archive = Archive("s3://sun", endpoint_url=address)
         ended = at_once(*[lambda: build(place, archive=archive)] * count)
     same = files(place / "store.zarr") == files(place / "bucket" / "whole.zarr")
     return wrong_with(ended, same and {path.name for path in place.iterdir()} == {"bucket", "store.zarr"})
