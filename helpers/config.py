@@ -131,6 +131,7 @@ class Labels(_Section):
     window_hours: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     aggregate: Literal["max", "any"]
     event_at: str | float | None
+    when_none: str | float | None
     spans_hours: Annotated[float, Field(ge=0)]
     direction: Literal["nearest", "forward", "backward"]
     tolerance_minutes: NotNegative

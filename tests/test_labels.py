@@ -474,6 +474,18 @@ def test_any_event_of_a_class_is_1_or_0(mine):
     assert events(mine, numbers.replace("A1", ".1"), **own)[0] == found
 
 
+def test_what_a_quiet_window_is_said_to_hold(mine):
+    found, _ = events(mine, **{"labels.when_none": "B1.0"})
+    assert len(found) == 36 and round(found["01 00"], 6) == -7 and round(found["07 12"], 3) == -3.699
+
+
+def test_quiet_cells_of_a_column_of_classes(tmp_path):
+    path = write(tmp_path / "x.csv", "time,value\n2014-01-07,FQ\n2014-01-08,M1.0\n2014-01-09,\n")
+    labels = load_labels(path, "time", ["value"], transform="goes", when_none="B1.0")
+    np.testing.assert_allclose(labels.values[:, 0], [-7, -5])
+    assert list(labels.dropped.values()) == [1]
+
+
 def test_windows_beyond_the_list_and_events_without_a_value_are_counted(mine):
     text = "time,value\n2014-01-02,C1.0\n2014-01-03 05:00,FQ\n2014-01-05,M1.0\n2014-01-06,\n"
     found, plan = events(mine, text)

@@ -93,7 +93,7 @@ def load_labels(
     value are counted in `dropped`. A ValueError names the column, or the row, that cannot be used.
     """
     more = dict(kind="mask" if variable else "scalar", fill_values=(), zero="drop", unit=None, reader=None)
-    more |= dict(mask_reduce="majority", event_at=None)
+    more |= dict(mask_reduce="majority", event_at=None, when_none=None)
     if unknown := set(others) - set(more):
         raise TypeError(f"load_labels knows no {', '.join(unknown)}; it knows {', '.join(more)}.")
     own = dict(time_column=time_column, value_columns=value_columns, transform=transform, variable=variable)
@@ -158,8 +158,9 @@ def read_table(
         folder = address.rpartition("/")[0] if "://" in address else path.parent
         names = cells[columns[0]] if columns else table["time"].astype(str)
         return table.assign(path=[os.path.join(folder, name) if name and columns else name for name in names])
-    # FQ says "no event"; it has no place in a list of events, and as a number no logarithm
-    quiet = 0.0 if rules.kind == "event" and not rules.window_hours else np.nan
+    # FQ says "no event"; as a number it has no logarithm, unless labels.when_none gives it a value
+    as_event = rules.kind == "event" and not rules.window_hours
+    quiet = 0.0 if as_event else _setting("when_none", rules)
     values = np.column_stack([_numbers(cells[name], where, rules.transform, quiet) for name in columns])
     table = pd.concat([table, pd.DataFrame(values, cells.index, [f"column {name}" for name in columns])], axis=1)
     return _without_fills(table, rules, where, dropped)
@@ -230,8 +231,7 @@ def _labels(
     columns = [name for name in table if name.startswith("column ")]
     values = table[columns].to_numpy(float)  # (N, K)
     if yes_or_no and (rules.window_hours or rules.event_at is not None):
-        level = pd.Series(["" if rules.event_at is None else str(rules.event_at)], name="event_at")
-        least = np.nan_to_num(_numbers(level, "the config", rules.transform), nan=-np.inf)
+        least = np.nan_to_num(_setting("event_at", rules), nan=-np.inf)
         values = np.where(np.isnan(values), np.nan, values >= least)
     elif yes_or_no and not np.isin(values[np.isfinite(values)], (0, 1)).all():
         raise ValueError(
@@ -246,7 +246,11 @@ def _labels(
         reason = "empty, quiet or not positive, so without a logarithm"
     table[columns] = values
     if rules.window_hours:
-        table = strongest_events(table, grid, rules.window_hours, 0.0 if yes_or_no else -np.inf, dropped)
+        none = 0.0
+        if not yes_or_no:
+            quiet = _setting("when_none", rules)
+            none = np.nan_to_num(np.log10(quiet) if rules.transform != "none" else quiet, nan=-np.inf)
+        table = strongest_events(table, grid, rules.window_hours, none, dropped)
     usable = np.isfinite(table[columns]).all(axis=1) if columns else table["path"] != ""
     of_none = table["split"].isna()
     once = table[usable & ~of_none].drop_duplicates().sort_values("time", kind="stable")
@@ -272,6 +276,12 @@ def _refuse(wrong: np.ndarray, column: pd.Series, where: str, what: str) -> None
     for row in np.flatnonzero(wrong)[:1]:
         found = f'"{column.iloc[row]}" in its column {column.name}'
         raise ValueError(f"Row {column.index[row] + 2} of {where} has {found}, {what}")
+
+
+def _setting(key: str, rules: Any) -> float:
+    """A value of the section `labels`, in the unit of the file; NaN of null."""
+    given = getattr(rules, key)
+    return _numbers(pd.Series(["" if given is None else str(given)], name=key), "the config", rules.transform)[0]
 
 
 def _numbers(column: pd.Series, where: str, transform: str, quiet: float = np.nan) -> np.ndarray:
