@@ -308,8 +308,11 @@ def wind(place, tmp_path, monkeypatch):
     """Settings of the task solar_wind, and a file in the layout of the release, in the hub's cache."""
     file = tmp_path / "hub/models--nasa-ibm-ai4science--solar_wind_surya/snapshots/x/solar_wind_weights.pth"
     file.parent.mkdir(parents=True)
-    torch.save(reference("released_1d_lora")[0], file)
-    sizes = {"embed_dim": 32, "depth": 4, "n_spectral_blocks": 2, "num_heads": 16, "dp_rank": 1, "weights": None}
+    state = reference("released_1d_lora")[0]
+    for key in (key for key in state if "to_dynamic_projection" in key):
+        state[key] = torch.cat([state[key]] * 4)  # 16 heads, as in the release, of 4 long-range keys each
+    torch.save(state, file)
+    sizes = {"embed_dim": 32, "depth": 4, "n_spectral_blocks": 2, "num_heads": 16, "weights": None}
     monkeypatch.setenv("SURYA_SHARED", str(tmp_path))
     wind = str(place / "sun/released/Surya-bench-solarwind/solarwind_train.csv")
     settings = {"labels.path": wind, "labels.lead_minutes": 0, **{f"model.{key}": sizes[key] for key in sizes}}

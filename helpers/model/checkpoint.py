@@ -170,10 +170,7 @@ def places(wanted: Sequence[str], source: Sequence[str], argument: str) -> list[
 
 
 def fit_patches(state: State, encoder: SuryaEncoder, channels: list[str], source: list[str]) -> Transfer:
-    """Channels by name, and the last frames: (D, C*T, p, p) of the checkpoint to that of the model.
-
-    The names must be as many as the channels, on both sides.
-    """
+    """Channels by name, and the last frames: (D, C*T, p, p) of the checkpoint to that of the model."""
     if PATCHES not in state or state[PATCHES].ndim != 4:
         raise CheckpointError(f"It holds another architecture, without {PATCHES}; it begins with {_some(list(state))}.")
     if len(channels) != encoder.in_chans:
