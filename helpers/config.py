@@ -580,6 +580,8 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     held = c.training.frozen_dtype
     if held not in ("fp32", c.training.precision):
         yield "training.frozen_dtype, training.precision", f"weights held in {held} are computed with in {held}"
+    if c.training.initial_run == "released" and c.initial_weights is None:
+        yield "training.initial_run, model.weights", "released needs the weights, and a regime that begins with them"
     if native % c.data.reduce:
         yield "data.native_size, data.reduce", f"{c.data.reduce} does not divide the {native}-pixel side of the frames"
     else:

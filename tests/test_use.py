@@ -17,7 +17,7 @@ from test_released import reference
 
 from helpers import use
 from helpers.channels import UNITS
-from helpers.config import load_config
+from helpers.config import ConfigError, load_config
 from helpers.data.dataset import make_loaders
 from helpers.data.frames import prepare_store
 from helpers.data.synthetic import ensure_synthetic
@@ -325,7 +325,10 @@ def test_a_training_begins_with_the_released_model_where_that_is_asked_for(run_o
     settings |= {"model.weights": "hf://nasa-ibm-ai4science/solar_wind_surya/solar_wind_weights.pth"}
     with pytest.raises(CheckpointError, match="a training begins with it where training.initial_run is"):
         run_of("solar_wind", **settings)
-    run = run_of("solar_wind", **settings, **{"training.initial_run": "released"})
+    settings["training.initial_run"] = "released"
+    with pytest.raises(ConfigError, match="released needs the weights"):
+        run_of("solar_wind", **settings, **{"training.regime": "scratch"})
+    run = run_of("solar_wind", **settings)
     trained = use.load_run(run, place / "config.yaml")
     assert trained.model.encoder.loaded_from == fingerprint(file)
     merged, own = merge_lora(load_released(file)).encoder.state_dict(), trained.model.encoder.state_dict()
