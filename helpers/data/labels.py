@@ -342,7 +342,6 @@ class Plan:
     candidates: dict[str, int]  # samples that there would be if no frame lacked and there were no maximum
     dropped: dict[str, dict[str, int]]  # why, and how many candidates were left out
     unmatched: dict[str, int]  # why, and how many labels belong to no frame time
-    frames_without_maximum: int  # how many frames all candidates would read, of those that can be had
 
     @property
     def frames(self) -> np.ndarray:
@@ -409,7 +408,7 @@ def plan_samples(
         frames = np.unique(needed)
         complete = np.isin(needed, frames[usable(frames)]).all(axis=1)
     reach = (window[1] - window[0] + pd.Timedelta(guard, "h")).to_timedelta64()
-    samples, candidates, dropped, every = {}, {}, {}, []
+    samples, candidates, dropped = {}, {}, {}
     for name in SPLITS:
         mine, others = split == name, np.append(times[split != name], np.datetime64(ANY_TIME[1], "s"))
         # only of published splits: `check_splits` refuses other ones
@@ -423,13 +422,12 @@ def plan_samples(
         last = np.searchsorted(whole[order].cumsum(), most)  # where in this order the maximum is reached
         looked_at = order[: last + 1]
         samples[name] = rows.iloc[np.sort(looked_at[whole[looked_at]])].reset_index(drop=True)
-        every.append(rows["time"][whole])
         candidates[name], reasons = int(mine.sum()), Counter()
         reasons[f"without a frame at {' or '.join(map(str, offsets))} min"] = int((~whole[looked_at]).sum())
         reach_into = f"whose window, with {guard:g} h of guard, reaches into that of a later split"
         reasons[reach_into] = int((mine & near).sum())
         dropped[name] = +reasons  # without zeros
-    return Plan(labels, offsets, samples, candidates, dropped, unmatched, len(frame_times(pd.concat(every), offsets)))
+    return Plan(labels, offsets, samples, candidates, dropped, unmatched)
 
 
 def spread_out(values: np.ndarray, seed: int) -> np.ndarray:
