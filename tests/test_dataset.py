@@ -11,7 +11,7 @@ from frame_files import physical_frame, write_index, write_netcdf
 from helpers.analysis import comparison
 from helpers.channels import CHANNELS, denormalise, load_scalers, normalise, stack_scalers
 from helpers.config import load_config
-from helpers.data import archive
+from helpers.data import archive, dataset
 from helpers.data.archive import Archive, FrameError
 from helpers.data.dataset import SolarDataset, make_loaders, read_mask
 from helpers.data.frames import build_store, open_store, prepare_store
@@ -565,3 +565,12 @@ def test_two_channels_in_another_order_feed_a_checkpoint_of_thirteen_by_name(sun
     part.eval(), whole.eval()
     with torch.no_grad():
         torch.testing.assert_close(part.encoder(item[None]), whole(filled[None]), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_read_ahead_stays_within_a_container(config, monkeypatch):
+    """Frames in memory and loader workers take at most half of what is free."""
+    monkeypatch.setattr(dataset, "memory", lambda: (3_000_000_000, 4_000_000_000))
+    asked = {"data.memory_cache_gb": 0.0, "training.loader_workers": 8}
+    assert ", 2 loader workers" in make_loaders(config(**asked)).report  # half a GB each, and small batches
+    monkeypatch.setattr(dataset, "memory", lambda: (1000, 4_000_000_000))
+    assert ", 0 loader workers" in make_loaders(config()).report

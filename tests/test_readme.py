@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,9 @@ import pytest
 from helpers.config import _SCHEMA, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tests" / "benchmarks"))
+import sizes  # noqa: E402 - the benchmark that prints the table
+
 README = (ROOT / "README.md").read_text()
 COURSE = ["hub", "data", "baseline", "finetune", "learning_rate", "compare", "use"]
 SMALL = "synthetic.visits=24 paths.reserve_gb=0 training.epochs=1 split.train=[2014-01-01,2014-01-29]"
@@ -57,6 +61,40 @@ def test_every_target_key_and_file_that_it_names_exists():
     tree = re.search(r"```\n(notebooks/ .*?)```", README, re.DOTALL)[1]
     paths = [("helpers/" if line[0] == " " else "") + line.split()[0] for line in tree.splitlines()]
     assert len(paths) > 10 and all((ROOT / path).exists() for path in paths if path != "runs/")
+
+
+def test_both_links_open_a_notebook_of_the_same_copy():
+    links = re.findall(r"\]\((https://[^)]*urlpath=[^)]*)\)", README)
+    badge, puller = links
+    assert badge.startswith("https://mybinder.org/v2/gh/") and "git-pull?repo=https://github.com/" in puller
+    copies = [re.search(r"(?:gh|github.com)/([^/]+/[^/&]+)", link)[1] for link in links]
+    assert copies[0] == copies[1] and f"lab/tree/{copies[0].split('/')[1]}/notebooks/" in puller
+    assert all((ROOT / "notebooks" / link.rpartition("/")[2]).is_file() for link in links)
+
+
+def test_the_timetable_for_teachers_names_sections_that_there_are():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("| | minutes | |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| .* \| (\d+) \|(.*)\|$", table, re.MULTILINE)
+    assert sum(int(minutes) for minutes, _ in rows) == 180
+    named = [part for _, text in rows for part in re.findall(r"\*(\w+)\*([^*]*)", text)]
+    assert [notebook for notebook, _ in named] == ["hub", "data", "baseline", "finetune", "learning_rate", "compare"]
+    for notebook, text in named:
+        cells = json.loads((ROOT / "notebooks" / f"{notebook}.ipynb").read_text(encoding="utf-8"))["cells"]
+        headings = re.findall(r"^##+ (.*)", "\n".join("".join(cell["source"]) for cell in cells), re.MULTILINE)
+        assert set(re.findall(r'"([^"]+)"', text)) <= set(headings), notebook
+
+
+@pytest.mark.slow
+def test_the_sizes_of_the_tasks_are_those_that_the_estimate_gives():
+    written = (ROOT / "CONTRIBUTING.md").read_text().split("<!-- sizes -->\n")[1].split("\n<!-- /sizes -->")[0]
+    rows = written.splitlines()
+    assert rows[:2] == sizes.HEAD.splitlines() and len(rows) == 2 + 2 * len(sizes.TASKS)
+    assert {sizes.row("ar_segmentation", profile) for profile in ("surya", "surya_4k")} <= set(rows)
+    for task in sizes.TASKS:
+        small, large = ([part.strip() for part in row.split("|")] for row in rows if f"`{task}`" in row)
+        read, stored, memory = (cell.removesuffix(" GB") for cell in small[4:7])
+        shown = f"| `{task}` | {small[3]} | {read}, {stored} | {memory} / {large[6].removesuffix(' GB')} |"
+        assert f"\n{shown}" in README, shown
 
 
 def test_its_table_and_the_notebooks_lead_through_the_course():

@@ -24,7 +24,7 @@ from helpers.config import SPLITS, Config, find_named
 from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
 from helpers.data.labels import FrameTarget, Labels, Plan, plan_samples
-from helpers.shared import GB, download
+from helpers.shared import GB, download, memory
 
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
@@ -199,13 +199,16 @@ def make_loaders(cfg: Config) -> Loaders:
             )
     sets = make_datasets(plan, store, cfg)
     masks = sum(len(data) for data in sets.values() if data.targets is None) * store.side**2 * 4
-    in_memory = len(plan.frames) * store.frame_bytes + masks <= cfg.data.memory_cache_gb * GB
+    room = memory()[0] / 2  # the rest is for the model
+    in_memory = len(plan.frames) * store.frame_bytes + masks <= min(cfg.data.memory_cache_gb * GB, room)
     if in_memory:
         store.load(plan.frames)
         for data in sets.values():
             if data.paths:
                 data.target = cache(data.target)  # mask files are read once
-    workers = 0 if in_memory else cfg.training.loader_workers
+    # a worker takes half a GB, and holds up to three batches: two that wait and one in the making
+    batch = 4 * cfg.training.batch_size * len(cfg.data.channels) * len(cfg.data.offsets_minutes) * store.side**2
+    workers = 0 if in_memory else min(cfg.training.loader_workers, int(room // (0.5 * GB + 3 * batch)))
     loaders = {name: in_batches(data, cfg, workers, shuffle=name == "train") for name, data in sets.items()}
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
     if cfg.labels.kind == "event":
