@@ -218,7 +218,9 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, DiskFullError):
                 raise DiskFullError(str(cause)) from error
-            if getattr(cause, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
+            # of HDF5, and of torch.save
+            told = any(words in str(cause) for words in ("No space left on device", "unexpected pos"))
+            if told or getattr(cause, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFullError(
                     f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
                     "been removed, the rest is still there. Free some space and run this again: it goes on."

@@ -26,7 +26,7 @@ from helpers.experiment import build_model
 from helpers.model.checkpoint import RELEASED, CheckpointError, fingerprint, load_adapter, load_released, read_file
 from helpers.model.encoder import encoder_of
 from helpers.model.heads import POOLS
-from helpers.shared import atomic_write, find_weights
+from helpers.shared import atomic_write, disk_errors, find_weights, lease
 from helpers.training.devices import make_accelerator
 from helpers.training.loop import predict_splits
 from helpers.training.tasks import ImagePredictions, Predictions, make_task
@@ -156,40 +156,41 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
     endings = [".csv"] if own.numbers else [".zarr", ".nc"]
     if out.suffix not in endings:
         raise ValueError(f"OUT={out} must end in {' or '.join(endings)} for task {cfg.task}.")
-    if out.exists():
-        raise FileExistsError(f"{out} is there already, and nothing is overwritten: name another file in OUT.")
-    data = _samples(cfg, times, progress)
-    folder = _unfinished(out, trained, data)
-    array = zarr.open_group(folder, mode="a", use_consolidated=False)["prediction"]
-    # each batch begins where it would have in one go, as the last bits of a number may depend on its batch
-    done = array.attrs.get("done", 0)
-    with tqdm(total=len(data), initial=done, unit="time", disable=not progress) as bar:
-        for output in computed(trained.model, trained.model, Subset(data, range(done, len(data))), cfg):
-            found = trained.to_units(output)
-            if own.target_channels:
-                found = denormalise(found, stack_scalers(cfg.scalers, own.target_channels))
-            array[done : done + len(found)] = found.numpy()
-            array.attrs["done"] = done = done + len(found)
-            bar.update(len(found))
-    if out.suffix == ".zarr":
-        return folder.rename(out)
-    table = pd.DataFrame({"timestamp": [time.isoformat() for time in data.samples["time"]]})
-    for k, values in enumerate(array[:].T if own.numbers else ()):
-        table[f"prediction_{k}"] = values
-        if trained.interval is not None:
-            half = trained.interval[k].item()
-            table[f"lower_{k}"], table[f"upper_{k}"] = values - half, values + half
-        if own.kind == "event":
-            table[f"event_{k}"] = values >= trained.threshold
-        elif own.transform != "none" and own.aggregate != "any":
-            table[f"physical_{k}"] = own.physical(values)
-    with atomic_write(out) as temporary:
-        if own.numbers:
-            table.to_csv(temporary, index=False)
-        else:
-            xr.open_zarr(folder, chunks=None).to_netcdf(temporary, engine="h5netcdf")
-    shutil.rmtree(folder)
-    return out
+    with disk_errors(out.parent), lease(out, what=out.name):  # two at once would write into one store
+        if out.exists():
+            raise FileExistsError(f"{out} is there already, and nothing is overwritten: name another file in OUT.")
+        data = _samples(cfg, times, progress)
+        folder = _unfinished(out, trained, data)
+        array = zarr.open_group(folder, mode="a", use_consolidated=False)["prediction"]
+        # each batch begins where it would have in one go, as the last bits of a number may depend on its batch
+        done = array.attrs.get("done", 0)
+        with tqdm(total=len(data), initial=done, unit="time", disable=not progress) as bar:
+            for output in computed(trained.model, trained.model, Subset(data, range(done, len(data))), cfg):
+                found = trained.to_units(output)
+                if own.target_channels:
+                    found = denormalise(found, stack_scalers(cfg.scalers, own.target_channels))
+                array[done : done + len(found)] = found.numpy()
+                array.attrs["done"] = done = done + len(found)
+                bar.update(len(found))
+        if out.suffix == ".zarr":
+            return folder.rename(out)
+        table = pd.DataFrame({"timestamp": [time.isoformat() for time in data.samples["time"]]})
+        for k, values in enumerate(array[:].T if own.numbers else ()):
+            table[f"prediction_{k}"] = values
+            if trained.interval is not None:
+                half = trained.interval[k].item()
+                table[f"lower_{k}"], table[f"upper_{k}"] = values - half, values + half
+            if own.kind == "event":
+                table[f"event_{k}"] = values >= trained.threshold
+            elif own.transform != "none" and own.aggregate != "any":
+                table[f"physical_{k}"] = own.physical(values)
+        with atomic_write(out) as temporary:
+            if own.numbers:
+                table.to_csv(temporary, index=False)
+            else:
+                xr.open_zarr(folder, chunks=None).to_netcdf(temporary, engine="h5netcdf")
+        shutil.rmtree(folder)
+        return out
 
 
 def _samples(cfg: Config, times: Iterable, progress: bool) -> SolarDataset:

@@ -470,6 +470,12 @@ def test_an_adapter_on_another_checkpoint_or_model_is_refused(file: Path, tmp_pa
         load_adapter(file, target)
     with pytest.raises(CheckpointError, match="There is no checkpoint file"):
         load_adapter(tmp_path / "absent.pt", target)
+    contents = torch.load(path)
+    key = next(iter(contents["state"]))
+    tensor = contents["state"][key]
+    for wrong in (3, tensor * torch.nan, (100 * tensor).to(torch.int8), tensor[:1]):
+        with pytest.raises(CheckpointError, match=f"The run was trained with another.*{key}"):
+            load_adapter(contents | {"state": contents["state"] | {key: wrong}}, target, "a" * 16)
     assert same(before, bits(target))
 
 

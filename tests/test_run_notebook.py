@@ -157,6 +157,16 @@ def test_make_refuses_variables_that_no_target_knows(make, word):
     assert done.returncode != 0 and f"No target knows '{word.split('=')[0]}'" in done.stderr and not done.stdout
 
 
+@pytest.mark.parametrize(("lines", "code"), [(100, 0), (10**6, 1)])  # told after the end, or in the middle of it
+def test_a_reader_that_stops_early_sees_no_trace(lines, code):
+    program = f"from helpers.tools.command import run; run(lambda: print('key value\\n' * {lines}))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == code
+
+
 @pytest.mark.parametrize(
     "line, code, told",
     [

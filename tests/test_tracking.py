@@ -212,9 +212,14 @@ def test_one_damaged_record_is_left_out_and_named(cfg, capsys):
     (Path(cfg.paths.runs) / "unset/config.yaml").write_text("labels: [")
     (Path(cfg.paths.runs) / "empty/summary.json").write_text("{}")
     (Path(cfg.paths.runs) / "cut/summary.json").write_text('{"name": "cu')
+    record = json.loads((Path(cfg.paths.runs) / "whole/summary.json").read_text())
+    for key in ("name", "experiment", "task", "profile", "finished", "status", "metrics"):
+        start_run(cfg, f"no-{key}").finish()
+        content = {name: value for name, value in record.items() if name != key}
+        (Path(cfg.paths.runs) / f"no-{key}/summary.json").write_text(json.dumps(content))
     assert list(list_runs(cfg.paths.runs, task="flare")["name"]) == ["whole"]
     said = capsys.readouterr().out
-    assert "runs/empty" in said and "runs/cut" in said and "runs/unset" in said
+    assert "runs/empty" in said and "runs/cut" in said and "runs/unset" in said and said.count("runs/no-") == 7
 
 
 def test_a_disk_that_stays_full_hides_no_error_and_the_run_is_not_listed(cfg, monkeypatch):

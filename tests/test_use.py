@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import xarray as xr
 import yaml
+import zarr
 from test_released import reference
 
 from helpers import use
@@ -24,6 +26,7 @@ from helpers.data.synthetic import ensure_synthetic
 from helpers.experiment import train_run
 from helpers.model.checkpoint import CheckpointError, fingerprint, load_released
 from helpers.model.lora import merge_lora
+from helpers.shared import DiskFullError
 from helpers.training.tasks import Predictions
 
 ROOT = Path(__file__).parents[1]
@@ -192,6 +195,21 @@ def test_nothing_is_overwritten(run_of, place, tmp_path):
         use.predict_times(trained, ["2014-01-25T01:00"], out)
     with pytest.raises(ValueError, match="must end in .csv"):
         use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "b.nc")
+    with ThreadPoolExecutor(2) as pool:  # of two at once the second one waits
+        words = trained, ["2014-01-25T01:00"], tmp_path / "c.csv", False
+        both = [pool.submit(use.predict_times, *words) for _ in range(2)]
+    assert sorted((type(one.exception()) for one in both), key=str) == [FileExistsError, type(None)]
+    assert (tmp_path / "c.csv").read_bytes() == out.read_bytes() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_ends_a_prediction_in_a_sentence(run_of, place, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    trained = use.load_run(run_of("flare"), place / "config.yaml")
+    monkeypatch.setattr(zarr.storage._local, "_put", full)
+    with pytest.raises(DiskFullError, match="became full"):
+        use.predict_times(trained, ["2014-01-25T01:00"], tmp_path / "a.csv", progress=False)
 
 
 def test_a_time_without_frames_is_left_out_and_named(run_of, place, tmp_path, capsys):

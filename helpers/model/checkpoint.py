@@ -313,7 +313,7 @@ def load_adapter(
             f"{name} was trained on the checkpoint {contents['fingerprint']}, and the model holds "
             f"{holds or 'none that load_filtered put there'}: fill it from the checkpoint that the run used first."
         )
-    both = targets, contents["state"]
+    both = targets, {key: value for key, value in contents["state"].items() if isinstance(value, Tensor)}
     if not head:
         both = [{key: side[key] for key in side if key.startswith("encoder.")} for side in both]
     try:

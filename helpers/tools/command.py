@@ -1,6 +1,7 @@
 """What the commands share: where the course lies, which notebooks there are, and how a command ends."""
 
 import argparse
+import os
 import sys
 import tempfile
 import traceback
@@ -22,12 +23,17 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
     An error that the course's own code raised is a sentence. Any other one comes with a log of its traceback.
     """
+    code: int | None = 1
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as interrupt:
+        code = 130
         print(str(interrupt) or "Interrupted.")
-        sys.exit(130)
     except Exception as error:
+        code = 1
         origin = traceback.extract_tb(error.__traceback__)[-1]
         file = Path(origin.filename)
         ours = file.is_relative_to(ROOT / "helpers") and not file.name.startswith("my_")
@@ -38,7 +44,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             with tempfile.NamedTemporaryFile("w", prefix="surya-course-", suffix=".log", delete=False) as log:
                 traceback.print_exc(file=log)
             print(f"{type(error).__name__}: {error}\nWhere it happened stands in {log.name}")
-        sys.exit(1)
+    sys.exit(code)
 
 
 def read_choices(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -135,7 +135,7 @@ def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
     for path in Path(runs).glob("*/summary.json"):
         try:
             run = {"folder": path.parent, **json.loads(path.read_text(encoding="utf-8"))}
-            if run["status"] == "finished" and all(run[key] == value for key, value in wanted.items()):
+            if run["status"] == "finished" and all(run[key] == wanted.get(key, run[key]) for key in columns[:5]):
                 settings = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
                 rows.append({**run, "settings": settings, "seed": settings["seed"], **run["metrics"]})
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
