@@ -75,7 +75,7 @@ Place = Annotated[str, AfterValidator(_locate), PlainSerializer(lambda place: ge
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 # The sections of config.yaml, where each key is explained.

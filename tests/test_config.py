@@ -268,6 +268,7 @@ def test_a_value_in_the_place_of_a_section_is_said(folder):
 WRONG_TYPES = {
     "training.epochs": ("three", 3.0, 0, True),
     "training.lr": ("1e-3", 0.0, -1.0, float("nan")),
+    "target.event_threshold": (float("nan"), float("inf")),
     "training.precision": ("fp8",),
     "data.channels[2]": (["aia94", "aia131", "aia17"],),
     "data.offsets_minutes[0]": (["-60", 0],),
