@@ -231,7 +231,17 @@ def spoil_status(run):
     (run / "summary.json").write_text(json.dumps(about | {"status": "running"}))
 
 
+def name_a_function(run):
+    """As somebody might who shares the folder; the module is where Python finds it."""
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["target"]["loss"] = "trap:spring"
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    torch.save(torch.load(run / "best.pt", weights_only=True) | {"config": settings}, run / "best.pt")
+    (run / "trap.py").write_text("raise SystemExit('executed')")
+
+
 SPOILT = {
+    "names .'trap:spring'.: of a run, only what lies in helpers/": name_a_function,
     "data.channels. Put that back": spoil_config,
     "is no finished run .* Finished runs there: none": spoil_status,
     "with its weights .best.pt.": lambda run: (run / "best.pt").unlink(),
@@ -241,9 +251,10 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("told", SPOILT)
-def test_a_run_that_cannot_be_used_says_why(run_of, place, tmp_path, told):
+def test_a_run_that_cannot_be_used_says_why(run_of, place, tmp_path, monkeypatch, told):
     run = copied(run_of("flare"), tmp_path)
     SPOILT[told](run)
+    monkeypatch.syspath_prepend(run)
     with pytest.raises(CheckpointError, match=told):
         use.load_run(run, place / "config.yaml")
 
