@@ -1,8 +1,6 @@
 """Processes that are killed in the middle of a change of the disk, that hang, or that leave others behind."""
 
-import builtins
 import ctypes
-import io
 import os
 import signal
 import sys
@@ -14,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import torch
 
 from helpers.tools.command import run
 
@@ -49,7 +46,16 @@ def at_once(*works: Callable[[], object], seconds: float = 600) -> list[Ended]:
     for work, log in zip(works, logs, strict=True):
         pids.append(pid := os.fork())
         if pid == 0:
-            _be_a_command(work, log.fileno())
+            code = 1
+            try:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                run(work)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else 0
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
     end = time.monotonic() + seconds
     while len(codes) < len(pids) and time.monotonic() < end:
         for pid in set(pids) - set(codes):
@@ -64,20 +70,6 @@ def at_once(*works: Callable[[], object], seconds: float = 600) -> list[Ended]:
     for log in logs:
         log.seek(0)
     return [Ended(codes.get(pid), log.read() + left) for pid, log in zip(pids, logs, strict=True)]
-
-
-def _be_a_command(work: Callable[[], object], log: int) -> None:
-    code = 1
-    try:
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        torch.set_num_threads(1)
-        run(work)
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
 
 
 def left_running() -> list[str]:
@@ -97,64 +89,31 @@ def left_running() -> list[str]:
 
 
 class Changes:
-    """Counts the changes of the disk below `folder` in this process: writes, renames, fsyncs, new and removed files.
+    """Counts the changes of the disk below `folder` in this process: new, renamed and removed files, and fsyncs.
 
-    The process kills itself at the change of this number; a write is half done then.
+    The process kills itself at the change of this number, and half of what it was writing is lost then.
     """
 
     def __init__(self, folder: Path, number: int = 0) -> None:
-        self.folder, self.number, self.count = str(folder), number, 0
-        opened, fsync, save = io.open, os.fsync, torch.save
+        self.folder, self.number, self.count, fsync = str(folder), number, 0, os.fsync
 
-        def watched_open(file, mode="r", *args, **settings):
-            handle = opened(file, mode, *args, **settings)
-            return Watched(handle, self) if set(mode) & set("wax+") and str(file).startswith(self.folder) else handle
+        def watched_fsync(file: int) -> None:
+            self.happens(os.readlink(f"/proc/self/fd/{file}"), written=True)
+            fsync(file)
 
-        def watched_fsync(descriptor):
-            self.happens(os.readlink(f"/proc/self/fd/{descriptor}"))
-            return fsync(descriptor)
-
-        def watched_save(content, file, *args, **settings):  # torch itself opens files beside Python
-            with open(file, "wb") as handle:
-                save(content, handle, *args, **settings)
-
-        io.open = builtins.open = watched_open
-        os.fsync, torch.save = watched_fsync, watched_save
+        os.fsync = watched_fsync
         sys.addaudithook(self.hook)
 
     def hook(self, event: str, args: tuple) -> None:
         """Python calls this before everything that touches the system."""
         if event in CHANGES or event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            self.happens(args[0])
+            self.happens(args[0], written=event == "os.rename")
 
-    def happens(self, path: object, before: Callable[[], object] = bool) -> None:
-        """A change of this path is about to happen; `before` a kill, do that."""
+    def happens(self, path: object, written: bool) -> None:
+        """A change of this path is about to happen; whether it is a file that was written aside."""
         inside = str(path).startswith(self.folder)
         self.count += inside
         if inside and self.count == self.number:
-            before()
+            if written and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Watched:
-    """A file that is written under the eyes of `Changes`."""
-
-    def __init__(self, file: io.IOBase, changes: Changes) -> None:
-        self.file, self.changes = file, changes
-
-    def write(self, content):
-        def half():
-            self.file.write(content[: len(content) // 2])
-            self.file.flush()
-
-        self.changes.happens(self.file.name, half)
-        return self.file.write(content)
-
-    def __getattr__(self, name: str):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()

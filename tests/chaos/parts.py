@@ -41,7 +41,7 @@ def kills_in_a_build(ground: Path, folder: Path, most: int | None) -> Tried:
 
 def kills_in_a_training(ground: Path, folder: Path, most: int | None) -> Tried:
     """A training dies; the run that goes on ends with the very same bits."""
-    return kills(jobs(ground)["training"], folder, most or 160)
+    return kills(jobs(ground)["training"], folder, most)
 
 
 def kills(job: Job, folder: Path, most: int | None) -> Tried:
