@@ -148,6 +148,8 @@ def test_patience_is_counted_across_the_kill(tmp_path):
     assert in_process(train, tmp_path, "killed", before=partial(at_rename, 11, STATE, kill), **settings) != 0
     _, resumed = train(tmp_path, "resumed", resume="killed", **settings)
     assert resumed.stopped == whole.stopped and len(resumed.rows) == len(whole.rows)
+    best = [torch.load(tmp_path / "runs" / name / BEST)["state"] for name in ("whole", "resumed")]
+    assert all(torch.equal(value, best[1][key]) for key, value in best[0].items())  # from before the kill
 
 
 def test_a_run_that_is_done_is_not_trained_on(tmp_path, whole):

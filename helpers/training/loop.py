@@ -262,14 +262,18 @@ class Trainer:
         if better or self.epoch == 0:
             history.best_epoch = self.epoch
             self.best = {key: tensor.detach().clone() for key, tensor in trained_state(self.inner).items()}
-            if self.run is not None:
-                scalers = {channel: asdict(scaler) for channel, scaler in self.cfg.scalers.items()}
-                extra = {"epoch": self.epoch, "scalers": scalers, **self.loaders.scale}
-                save_adapter(self.run.folder / BEST, self.inner, self.cfg.to_dict(), extra=extra)
+            self.keep_best()
         elif self.epoch - history.best_epoch >= patience:
             history.stopped = f"no better validation {name} for {patience} epochs"
         self.begin_epoch(self.epoch + 1)
         self.save()
+
+    def keep_best(self) -> None:
+        """Write the weights that the model has now as those of the best epoch."""
+        if self.run is not None:
+            scalers = {channel: asdict(scaler) for channel, scaler in self.cfg.scalers.items()}
+            extra = {"epoch": self.history.best_epoch, "scalers": scalers, **self.loaders.scale}
+            save_adapter(self.run.folder / BEST, self.inner, self.cfg.to_dict(), extra=extra)
 
     def begin_epoch(self, epoch: int) -> None:
         """Nothing of this epoch is done; the order of its samples follows from the generator as it is now."""
@@ -314,7 +318,7 @@ class Trainer:
                 f"There is no {path} to go on from (training.resume). Runs with a state: {', '.join(there) or 'none'}."
             )
         remove_leftovers(path.parent)  # of a kill while it saved
-        state, own = read_file(path), trained_state(self.inner)
+        state = read_file(path)
         before, now = state["settings"], settings_that_matter(self.cfg, "resume")
         other = [f"{key} ({before.get(key)} then, {now[key]} now)" for key in now if now[key] != before.get(key)]
         wrong = [what for what, value in self.origin.items() if state["origin"][what] != value]
@@ -323,13 +327,13 @@ class Trainer:
             raise CheckpointError(
                 f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(wrong)}."
             )
-        with torch.no_grad():
-            for key, tensor in state["model"].items():
-                own[key].copy_(tensor)
+        self.history, self.best, self.order = History(**state["history"]), state["best"], state["order"]
+        self.inner.load_state_dict(self.best, strict=False)
+        self.keep_best()  # under the new name, too: no later epoch may be better
+        self.inner.load_state_dict(state["model"], strict=False)
         for part, saved in zip(self.parts, state["parts"], strict=True):
             part.load_state_dict(saved)
         self.epoch, self.batches, self.samples, self.loss = state["progress"]
-        self.history, self.best, self.order = History(**state["history"]), state["best"], state["order"]
         self.loaders.train.generator.set_state(self.order)
         random = state["random"][self.accelerator.process_index]
         torch.set_rng_state(random["torch"])

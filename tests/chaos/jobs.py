@@ -58,7 +58,7 @@ def trained(runs: Path) -> list[dict]:
     for folder in list_runs(runs)["folder"]:
         left = {path.name: path.read_bytes() for path in folder.glob("predictions_*.csv")}
         left["history"] = pd.read_csv(folder / "history.csv").drop(columns="seconds").to_csv()
-        state = torch.load(folder / BEST, weights_only=True)["state"]
+        state = torch.load(folder / BEST, weights_only=True)["state"] if (folder / BEST).exists() else {}
         left |= {key: tensor.numpy().tobytes() for key, tensor in state.items()}
         found += [left] * (left not in found)
     return found

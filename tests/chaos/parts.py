@@ -113,8 +113,9 @@ def rounds_at_once(ground: Path, folder: Path, most: int | None) -> Tried:
 
 
 def wrong_with(ended: list[Ended], result_is_right: bool) -> str:
-    """The first fault of processes that should all succeed, and leave what is right."""
-    faults = [one.fault or f"it ended with: {one.last}" for one in ended if one.fault or one.code]
+    """The first fault of processes that leave what is right; all should succeed, or find that another one has."""
+    failed = [one for one in ended if one.code and "nothing is overwritten" not in one.last]
+    faults = [one.fault or f"it ended with: {one.last}" for one in ended if one.fault or one in failed]
     return [*faults, "" if result_is_right else "another result"][0]
 
 
