@@ -54,12 +54,12 @@ def write_frame(path: Path, images: np.ndarray) -> None:
                 data.dims[number].attach_scale(file[axis])
 
 
-def fill_bucket(folder: Path, endpoint: str) -> float:
-    """Two frames for each label, all of one Sun, a little brighter each time; returns the GB of one file."""
+def fill_bucket(folder: Path, endpoint: str, times: pd.DatetimeIndex) -> float:
+    """A frame for each time, all of one Sun, a little brighter each time; returns the GB of one file."""
     client = boto3.client("s3", endpoint_url=endpoint)
     client.create_bucket(Bucket=BUCKET)
     images, path = SyntheticSun(0, 500).frame(200, 4096), folder / "frame.nc"
-    for number, when in enumerate(LABELS.union(LABELS - pd.Timedelta("1h"))):
+    for number, when in enumerate(times):
         write_frame(path, images * np.float32(1 + 0.01 * number))
         client.upload_file(str(path), BUCKET, f"{when:%Y/%m/%Y%m%d_%H%M.nc}")
     return path.stat().st_size / 1e9
@@ -76,10 +76,10 @@ def write_weights(shared: Path) -> None:
     torch.save(state, folder / "surya.366m.v1.pt")
 
 
-def call(words: list[str], folder: Path, environment: dict[str, str]) -> None:
+def call(words: list[str], folder: Path, environment: dict[str, str], **how: str) -> None:
     """One command of the README: its time, the memory of its largest process so far, and its last lines."""
     started = time.perf_counter()
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, **how)
     minutes = (time.perf_counter() - started) / 60
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     lines = [line for line in re.split(r"[\r\n]+", done.stdout + done.stderr * bool(done.returncode)) if line.strip()]
@@ -102,7 +102,7 @@ def main() -> None:
         server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
-        size = fill_bucket(folder, endpoint)
+        size = fill_bucket(folder, endpoint, LABELS.union(LABELS - pd.Timedelta("1h")))
         write_weights(folder / "shared")
         print(f"{2 * len(LABELS)} frames of {size:.2f} GB each at {endpoint}", flush=True)
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
