@@ -20,9 +20,7 @@ from moto.server import ThreadedMotoServer
 from real_size import ROOT, call, fill_bucket, write_weights
 
 # two images in each split of solar_wind; the labels are those of four days later
-IMAGES = pd.to_datetime(
-    ["2014-01-03 12:00", "2014-01-04 12:00", "2015-03-01", "2015-03-02", "2017-09-01", "2017-09-02"]
-)
+IMAGES = pd.to_datetime(["2014-01-03", "2014-01-04", "2015-03-01", "2015-03-02", "2017-09-01", "2017-09-02"])
 SPLITS = {"train": 0, "valid": 2, "test": 4}
 SETTINGS = {
     "tracking": {"wandb": "disabled"},
