@@ -26,7 +26,7 @@ def call(monkeypatch, capsys, tmp_path):
 
     def run(*words: str) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["check", *words])
-        code = int(check.main())
+        code = check.main()
         return code, [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
 
     return run
@@ -113,3 +113,9 @@ def test_the_kernel_counts_if_it_is_of_this_python(call, tmp_path):
         (folder / "kernel.json").write_text(json.dumps({"argv": [python], "display_name": "x", "language": "python"}))
         assert "surya-course" in kernelspec.find_kernel_specs()
         assert told in call()[1]
+
+
+@pytest.mark.slow
+def test_make_check_ends_without_a_word_more(make, tmp_path):
+    done = make("check", SURYA_SHARED=str(tmp_path), JUPYTER_DATA_DIR=str(tmp_path))
+    assert done.returncode == 0 and done.stdout.endswith("profile tiny, task flare: ready\n") and done.stderr == ""

@@ -72,7 +72,7 @@ def main() -> int:
     print(
         f"\nprofile {cfg.profile}, task {cfg.task}: {'cannot run here' if problems else 'ready'}", *problems, sep="\n"
     )
-    return bool(problems)
+    return int(bool(problems))
 
 
 def answers(address: str) -> bool:

@@ -54,7 +54,7 @@ def main() -> int:
     print(f"{verdict}: mean loss {losses.mean():.5f}, released {released.mean():.5f}, {off:.2%} off")
     if verdict != "pass":
         print(LOOK_AT)
-    return verdict == "wrong"
+    return int(verdict == "wrong")
 
 
 def configure(choices: dict[str, Any], reduce: int = 1) -> Config:
