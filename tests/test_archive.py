@@ -15,7 +15,7 @@ from frame_files import HOURS, ODD, build, files, physical_frame, serving, spoil
 
 from helpers.channels import CHANNELS, from_signed_log
 from helpers.data.archive import Archive, ArchiveError, open_netcdf, read_index, read_variable
-from helpers.data.frames import create_store, open_store, reduce_frame
+from helpers.data.frames import build_store, create_store, open_store, reduce_frame
 
 ROOT = Path(__file__).parents[1]
 
@@ -199,6 +199,19 @@ def test_what_is_not_the_fault_of_a_frame_stops_at_the_first_ones(s3, built, mon
     with pytest.raises(ArchiveError, match=f"(?s)cannot be fetched from s3://.*{said}.*data.endpoint_url"):
         build(built, "s3.zarr", times=many, archive=replace(s3[0], **change))
     assert len(tried) < 100  # the first one, and those that were begun before that was noticed
+
+
+def test_a_folder_may_hold_frames_without_years_and_months(made, tmp_path):
+    """As the hub's validation data, from which `make verify` can be fed."""
+    for hour in (0, 1):
+        shutil.copy(made / "2014" / "01" / f"20140107_{hour:02}00.nc", tmp_path)
+    flat = Archive(str(tmp_path))
+    times = HOURS.to_numpy("datetime64[s]")
+    assert flat.may_have(times).tolist() == [True, True, False, False, False, False]
+    store = tmp_path / "store.zarr"
+    assert build_store(HOURS[:3], store, reduce=2, archive=flat, native_size=32, progress=False).built == 2
+    whole = Archive(str(made))
+    assert flat.url(times[0]) != whole.url(times[0]) and flat.url(times[2]).endswith("2014/01/20140107_0200.nc")
 
 
 def test_only_s3_and_folders(tmp_path):

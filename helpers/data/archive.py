@@ -60,7 +60,8 @@ class Archive:
         """The address of the frame of this time, even if it is not there."""
         time = pd.Timestamp(time)
         if self.index is None:
-            return f"{self.folder}/{time:%Y/%m/%Y%m%d_%H%M}.nc"
+            flat = f"{self.folder}/{time:%Y%m%d_%H%M}.nc"  # without years and months, as in NASA's validation data
+            return flat if os.path.isfile(flat) else f"{self.folder}/{time:%Y/%m/%Y%m%d_%H%M}.nc"
         given = self.index.get(time, "none")
         if "://" in given:
             return given
