@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from helpers.analysis.comparison import test_predictions
+from helpers.analysis.comparison import saved_predictions
 from helpers.channels import CHANNELS, UNITS, denormalise, stack_scalers
 from helpers.config import SPLITS, Config, load_config, settings_that_matter
 from helpers.data.dataset import Loaders, SolarDataset, in_batches
@@ -76,7 +76,7 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
     to_units = make_task(cfg, SimpleNamespace(target_mean=mean, target_std=std)).to_units
     interval = coverage = None
     if cfg.labels.kind == "scalar" and (folder / "predictions_test.csv").exists():
-        val, test = [test_predictions(folder, cfg, split) for split in ("val", "test")]
+        val, test = [saved_predictions(folder, cfg, split) for split in ("val", "test")]
         interval = val.interval()
         coverage = ((test.prediction - test.target).abs() <= interval).float().mean().item()
     about = {"run": folder.name, "commit": run["commit"], "weights": fingerprint(saved["state"])}
@@ -91,9 +91,11 @@ def load_release(name: str, cfg: Config, **unknown: float) -> Trained:
     num_heads of a file that is not the release's own. Its numbers were scaled to 0 ... 1: of spectra the decades from
     -9 to -1.96, of the wind the span of the labels that it has learned from.
     """
-    address, own, side = RELEASED[name][0] if name in RELEASED else name, cfg.labels, cfg.data.image_size
+    address = RELEASED[name][0] if name in RELEASED else name
+    own, side = cfg.labels, cfg.data.image_size
     model = load_released(find_weights(address, cfg.shared, cfg.paths.reserve_gb), img_size=side, **unknown)
-    takes, given = (list(CHANNELS), [-60, 0][-model.encoder.time_dim :]), (cfg.data.channels, cfg.data.offsets_minutes)
+    takes = list(CHANNELS), [-60, 0][-model.encoder.time_dim :]
+    given = cfg.data.channels, cfg.data.offsets_minutes
     if takes != given:
         raise CheckpointError(f"{name} takes the channels and minutes {takes}, and task {cfg.task} has {given}.")
     if side != model.trained_side:

@@ -249,7 +249,7 @@ def test_a_run_keeps_its_threshold_and_is_judged_at_it_later(config):
         p.table().to_csv(run.folder / "predictions_test.csv", index=False)
         run.summary({"threshold": 0.3712345678901234})
     assert json.loads((run.folder / "summary.json").read_text())["metrics"]["threshold"] == 0.3712345678901234
-    found = comparison.test_predictions(run.folder, cfg)
+    found = comparison.saved_predictions(run.folder, cfg)
     p.threshold = 0.3712345678901234
     assert found.metrics(cfg) == p.metrics(cfg) and torch.equal(found.prediction, p.prediction)
 

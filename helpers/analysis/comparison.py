@@ -49,7 +49,7 @@ def compare_runs(cfg: Config) -> tuple[pd.DataFrame, dict[str, Predictions | Ima
     for run in reversed(runs.groupby("experiment").tail(1).to_dict("records")):
         if not (run["folder"] / "predictions_test.csv").exists():
             continue
-        predictions = test_predictions(run["folder"], cfg)
+        predictions = saved_predictions(run["folder"], cfg)
         if all(predictions.same_samples(newest) for newest in found.values()):
             found[run["experiment"]] = predictions
             given = {"seed": run["seed"], **run["settings"]["training"]}
@@ -71,8 +71,10 @@ def who_is_better(scores: pd.DataFrame, cfg: Config) -> str:
         row = scores.reindex([f"test_{name}"]).iloc[0].dropna()
         if row.nunique() > 1:
             best.setdefault((row if metric.higher_is_better else -row).idxmax(), []).append(name)
+    if len(scores.columns) < 2:
+        return "There is nothing to compare with yet."
     if not best:
-        return "There is nothing to compare with yet, or no metric tells these runs apart."
+        return "No metric tells these runs apart."
     if len(best) == 1:
         run, names = best.popitem()
         return f"{run} is better, by every metric that tells them apart: {', '.join(names)}."
@@ -111,7 +113,7 @@ def on_the_same_data(runs: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     return runs.loc[kept]
 
 
-def test_predictions(folder: str | Path, cfg: Config, split: str = "test") -> Predictions | ImagePredictions:
+def saved_predictions(folder: str | Path, cfg: Config, split: str = "test") -> Predictions | ImagePredictions:
     """What a run said of a split."""
     found = TASKS[cfg.labels.kind].predictions.from_table(pd.read_csv(Path(folder) / f"predictions_{split}.csv"))
     found.threshold = json.loads((Path(folder) / "summary.json").read_text())["metrics"].get("threshold")
@@ -165,7 +167,7 @@ def paired_difference(
     for _, group in runs.groupby("seed"):
         folders = dict(zip(group["experiment"], group["folder"], strict=True))
         if set(sides) <= set(folders):
-            pairs.append([test_predictions(folders[side], cfg) for side in sides])
+            pairs.append([saved_predictions(folders[side], cfg) for side in sides])
     if not pairs:
         raise ValueError(f"No seed has a finished run of both {' and '.join(sides)} with these settings.")
     if not all(p.same_samples(pairs[0][0]) for pair in pairs for p in pair):

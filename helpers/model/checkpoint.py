@@ -391,8 +391,19 @@ def _sized_as(state: State, num_heads: int, img_size: int) -> Specformer1D | Spe
     first, spectral = "backbone.blocks_attention.0.", sum("spectral" in block for block in blocks)
     ratio = len(state[f"{first}mlp.fc1.weight"]) / dim
     dp_rank = len(state[f"{first}attn.to_dynamic_projection.weight"]) // num_heads
-    shape = img_size, patch, len(CHANNELS), planes // len(CHANNELS), dim, len(blocks), spectral, num_heads, ratio
-    encoder = SuryaEncoder(*shape, dp_rank=dp_rank, nglo=int("cls_token" in state))
+    encoder = SuryaEncoder(
+        img_size=img_size,
+        patch_size=patch,
+        in_chans=len(CHANNELS),
+        time_dim=planes // len(CHANNELS),
+        embed_dim=dim,
+        depth=len(blocks),
+        n_spectral_blocks=spectral,
+        num_heads=num_heads,
+        mlp_ratio=ratio,
+        dp_rank=dp_rank,
+        nglo=int("cls_token" in state),
+    )
     if not encoder.nglo:
         return Specformer2D(encoder, len(state[f"{DECODER}bias"]) // patch**2)
     outputs = len(state["unembed.bias"])

@@ -26,7 +26,8 @@ def main() -> None:
     asked = read_choices(parser)
     if bool(asked.run) == bool(asked.released):
         raise Refusal("Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, of NASA's.")
-    times, choices = read_times(asked.times, asked.every), {key: given for key, given in asked.choices.items() if given}
+    times = read_times(asked.times, asked.every)
+    choices = {key: given for key, given in asked.choices.items() if given}
     if asked.released:
         if "task" not in choices and asked.released not in RELEASED:
             raise Refusal(f"RELEASED={asked.released} needs the TASK it was made for; or name {', '.join(RELEASED)}.")
