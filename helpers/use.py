@@ -63,9 +63,7 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
         )
     named = [settings.get(key) or "" for key in ("target.loss", "target.plot", "labels.reader")]
     if foreign := [name for name in named + settings["target.metrics"] if ":" in name and name[:8] != "helpers."]:
-        raise CheckpointError(
-            f"{folder / 'config.yaml'} names {foreign}: of a run, only what lies in helpers/ is called."
-        )
+        raise CheckpointError(f"{folder / 'config.yaml'} names {foreign}: only what lies in helpers/ is called.")
     blocks = {"profiles": {run["profile"]: {}}, "tasks": {run["task"]: {}}}  # may be gone from today's configuration
     cfg = load_config(config, overrides=settings | blocks)
     if other := [name for name, scaler in cfg.scalers.items() if extra.get("scalers", {}).get(name) != asdict(scaler)]:

@@ -241,7 +241,7 @@ def name_a_function(run):
 
 
 SPOILT = {
-    "names .'trap:spring'.: of a run, only what lies in helpers/": name_a_function,
+    "names .'trap:spring'.: only what lies in helpers/": name_a_function,
     "data.channels. Put that back": spoil_config,
     "is no finished run .* Finished runs there: none": spoil_status,
     "with its weights .best.pt.": lambda run: (run / "best.pt").unlink(),

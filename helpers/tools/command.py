@@ -33,7 +33,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 130
         print(str(interrupt) or "Interrupted.")
     except Exception as error:
-        code = 1
         origin = traceback.extract_tb(error.__traceback__)[-1]
         file = Path(origin.filename)
         ours = file.is_relative_to(ROOT / "helpers") and not file.name.startswith("my_")
