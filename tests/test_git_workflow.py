@@ -86,10 +86,8 @@ def opens_in_jupyterlab(path: Path) -> bool:
     return model["type"] == "notebook" and model["format"] == "json" and model.get("message") is None
 
 
-@pytest.fixture
-def template(tmp_path):
+def make_template(folder: Path) -> Path:
     """The published template: the house, one notebook, a config."""
-    folder = tmp_path / "the 50%Off {x} template"
     for name in HOUSE:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -99,6 +97,11 @@ def template(tmp_path):
     git(folder, "init", "-q", "-b", "main")
     publish(folder, message="First edition")
     return folder
+
+
+@pytest.fixture
+def template(tmp_path):
+    return make_template(tmp_path / "the 50%Off {x} template")
 
 
 @pytest.fixture
