@@ -29,7 +29,7 @@ GOES_CLASSES = {"A": 1e-8, "B": 1e-7, "C": 1e-6, "M": 1e-5, "X": 1e-4}  # W/m^2 
 
 # The store's fixed point. The largest rounding error is half a step, so that 0.8 % of the spread of a channel means
 # 0.004 in normalised units for every pixel (float16 would be finer for the quiet Sun, and four times coarser in a
-# flare). The second limit is in signed-log units: a store stays good when a spread becomes smaller.
+# flare). The second limit is in signed-log units.
 STEP_OF_SPREAD, LARGEST_STEP = 0.008, 2.0**-10
 LARGEST_CODE, FILL_CODE = 32767, -32768  # codes go from -32767 to 32767; -32768 stands for no value
 # Intensities have the long side of the range for bright pixels, and a short one for the few below zero: the finest step

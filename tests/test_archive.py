@@ -178,6 +178,7 @@ def test_what_cannot_be_fetched_is_reported_by_name_and_the_rest_is_built(s3, bu
     reasons = {url[-7:-3]: reason for url, reason in report.unreadable.items()}
     assert reasons.keys() == {"0100", "0300", "0400"} and "AccessDenied" in reasons["0400"]
     assert "SlowDown" in reasons["0100"] and "ClientPayloadError" in reasons["0300"]
+    assert len(report.unfetched) == 3 < len(report.lost)  # another day may bring these
     server.faults.clear()
     assert build(built, "s3.zarr", archive=archive).built == 3
 

@@ -493,6 +493,19 @@ def test_whoever_may_only_read_knows_which_frames_the_owner_did_not_find(folder,
     assert prepare_store(cfg, progress=False).given_up == 2  # what was made meanwhile is not given up
 
 
+def test_damaged_notes_and_an_empty_folder_are_in_nobodys_way(config):
+    cfg = config()
+    store = frames.store_path(cfg)
+    store.mkdir(parents=True)
+    store.with_name(f"{store.name}.builds.json").write_text("{ cut short")
+    assert prepare_store(cfg, HOURS[:2], progress=False).built == 2
+
+
+def test_a_time_that_the_index_lacks_is_missing(config):
+    report = prepare_store(config(), [*HOURS[:2], HOURS[0] + pd.Timedelta("12min")], progress=False)
+    assert (report.built, report.missing, report.unreadable) == (2, 1, {})
+
+
 def test_the_command_verifies_and_builds_the_span_it_is_given(folder, config, monkeypatch, capsys):
     cfg = config(**{"synthetic.folder": None, "labels.path": str(folder / "labels.csv")})
     store = open_store(prepare_store(cfg, HOURS, progress=False).store)

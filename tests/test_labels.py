@@ -479,6 +479,12 @@ def test_what_a_quiet_window_is_said_to_hold(mine):
     assert len(found) == 36 and round(found["01 00"], 6) == -7 and round(found["07 12"], 3) == -3.699
 
 
+def test_the_value_of_a_quiet_window_is_no_floor_for_the_others(mine):
+    text = "time,value\n2013-12-20,-10\n2014-01-07 06:00,-50\n2014-02-01,-10\n"
+    found, _ = events(mine, text, **{"labels.when_none": 0, "labels.transform": "none"})
+    assert found["06 06"] == -50 and found["01 00"] == 0
+
+
 def test_quiet_cells_of_a_column_of_classes(tmp_path):
     path = write(tmp_path / "x.csv", "time,value\n2014-01-07,FQ\n2014-01-08,M1.0\n2014-01-09,\n")
     labels = load_labels(path, "time", ["value"], transform="goes", when_none="B1.0")

@@ -43,6 +43,10 @@ class MissingFrameError(FrameError):
     """There is no file for this time."""
 
 
+class FetchError(FrameError):
+    """There may be a file, but it could not be fetched today."""
+
+
 class ArchiveError(ConnectionError):
     """No file can be fetched, for a reason that has nothing to do with any one of them."""
 
@@ -56,14 +60,14 @@ class Archive:
     anonymous: bool = True  # on the S3 server
     endpoint_url: str | None = None  # of the S3 server
 
-    def url(self, time: np.datetime64) -> str:
-        """The address of the frame of this time, even if it is not there."""
+    def url(self, time: np.datetime64) -> str | None:
+        """The address of the frame of this time, even if it is not there; None where an index has none."""
         time = pd.Timestamp(time)
         if self.index is None:
             flat = f"{self.folder}/{time:%Y%m%d_%H%M}.nc"  # without years and months, as in NASA's validation data
             return flat if os.path.isfile(flat) else f"{self.folder}/{time:%Y/%m/%Y%m%d_%H%M}.nc"
-        given = self.index.get(time, "none")
-        if "://" in given:
+        given = self.index.get(time)
+        if given is None or "://" in given:
             return given
         name = given.rpartition("/")[2]  # all that counts of a path of another machine
         here = [path for path in (Path(self.folder, given), Path(self.folder, name)) if path.is_file()]
@@ -112,7 +116,7 @@ class Archive:
                     raise ArchiveError(f"Frames cannot be fetched from {folder} ({reason}). Check {keys}.") from error
             if isinstance(error, FileNotFoundError):
                 raise MissingFrameError(f"there is no such file ({reason})") from error
-            raise FrameError(f"it could not be fetched ({reason})") from error
+            raise FetchError(f"it could not be fetched ({reason})") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -225,8 +229,10 @@ def read_times(file: h5py.File, name: str) -> np.ndarray:
     variable = find_variable(file, name, "iufOSU")
     if variable.dtype.kind in "OSU":
         texts = variable.asstr()[()]
-        # the first row is 1: there is no header
-        return parse_times(pd.Series(texts, np.arange(len(texts)) - 1, name=name), "the file").to_numpy()
+        try:  # the first row is 1: there is no header
+            return parse_times(pd.Series(texts, np.arange(len(texts)) - 1, name=name), "the file").to_numpy()
+        except ValueError as error:
+            raise FrameError(str(error)) from None
     keys = {"units", "calendar", "_FillValue"} & set(variable.attrs)
     attributes = {key: np.ravel(variable.attrs[key])[0] for key in keys}
     import xarray as xr  # here, as only label files of this kind need it and it takes a quarter of a second

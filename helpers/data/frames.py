@@ -38,7 +38,7 @@ from helpers import shared
 from helpers.channels import CHANNELS, FILL_CODE, UNITS, Coding, Scaler
 from helpers.config import Config
 from helpers.data import archive as archives
-from helpers.data.archive import Archive, FrameError, MissingFrameError
+from helpers.data.archive import Archive, FetchError, FrameError, MissingFrameError
 from helpers.data.labels import Plan, plan_samples
 from helpers.data.workers import worker_pool
 from helpers.shared import GB, is_writable
@@ -70,6 +70,8 @@ class FrameStore:
             raise ValueError(f"{', '.join(links)} is a link to elsewhere")
         group = zarr.open_group(path, mode="r", zarr_format=3)
         self.path, self.scalers, self.attributes = path, scalers, dict(group.attrs)
+        if (found := self.attributes.get("format")) != FORMAT:
+            raise ValueError(f"its format is {found!r}, not {FORMAT!r}")
         expected, axes = _make_arrays({}, *(self.attributes[key] for key in ("channels", "reduce", "native_size")))
         if group.metadata != expected.metadata:
             raise ValueError(f"its zarr.json is not that of the format {FORMAT!r}")
@@ -135,7 +137,7 @@ class FrameStore:
         try:
             with open(self.file(when), "rb") as file:
                 return self._read_shard(file, chosen)
-        except Exception as error:
+        except (OSError, RuntimeError, ValueError, OverflowError) as error:
             raise OSError(
                 f"The frame at {pd.Timestamp(when)} is damaged: {self.file(when)} ({error}). "
                 f"`make cache ARGS=--verify` removes damaged frames and makes them again."
@@ -209,8 +211,12 @@ def create_store(path: Path, channels: Sequence[str], reduce: int, native_size: 
         group, axes = _make_arrays(Path(folder, "store"), channels, reduce, native_size)
         for name, values in axes.items():
             group[name][:] = values
-        with suppress(OSError):  # someone else was faster
+        try:
             Path(folder, "store").rename(path)
+        except OSError:
+            if not (path / "zarr.json").is_file():
+                raise  # nobody else was faster
+        else:
             shared.share(path)
 
 
@@ -275,6 +281,7 @@ class BuildReport:
     missing: int = 0  # that are not in the archive
     unreadable: dict[str, str] = field(default_factory=dict)  # address of a file that could not be used -> why
     lost: set[np.datetime64] = field(default_factory=set)  # times of the frames that are missing or unreadable
+    unfetched: set[np.datetime64] = field(default_factory=set)  # those of them that another day may bring
     given_up: int = 0  # frames that were not looked for, because an earlier build could not make them
     samples: Plan | None = None  # of `prepare_store`: which there are
     needs: str = ""  # of `prepare_store`: what building their frames takes, as text
@@ -333,23 +340,27 @@ def build_store(
         made = pool.map(partial(build_frame, store, replace(archive, index=None)), lacking, urls)
         each_mb = max(1, round(1000 * FILE_GB * native_size**2))
         bar = tqdm(made, f"{len(lacking)} frames", len(lacking), unit="MB", unit_scale=each_mb, disable=not progress)
-        for when, url, error in zip(lacking, urls, bar, strict=True):
-            if error:
-                report.lost.add(when)
-            if error is None:
-                report.built += 1
-            elif isinstance(error, MissingFrameError):
+        for when, url, found in zip(lacking, urls, bar, strict=True):
+            if not isinstance(found, FrameError):
+                report.built += found
+                continue
+            report.lost.add(when)
+            if isinstance(found, FetchError):
+                report.unfetched.add(when)
+            if isinstance(found, MissingFrameError):
                 report.missing += 1
             else:
-                report.unreadable[url] = str(error)
+                report.unreadable[url] = str(found)
     report.seconds += time.perf_counter() - started
     return report
 
 
-def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str) -> FrameError | None:
-    """Make one frame, unless somebody else did so by now; return why it cannot be made."""
+def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: str | None) -> bool | FrameError:
+    """Make one frame, unless somebody else did so by now: whether it was made, or why it cannot be."""
     if when in store:
-        return None
+        return False
+    if url is None:
+        return MissingFrameError("the index has no such frame")
     try:
         with archive.local_copy(url) as path:
             codes = reduce_frame(path, store)
@@ -358,7 +369,7 @@ def build_frame(store: FrameStore, archive: Archive, when: np.datetime64, url: s
     with shared.disk_errors(store.path):
         zarr.open_group(store.path, mode="r+")["frames"][_row(when)] = codes
     shared.share(store.file(when))
-    return None
+    return True
 
 
 def reduce_frame(path: str | Path, store: FrameStore) -> np.ndarray:
@@ -399,10 +410,10 @@ def store_path(cfg: Config) -> Path:
     data, needed, folder = cfg.data, channels_needed(cfg), Path(cfg.data.store)
     paths = [folder]
     if folder.suffix != ".zarr":
-        names = "13ch" if needed == CHANNELS else "+".join(needed), "13ch"
+        names = ["13ch" if needed == CHANNELS else "+".join(needed), "13ch"]
         paths = [folder / f"{data.native_size}px-reduce{data.reduce}-{name}.zarr" for name in names]
     own = [cfg.shared.to_write(path) for path in paths if data.private_cache]
-    return next((path for path in own + paths if path.exists()), paths[0])
+    return next((path for path in own + paths if (path / "zarr.json").is_file()), paths[0])
 
 
 def make_archive(cfg: Config) -> Archive:
@@ -423,6 +434,7 @@ def prepare_store(
     plan_only: bool = False,
     again: bool = False,
     report: BuildReport | None = None,  # of an earlier build, to go on counting
+    path: Path | None = None,  # of another store than `store_path` says
 ) -> BuildReport:
     """Build the frames of `times`, or those of the samples of the three splits; quick when everything is there.
 
@@ -433,15 +445,19 @@ def prepare_store(
     PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
     ValueError: there is no sample, or more would be read than data.ask_above_gb.
     """
-    data, path, channels, archive = cfg.data, store_path(cfg), channels_needed(cfg), make_archive(cfg)
+    path = path or store_path(cfg)
+    data, channels, archive = cfg.data, channels_needed(cfg), make_archive(cfg)
     report, there = report or BuildReport(path), np.array([], "datetime64[s]")
     notes = path.with_name(f"{path.name}.builds.json")  # which frames earlier builds could not make, and their speed
-    history = json.loads(notes.read_text()) if notes.is_file() else {"lost": [], "seconds a frame": None}
-    if path.exists():
+    history = {"lost": [], "seconds a frame": None}
+    with suppress(OSError, ValueError, TypeError):  # no more than hints, which may be damaged
+        history |= json.loads(notes.read_text())
+    if (path / "zarr.json").is_file():
         store = open_store(path, channels, data.reduce, data.native_size)
         channels, there = store.stored_channels, store.times
     # whoever may only read the store cannot look again for what its owner did not find
-    lost = report.lost if again and is_writable(path) else set(np.array(history["lost"], "datetime64[s]"))
+    earlier = [] if again and is_writable(path) else history["lost"]
+    lost = report.lost.union(np.array(earlier, "datetime64[s]"))
     given_up = np.array(list(lost.difference(there)), "datetime64[s]")
     report.given_up = len(lost.difference(there, report.lost))
     if times is None:
@@ -467,8 +483,7 @@ def prepare_store(
         return report
     plan, own = f"{report.samples or ''}\n{report.needs}\n".lstrip(), cfg.shared.to_write(path)
     if data.private_cache and own != path:
-        create_store(own, channels, data.reduce, data.native_size)  # which `store_path` takes from now on
-        return prepare_store(cfg, times, executor, progress)
+        return prepare_store(cfg, times, executor, progress, path=own)
     if not is_writable(path):
         raise PermissionError(
             f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds them with "
@@ -484,11 +499,11 @@ def prepare_store(
     settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
     before = len(report.lost)
     build_store(lacking, path, channels, data.reduce, **settings, report=report)
-    history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost)))
+    history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost - report.unfetched)))
     if report.built:
         history["seconds a frame"] = report.seconds / report.built
     with shared.atomic_write(notes) as temporary:
         temporary.write_text(json.dumps(history))
     if times is None and len(report.lost) > before:
-        return prepare_store(cfg, None, executor, progress, again=again, report=report)
+        return prepare_store(cfg, None, executor, progress, again=again, report=report, path=path)
     return report

@@ -311,14 +311,16 @@ def strongest_events(
     what happened there.
     """
     columns = list(events.columns.drop(["time", "split"]))
-    dropped["event without a value"] += len(events) - len(events := events.dropna(subset=columns).sort_values("time"))
+    dropped["event without a value"] += int(events[columns].isna().any(axis=1).sum())
+    events = events.dropna(subset=columns).sort_values("time")
     starts, values = events["time"].to_numpy("datetime64[s]"), events[columns].to_numpy()
     begin, end = (times + np.timedelta64(round(3600 * hours), "s") for hours in window_hours)
     earliest, latest = starts[[0, -1]] if len(starts) else np.array(ANY_TIME[::-1], "datetime64[s]")
     known = (begin >= earliest) & (end <= latest)
     dropped["window beyond the list of events"] += int((~known).sum())
     first, last = (np.searchsorted(starts, edge, side="right") for edge in (begin, end))
-    found = np.array([values[a:b].max(axis=0, initial=none) for a, b in zip(first, last, strict=True)])
+    quiet = np.full(len(columns), none)
+    found = np.array([values[a:b].max(axis=0) if b > a else quiet for a, b in zip(first, last, strict=True)])
     table = pd.DataFrame(found.reshape(-1, len(columns))[known], columns=columns)
     return table.assign(time=times[known], split="")
 

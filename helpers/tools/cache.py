@@ -27,7 +27,8 @@ def main() -> None:
     times, damaged = None, []
     if asked.span:
         try:
-            times = pd.date_range(*asked.span, freq="12min", inclusive="left")
+            every_frame = f"{cfg.data.cadence_minutes}min"
+            times = pd.date_range(*asked.span, freq=every_frame, inclusive="left")
         except ValueError as error:
             parser.error(f"--span takes two times such as 2014-01-07 and '2014-01-07 18:00' (UTC): {error}")
     if asked.plan:
