@@ -122,6 +122,15 @@ def test_a_request_that_makes_no_sense_ends_before_the_run(course, words, senten
     assert not (course.root / "runs").exists()
 
 
+def test_labels_that_are_wrong_are_told_before_the_run(course):
+    course("baseline", PARAMETERS)
+    (course.root / "labels.csv").write_text("time,value\n2014-01-07,1\n")
+    own = ["synthetic.folder=null", "data.archive=.", "data.store=store", "labels.path=labels.csv", "paths.labels=."]
+    with pytest.raises(ValueError, match="labels.csv has no column timestamp"):
+        main(["baseline", "--parameters", *own, "paths.released=."], course.root)
+    assert not (course.root / "runs").exists()
+
+
 def test_parameters_are_read_as_the_config_file_would():
     text = "training.lr=1e-3 model.rpe=true head.penultimate=null\n labels.path='my labels.csv' lora.qkv=[q, v]"
     assert parse_parameters([text]) == {

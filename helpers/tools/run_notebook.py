@@ -23,6 +23,7 @@ from nbconvert import HTMLExporter
 from papermill.exceptions import PapermillExecutionError
 
 from helpers.config import load_config
+from helpers.data.labels import labels_of
 from helpers.shared import atomic_write
 from helpers.tools.command import ROOT, Refusal, find_notebook, read_choices
 from helpers.tools.command import run as run_command
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     declared = re.findall(r"^(\w+)\s*=", "\n".join(tagged), re.MULTILINE)
     if unread := [name for name, value in given.items() if value and name not in declared]:
         raise Refusal(f"{notebook.name} does not read {', '.join(unread)}: its `parameters` cell has no such name.")
+    if experiment and (cfg.synthetic.folder is None or Path(cfg.synthetic.folder).exists()):
+        labels_of(cfg)  # what is wrong with them is said now
     folder = claim_run(cfg.runs_folder, f"{notebook.stem}-{cfg.task}-{cfg.profile}")
     given["run_name"] = folder.name
     code = run(notebook, folder, {name: value for name, value in given.items() if name in declared})
