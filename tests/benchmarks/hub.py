@@ -47,7 +47,7 @@ class Mirror(BaseHTTPRequestHandler):
         text = io.StringIO()
         if known := split in SPLITS:
             first = SPLITS[split]
-            times = IMAGES[first : first + 2] + pd.Timedelta("4d")
+            times = IMAGES[first : first + 2] + pd.Timedelta("4D")
             pd.DataFrame({"timestamp": times, "V": [400.0, 500.0]}).to_csv(text, index=False)
         data = text.getvalue().encode()
         self.send_response(200 if known else 404)
