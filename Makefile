@@ -38,7 +38,7 @@ help:  ## what there is (this list)
 
 env:  ## install what the course needs, once (every target below does this by itself)
 ifeq ($(ACTIVE),)
-	@.venv/bin/python -c "" 2>/dev/null || { \
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { \
 		"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 			echo "This course needs Python 3.11 or newer with its venv module; '$(PYTHON)' is none."; \
 			echo "Install one, or name yours: make PYTHON=/path/to/python3.12 env"; exit 1; }; \

@@ -75,8 +75,13 @@ def test_without_a_way_to_the_hub_it_cannot_run(call, monkeypatch):
 def test_too_little_memory_is_told_before_a_training_ends_of_it(call, hub, monkeypatch):
     monkeypatch.setattr(check, "free_memory", lambda device: 2e9)
     code, lines = call("--profile", "surya_4k", "--task", "solar_wind")
-    assert code == 1 and "memory: a training step takes 11 GB at least, by estimate, on cpu" in lines
+    assert code == 1 and any("step takes at least 11 GB on cpu, by estimate: lower training" in line for line in lines)
     assert call(*SURYA)[0] == 0
+
+
+def test_a_checkpoint_that_is_not_there_is_no_matter_of_the_hub(call, hub):
+    code, lines = call("--parameters", "model.weights=/tmp/nowhere.pt")
+    assert code == 1 and any(line.startswith("weights There is no checkpoint at /tmp/nowhere.pt") for line in lines)
 
 
 def test_labels_that_are_wrong_are_no_matter_of_the_network(call, hub):
@@ -107,7 +112,7 @@ def test_the_kernel_counts_if_it_is_of_this_python(call, tmp_path):
     folder = tmp_path / "jupyter" / "kernels" / "surya-course"
     folder.mkdir(parents=True)
     for python, told in {
-        "/another/python": "kernel this Python has none",
+        "/another/python": "kernel not registered",
         sys.executable: "kernel Surya course",
     }.items():
         (folder / "kernel.json").write_text(json.dumps({"argv": [python], "display_name": "x", "language": "python"}))

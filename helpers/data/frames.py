@@ -284,7 +284,9 @@ class BuildReport:
     unfetched: set[np.datetime64] = field(default_factory=set)  # those of them that another day may bring
     given_up: int = 0  # frames that were not looked for, because an earlier build could not make them
     samples: Plan | None = None  # of `prepare_store`: which there are
-    needs: str = ""  # of `prepare_store`: what building their frames takes, as text
+    needs: str = ""  # of `prepare_store`: what building their frames takes, as text, and in GB
+    to_read_gb: float = 0.0
+    to_store_gb: float = 0.0
 
     def __str__(self) -> str:
         took = f" in {self.seconds:.0f} s" if self.built else ""
@@ -470,11 +472,11 @@ def prepare_store(
         raise ValueError(f"There is no frame for any sample.\n{report.samples}\nCorrect {keys}.")
     lacking = np.setdiff1d(wanted, there)
     report.already = len(wanted) - len(lacking) - report.built
-    to_read = len(lacking) * FILE_GB * data.native_size**2
-    to_store = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
+    report.to_read_gb = len(lacking) * FILE_GB * data.native_size**2
+    report.to_store_gb = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
     report.needs = (
         f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
-        f"to build: {len(lacking)} frames; {to_read:.1f} GB to read, {to_store:.2f} GB to store "
+        f"to build: {len(lacking)} frames; {report.to_read_gb:.1f} GB to read, {report.to_store_gb:.2f} GB to store "
         f"({shared.free_space(path) / GB:.1f} GB free)"
     )
     if speed := history["seconds a frame"]:
@@ -485,12 +487,16 @@ def prepare_store(
     if data.private_cache and own != path:
         return prepare_store(cfg, times, executor, progress, path=own)
     if not is_writable(path):
+        command = f"make cache TASK={cfg.task} PROFILE={cfg.profile}"
+        if times is not None:
+            last = wanted[-1] + np.timedelta64(data.cadence_minutes, "m")
+            command += f' ARGS="--span {wanted[0]} {last}"'
         raise PermissionError(
             f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds them with "
-            f"`make cache TASK={cfg.task} PROFILE={cfg.profile}`; data.private_cache: true builds a store of your own "
+            f"`{command}`; data.private_cache: true builds a store of your own "
             f"instead, of all {len(wanted)} frames."
         )
-    if to_read > data.ask_above_gb:
+    if report.to_read_gb > data.ask_above_gb:
         raise ValueError(
             f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
             f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."

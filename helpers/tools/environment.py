@@ -21,9 +21,10 @@ from pathlib import Path
 try:
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
-except ModuleNotFoundError:  # in a new environment
-    from pip._vendor.packaging.requirements import Requirement
-    from pip._vendor.packaging.utils import canonicalize_name
+except ModuleNotFoundError:  # in a new environment; a Python that only makes one may have no pip either
+    with contextlib.suppress(ModuleNotFoundError):
+        from pip._vendor.packaging.requirements import Requirement
+        from pip._vendor.packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,7 +124,7 @@ def register_kernel() -> None:
     path = os.pathsep.join(["..", str(ROOT)])  # of the notebook's own clone, else of this one
     if not (file.exists() and {sys.executable, path} <= set(re.findall(r'"(.*?)"', file.read_text()))):
         words = ["--user", "--name", "surya-course", "--display-name", "Surya course", "--env", "PYTHONPATH", path]
-        subprocess.run([sys.executable, "-m", "ipykernel", "install", *words], check=True)
+        subprocess.run([sys.executable, "-m", "ipykernel", "install", *words])
 
 
 def configure_git() -> None:
@@ -159,7 +160,7 @@ def configure_git() -> None:
             if begins == shlex.split(before)[:-1] and Path(other.replace("%%", "%")).exists():
                 continue  # of another environment, for a worktree of this clone: it stays as long as its Python exists
         if present != value:
-            subprocess.run([*words, value], cwd=ROOT, check=True)
+            subprocess.run([*words, value], cwd=ROOT)  # where this clone is not yours, git says so
 
 
 if __name__ == "__main__":

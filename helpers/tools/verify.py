@@ -36,6 +36,8 @@ def main() -> int:
     parser.add_argument("--times", type=int, default=8, help="only the first of the eight times, so many")
     parser.add_argument("--reduce", type=int, help="also: what is left of it when images are reduced by, say, 4")
     asked = read_choices(parser)
+    if asked.choices["task"]:
+        raise Refusal("Surya's own task is verified, the forecast of all channels: leave TASK out.")
     cfg = configure(asked.choices)
     file = find_weights(cfg.model.weights, cfg.shared, cfg.paths.reserve_gb)
     beside = file and file.with_suffix(".losses.json")
@@ -70,7 +72,7 @@ def configure(choices: dict[str, Any], reduce: int = 1) -> Config:
 def times_of(cfg: Config) -> pd.DatetimeIndex:
     """The eight times (UTC) from which is forecast."""
     begin = pd.Timestamp(cfg.synthetic.start if cfg.synthetic.folder else "2014-01-07 15:00") + pd.Timedelta("1h")
-    return pd.date_range(begin, periods=8, freq=f"{cfg.data.cadence_minutes}min")
+    return pd.date_range(begin, periods=8, freq=f"{cfg.data.cadence_minutes if cfg.synthetic.folder else 12}min")
 
 
 def measure(cfg: Config, count: int = 8, reduced: Config | None = None) -> dict[str, np.ndarray]:
