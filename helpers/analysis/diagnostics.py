@@ -75,7 +75,7 @@ def range_test(model: nn.Module, loaders: Loaders, cfg: Config) -> pd.DataFrame:
     accelerator, task = make_accelerator(cfg), make_task(cfg, loaders)
     model.to(accelerator.device).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg))
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(model, cfg)))  # with the loss scaler of fp16
     rates, losses = np.geomspace(*cfg.diagnostics.range_lrs, cfg.diagnostics.range_steps), []
     batches = chain.from_iterable(repeat(accelerator.prepare(loaders.train)))
     for lr, batch in zip(rates, batches, strict=False):
