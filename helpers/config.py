@@ -85,6 +85,7 @@ class Paths(_Section):
     reserve_gb: Annotated[float, Field(ge=0)]
     labels: Place
     released: Place
+    scratch: Place | None
 
 
 class Synthetic(_Section):
@@ -125,7 +126,7 @@ class Labels(_Section):
     time_column: str | Annotated[list[str], Field(min_length=1)]
     value_columns: Annotated[list[str], Field(min_length=1)]
     transform: Literal["none", "log10", "goes"]
-    fill_values: list[float]
+    fill_values: list[Annotated[float, Field(allow_inf_nan=True)]]  # files may mark it with an infinity
     zero: Literal["drop", "floor"]
     unit: str | None
     window_hours: Annotated[list[float], Field(min_length=2, max_length=2)] | None
@@ -171,8 +172,11 @@ class Target(_Section):
 
 def periods_of(given: list[str] | list[list[str]] | None) -> list[list[str]]:
     """The periods of a split, each its first and end time (ISO, in UTC, the end excluded): one, several, or none."""
-    periods = [given] if given and isinstance(given[0], str) else given or []
-    for period in periods:
+    return [given] if given and isinstance(given[0], str) else given or []
+
+
+def _check_periods(given: list[str] | list[list[str]] | None) -> list[str] | list[list[str]] | None:
+    for period in periods_of(given):
         if len(period) != 2:
             raise ValueError(f"a period is the time at which it begins and the one at which it ends, not {period}")
         first, end = (datetime.fromisoformat(time) for time in period)
@@ -180,10 +184,10 @@ def periods_of(given: list[str] | list[list[str]] | None) -> list[list[str]]:
             raise ValueError("splits are in UTC, like the frames; write them without a time zone")
         if first >= end:
             raise ValueError(f"it ends at {end} before it begins at {first}")
-    return periods
+    return given
 
 
-Periods = Annotated[list[str] | list[list[str]] | None, AfterValidator(periods_of)]
+Periods = Annotated[list[str] | list[list[str]] | None, AfterValidator(_check_periods)]
 
 
 class Split(_Section):
@@ -195,7 +199,7 @@ class Split(_Section):
 
     def periods(self, name: str) -> list[list[str]]:
         """The periods of the split train, val or test."""
-        return getattr(self, name)
+        return periods_of(getattr(self, name))
 
 
 class Model(_Section):
@@ -416,10 +420,12 @@ def load_config(
     chosen, choices_exist = {}, True
     for block, key in _OVERLAYS.items():
         chosen[key] = next((tree[key] for _, tree in reversed(sources) if key in tree), None)
-        names = sorted({setting.needs[key] for setting in settings if [*setting.needs][:1] == [key]})
+        # an empty block has the name ""
+        names = sorted({setting.needs[key] for setting in settings if [*setting.needs][:1] == [key]} - {""})
         if chosen[key] not in names:
             choices_exist = False
-            problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {', '.join(names)}")
+            there = ", ".join(names) or "nothing"
+            problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}")
     counting = [setting for setting in settings if setting.needs.items() <= chosen.items()]
     config = _validated(counting, chosen, problems, path.parent) if choices_exist else None
     if problems:
@@ -480,8 +486,11 @@ class _Setting(NamedTuple):
 
 def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
     """All that a file sets; of one key the last that counts wins. Mistakes are added to `problems`."""
-    settings = []
+    settings, with_dots = [], list(_names_with_dots(tree))
+    problems += [f"{name} ({origin}): a name holds no dot, which parts keys" for name in with_dots]
     for dotted, value in leaves(tree):
+        if any(f"{dotted}.".startswith(f"{name}.") for name in with_dots):
+            continue
         key, needs = dotted, {}
         while (block := key.partition(".")[0]) in _OVERLAYS:
             inner = key.partition(".")[2]
@@ -496,6 +505,18 @@ def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
             problems.append(f"{dotted} ({origin}): must hold sections such as 'training:', got {value!r}")
         settings.append(_Setting(key, value, layer, needs))
     return sorted(settings, key=lambda setting: [key in setting.needs for key in ("experiment", "task", "profile")])
+
+
+def _names_with_dots(tree: dict, within: str = "") -> Iterator[str]:
+    """The profiles, tasks and experiments of a file whose names hold a dot, such as tasks.flare.v2."""
+    for block in _OVERLAYS:
+        named = tree.get(block)
+        for name, inner in named.items() if isinstance(named, dict) else ():
+            where = f"{within}{block}.{name}"
+            if "." in str(name):
+                yield where
+            elif isinstance(inner, dict):
+                yield from _names_with_dots(inner, f"{where}.")
 
 
 def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:
@@ -536,19 +557,26 @@ def _validated(settings: list[_Setting], chosen: dict, problems: list[str], root
     settings = [setting for setting in settings if setting.key in _SCHEMA]
     values = {setting.key: setting.value for setting in settings} | chosen
     set_by = {setting.key: setting.layer for setting in settings}
-    names = {"labels": "paths.labels", "released": "paths.released", "synthetic": "synthetic.folder"}
-    names = {f"{{{name}}}": values.get(key) for name, key in {**names, "seed": "synthetic.seed"}.items()}
+    names = {
+        "{labels}": values.get("paths.labels"),
+        "{released}": values.get("paths.released"),
+        "{synthetic}": values.get("synthetic.folder"),
+        "{seed}": values.get("synthetic.seed"),
+    }
     tree: dict[str, Any] = {"root": root, "set_by": set_by}
     for key, value in values.items():
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     setting = values.get("paths.shared")
     try:
-        tree["shared"] = find_shared(setting if isinstance(setting, str) else None, root)
-        config = Config.model_validate(tree, context={"root": root, "shared": tree["shared"], "names": names})
+        shared = find_shared(setting if isinstance(setting, str) else None, root)
     except OSError as error:
         problems.append(f"paths.shared: {error}")
-        return None
+        shared = SharedFolder(root, "none is found", False, root)  # so that all other mistakes are found, too
+    try:
+        config = Config.model_validate(
+            tree | {"shared": shared}, context={"root": root, "shared": shared, "names": names}
+        )
     except ValidationError as error:
         told: dict[str, str] = {}
         for mistake in sorted(error.errors(), key=lambda one: one["type"] not in ("value_error", "string_type")):
@@ -571,10 +599,12 @@ def _validated(settings: list[_Setting], chosen: dict, problems: list[str], root
 def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     """What no single key can know: the keys to look at, and what is wrong with them."""
     # frames
-    offsets, native = c.data.offsets_minutes, c.data.native_size
+    offsets, channels, native = c.data.offsets_minutes, c.data.channels, c.data.native_size
     if len(offsets) != c.model.time_dim or sorted(set(offsets)) != offsets or offsets[-1] > 0:
         rule = f"{c.model.time_dim} offset(s) that rise, each once, to at most 0 (the sample's time), not {offsets}"
         yield "data.offsets_minutes, model.time_dim", rule
+    if len(set(channels)) < len(channels):
+        yield "data.channels", f"each channel once, not {channels}"
 
     # model
     held = c.training.frozen_dtype
@@ -595,6 +625,8 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     # labels
     own, kind, window = c.labels, c.labels.kind, c.labels.window_hours
     files = own.variable or own.reader
+    if own.lead_minutes and own.direction != "forward":
+        yield "labels.direction, labels.lead_minutes", "a lead is a forecast: set labels.direction: forward"
     if window and not (window[0] < window[1] and own.numbers):
         yield "labels.window_hours, labels.kind", "a window is [first, last] in hours, for labels that are numbers"
     if window and (own.lead_minutes or own.spans_hours or c.split.column or isinstance(own.path, dict)):
@@ -602,6 +634,9 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
         yield keys, "the window says how far ahead a label looks, and only periods split a list of events"
     if own.event_at is not None and kind != "event" and not (window and own.aggregate == "any"):
         yield "labels.event_at, labels.kind", "event_at is for labels.kind: event, or for aggregate: any in a window"
+    for name, size in {"event_at": own.event_at, "when_none": own.when_none}.items():
+        if size is not None and isinstance(size, str) != (own.transform == "goes"):
+            yield f"labels.{name}, labels.transform", "a class such as M1.0 with transform: goes, else a number"
     if kind == "event" and own.transform == "log10":
         yield "labels.transform, labels.kind", "event_at is in the unit of the file, so events need no logarithm: none"
     if own.aggregate == "any" and not window:
@@ -613,7 +648,7 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     if not own.numbers and bool(files) == bool(kind == "image" and own.target_channels):
         keys = "labels.variable, labels.target_channels"
         yield keys, "masks come from files, images from files or from channels of the frames: set one of the two"
-    both = sorted(set(c.data.channels) & set(own.target_channels))
+    both = sorted(set(channels) & set(own.target_channels))
     if kind == "image" and both and own.target_offset_minutes in offsets:
         yield "data.channels, labels.target_channels", f"{both} would be input and target at the same time"
     if c.model.patch_size % own.reduce:
@@ -623,14 +658,16 @@ def _contradictions(c: Config) -> Iterator[tuple[str, str]]:
     asked = {"target.loss": [c.target.loss], "target.metrics": c.target.metrics, "target.plot": [c.target.plot]}
     for (key, names), there in zip(asked.items(), KINDS[kind].values(), strict=True):
         for name in (name for name in names if name not in (None, *there)):
+            if ":" not in name:
+                yield f"{key}, labels.kind", f"for {kind} labels there is {', '.join(there)}, not {name!r}"
+                continue
             try:
                 found = find_named(name, {})
-                fits = hasattr(found, "higher_is_better") if key == "target.metrics" else callable(found)
-                wrong = None if fits else "must be a function, or of metrics a NumberMetric or ImageMetric"
             except Exception as error:  # whatever a module of one's own raises
-                wrong = f"cannot be imported: {type(error).__name__}: {error}"
-            if wrong:
-                yield f"{key}, labels.kind", f"of {kind} labels there is {', '.join(there)}; {name} {wrong}"
+                yield key, f"{name} cannot be imported: {type(error).__name__}: {error}"
+                continue
+            if not (hasattr(found, "higher_is_better") if key == "target.metrics" else callable(found)):
+                yield key, f"{name} must be a function, or of metrics a NumberMetric or ImageMetric"
     counted = ", ".join(name for name in c.target.metrics if name in EVENT_METRICS)
     if kind == "scalar" and c.target.event_threshold is None and counted:
         yield "target.metrics, target.event_threshold", f"{counted} count events: say from which value on"

@@ -161,6 +161,15 @@ def test_frames_from_s3_without_an_index_and_with_one(s3, built):
         read_index("s3://sun/none.csv", archive)
 
 
+def test_a_download_lies_in_the_scratch_folder(s3, built):
+    archive, _ = s3
+    archive = replace(archive, scratch=str(built / "scratch"))
+    (built / "scratch").mkdir()
+    with archive.local_copy(archive.url(HOURS[0])) as path:
+        assert path.is_relative_to(built / "scratch")
+    assert not any((built / "scratch").iterdir())
+
+
 def test_a_busy_server_and_a_broken_connection_are_tried_again(s3, built):
     archive, server = s3
     server.faults |= {_key(1): ["SlowDown", "InternalError", "SlowDown"], _key(3): ["cut", "SlowDown", "cut"]}

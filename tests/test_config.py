@@ -298,6 +298,7 @@ def test_wrong_types_are_named_with_the_item_and_the_value(path, where, value):
 IMAGE = {"labels.kind": "image", "labels.target_channels": ["hmi_m"], "labels.target_offset_minutes": 60}
 IMAGE |= {"target.metrics": ["correlation"]}
 MASK = {"labels.kind": "mask", "labels.variable": "mask", "target.loss": "bce_dice", "target.metrics": ["iou"]}
+EVENT = {"labels.kind": "event", "target.loss": "bce", "target.metrics": ["tss"], "target.event_threshold": None}
 
 # overrides -> the keys that are named
 CONTRADICTIONS = [
@@ -309,6 +310,7 @@ CONTRADICTIONS = [
     ({"data.offsets_minutes": [0, -60]}, "data.offsets_minutes, model.time_dim"),
     ({"data.offsets_minutes": [0, 0]}, "data.offsets_minutes, model.time_dim"),
     ({"data.offsets_minutes": [0, 60]}, "data.offsets_minutes, model.time_dim"),
+    ({"data.channels": ["aia94", "aia94"]}, "data.channels"),
     ({"training.recompute_blocks": [0, 5]}, "training.recompute_blocks"),
     ({"training.recompute_blocks": [-1]}, "training.recompute_blocks"),
     ({"head.pooling": "class_token"}, "head.pooling, model.nglo"),
@@ -321,6 +323,10 @@ CONTRADICTIONS = [
         {"labels.window_hours": [0, 24]},
         "labels.window_hours, labels.lead_minutes, labels.spans_hours, split.column, labels.path",
     ),
+    ({"labels.direction": "nearest"}, "labels.direction, labels.lead_minutes"),
+    ({"labels.when_none": 5}, "labels.when_none, labels.transform"),
+    (EVENT | {"labels.event_at": 5}, "labels.event_at, labels.transform"),
+    (EVENT | {"labels.event_at": "M1.0", "labels.transform": "none"}, "labels.event_at, labels.transform"),
     ({"labels.path": None}, "labels.path, labels.kind"),
     (IMAGE | {"labels.target_channels": []}, "labels.variable, labels.target_channels"),
     (IMAGE | {"labels.variable": "mask"}, "labels.variable, labels.target_channels"),
@@ -330,9 +336,9 @@ CONTRADICTIONS = [
     (MASK | {"target.loss": "mse"}, "target.loss, labels.kind"),
     (IMAGE | {"target.metrics": ["rmse", "iou"]}, "target.metrics, labels.kind"),
     ({"target.plot": "image"}, "target.plot, labels.kind"),
-    ({"target.loss": "nowhere.at_all:loss"}, "target.loss, labels.kind"),
-    ({"target.loss": "math:pi"}, "target.loss, labels.kind"),
-    ({"target.metrics": ["math:floor"]}, "target.metrics, labels.kind"),
+    ({"target.loss": "nowhere.at_all:loss"}, "target.loss"),
+    ({"target.loss": "math:pi"}, "target.loss"),
+    ({"target.metrics": ["math:floor"]}, "target.metrics"),
     (MASK | {"labels.reduce": 3}, "labels.reduce, model.patch_size"),
     ({"target.metrics": ["tss"], "target.event_threshold": None}, "target.metrics, target.event_threshold"),
     ({"split.train": ["2014-02-01", "2014-01-01"]}, "split.train"),
@@ -376,6 +382,10 @@ def test_without_a_synthetic_sun_its_paths_stand_for_nothing(path):
         {"target.event_threshold": None},
         {"target.plot": "spectrum", "labels.value_columns": ["goes_class", "another"]},
         {"training.lr": 1},  # a whole number is a number
+        {"labels.fill_values": [float("inf"), float("-inf"), -9999]},
+        {"labels.direction": "backward", "labels.lead_minutes": 0},
+        {"labels.when_none": "B1.0"},
+        EVENT | {"labels.event_at": "M1.0"},
     ],
 )
 def test_what_only_looks_contradictory_loads(path, overrides):
@@ -397,6 +407,20 @@ def test_all_mistakes_come_in_one_error(folder):
     assert len(message.splitlines()) == 6
 
 
+def test_a_name_that_suits_no_kind_of_label_is_told_with_those_that_do(path):
+    message = mistakes(path, EVENT | {"target.loss": "mse", "target.metrics": ["tsss"]})
+    assert "target.loss, labels.kind (overrides=): for event labels there is bce, not 'mse'" in message
+    assert re.search(r"for event labels there is tss, hss, .*, not 'tsss'", message) and "import" not in message
+
+
+def test_without_the_shared_folder_all_other_mistakes_are_said(path, tmp_path):
+    nowhere = {"paths.shared": str(tmp_path / "not/mounted")}
+    assert "has a mistake:\n  - paths.shared: " in mistakes(path, nowhere)
+    both = mistakes(path, nowhere | {"training.epochs": "many"})
+    assert "has 2 mistakes" in both and "training.epochs (overrides=): " in both
+    assert "has 2 mistakes" in mistakes(path, nowhere | {"model.num_heads": 5})
+
+
 def test_all_contradictions_come_in_one_error(folder):
     wrong = {"model.num_heads": 5, "model.nglo": 1, "target.weights": "sqrt"}
     message = mistakes(local(folder, "training: {lrr: 1.0}"), wrong)
@@ -416,8 +440,19 @@ def test_unknown_choices_list_those_there_are(folder):
     assert f"task: there is no 'nothing' under `tasks`; there is {', '.join(sorted(TASKS))}" in message
     assert "experiment: there is no 'other' under `experiments`; there is baseline, finetune" in message
     assert len(message.splitlines()) == 4  # the values that the profile would have set are not listed as well
-    path = local(folder, "profiles: {hub: {seed: 1}}\nprofile: [hub]")
-    assert "there is no ['hub'] under `profiles`; there is hub, surya, surya_4k, tiny" in mistakes(path)
+    path = local(folder, "tasks:\nprofiles: {hub: {seed: 1}}\nprofile: [hub]")
+    message = mistakes(path, task="")
+    assert "there is no ['hub'] under `profiles`; there is hub, surya, surya_4k, tiny" in message
+    assert f"there is no '' under `tasks`; there is {', '.join(sorted(TASKS))}" in message
+
+
+@pytest.mark.parametrize("within", ["", "profiles.tiny."])
+def test_a_name_with_a_dot_is_refused(folder, within):
+    content = {"tasks": {"flare.v2": {"labels": {"lead_minutes": 60}, "seed": 3}}}
+    content = {"profiles": {"tiny": content}} if within else content
+    message = mistakes(local(folder, yaml.safe_dump(content)))
+    assert f"has a mistake:\n  - {within}tasks.flare.v2 (config.local.yaml): a name holds no dot" in message
+    assert len(message.splitlines()) == 2
 
 
 # ---------------------------------------------------------------------------------------------------- YAML
@@ -458,7 +493,7 @@ def test_values_mean_what_a_person_expects():
 
 def test_numbers_and_dates_of_a_file(folder):
     cfg = load_config(local(folder, "training: {lr: 1e-3}\nsplit: {test: [2014-12-05, 2015-02-20 12:00]}"))
-    assert cfg.training.lr == 0.001 and cfg.split.test == [["2014-12-05", "2015-02-20 12:00"]]
+    assert cfg.training.lr == 0.001 and cfg.split.periods("test") == [["2014-12-05", "2015-02-20 12:00"]]
 
 
 # ---------------------------------------------------------------------------------------------------- the result

@@ -353,8 +353,8 @@ def test_what_is_an_event(read, cells, overrides, expected, empty):
     [
         (["0", "2"], {}, "other numbers than 0 and 1 in value. Set labels.event_at"),
         (["C1.0", "M1.0"], {"labels.transform": "goes"}, "other numbers than 0 and 1"),
-        (["C1.0"], {"labels.event_at": "M1.0"}, "for flare classes such as M2.5 set labels.transform: goes"),
-        (["C1.0"], {"labels.event_at": 1e-5, "labels.transform": "goes"}, "column event_at, which is no GOES class"),
+        (["C1.0"], {"labels.event_at": 1e-5}, "for flare classes such as M2.5 set labels.transform: goes"),
+        (["C1.0"], GOES | {"labels.event_at": "Q1.0"}, "column event_at, which is no GOES class"),
         (["0", "yes"], {}, 'has "yes" in its column value'),
     ],
 )

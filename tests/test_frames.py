@@ -23,7 +23,7 @@ from helpers.channels import CHANNELS, ERROR_BOUND, UNITS, load_scalers
 from helpers.config import load_config
 from helpers.data import archive as archives
 from helpers.data import frames
-from helpers.data.archive import open_netcdf
+from helpers.data.archive import Archive, open_netcdf
 from helpers.data.frames import open_store, prepare_store, reduce_frame
 from helpers.shared import DiskFullError
 from helpers.tools import cache
@@ -387,15 +387,14 @@ def test_builders_at_once_give_the_same_bytes(built):
     assert not [path for path in built.rglob("*") if path.suffix == ".partial" or path.name.startswith(".")]
 
 
-def test_old_leftovers_go_and_young_ones_stay(built, monkeypatch):
+def test_old_leftovers_go_and_young_ones_stay(built):
     for age in ("old", "young"):
         (built / f"store.zarr/frames/c.1.0.0.0.{age}.partial").write_bytes(b"half")
         for name in (f".store.zarr.{age}", f"{archives.SCRATCH_PREFIX}{age}"):
             (built / name / "deep").mkdir(parents=True)
     for path in built.rglob("*old*"):
         os.utime(path, (0, 0))
-    monkeypatch.setattr("tempfile.tempdir", str(built))
-    build(built)
+    build(built, archive=Archive(str(built), scratch=str(built)))
     left = {path.name for path in built.rglob("*") if "old" in path.name or "young" in path.name}
     assert left == {"c.1.0.0.0.young.partial", ".store.zarr.young", f"{archives.SCRATCH_PREFIX}young"}
 
@@ -417,6 +416,14 @@ def config(folder, monkeypatch):
         "model.patch_size": 4,
     }
     return lambda **changes: load_config(ROOT / "config.yaml", values | changes)
+
+
+def test_downloads_lie_where_the_configuration_says(folder, config):
+    assert frames.make_archive(config()).scratch is None
+    (folder / "fast").mkdir()
+    assert frames.make_archive(config(**{"paths.scratch": str(folder / "fast")})).scratch == str(folder / "fast")
+    with pytest.raises(FileNotFoundError, match=r"There is no folder .*/slow for downloads \(paths.scratch"):
+        frames.make_archive(config(**{"paths.scratch": str(folder / "slow")}))
 
 
 def test_a_store_that_has_all_channels_is_shared(folder, config):

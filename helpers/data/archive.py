@@ -59,6 +59,7 @@ class Archive:
     index: pd.Series | None = None  # path of every present frame by its time (`read_index`); None: as above
     anonymous: bool = True  # on the S3 server
     endpoint_url: str | None = None  # of the S3 server
+    scratch: str | None = None  # where downloads lie until they are reduced; None: the disk of the temporary files
 
     def url(self, time: np.datetime64) -> str | None:
         """The address of the frame of this time, even if it is not there; None where an index has none."""
@@ -87,7 +88,7 @@ class Archive:
         file can be had, as there is no folder, no way to the server, or no credentials. DiskFullError: no room for it.
         """
         if url.startswith("s3://"):
-            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX) as folder, disk_errors(folder):
+            with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=self.scratch) as folder, disk_errors(folder):
                 self._download(url, Path(folder, "frame.nc"))
                 yield Path(folder, "frame.nc")
             return

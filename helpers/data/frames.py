@@ -328,7 +328,7 @@ def build_store(
     store, started = open_store(path, channels, reduce, native_size), time.perf_counter()
     shared.remove_leftovers(path / "frames")
     shared.remove_leftovers(path.parent, f".{path.name}.*")
-    shared.remove_leftovers(Path(tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
+    shared.remove_leftovers(Path(archive.scratch or tempfile.gettempdir()), f"{archives.SCRATCH_PREFIX}*")
     wanted = {START + _row(when) * CADENCE for when in times}
     lacking = list(wanted - set(store.times))
     random.shuffle(lacking)
@@ -424,7 +424,9 @@ def make_archive(cfg: Config) -> Archive:
     folder, index = (
         text if text is None or "://" in text else str(cfg.shared.to_read(text)) for text in (data.archive, data.index)
     )
-    archive = Archive(folder, None, data.anonymous, data.endpoint_url)
+    if cfg.paths.scratch and not Path(cfg.paths.scratch).is_dir():
+        raise FileNotFoundError(f"There is no folder {cfg.paths.scratch} for downloads (paths.scratch in the config).")
+    archive = Archive(folder, None, data.anonymous, data.endpoint_url, cfg.paths.scratch)
     return replace(archive, index=archives.read_index(index, archive)) if index else archive
 
 
