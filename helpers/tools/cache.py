@@ -7,6 +7,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from helpers.config import load_config
+from helpers.data.archive import parse_times
 from helpers.data.dataset import make_datasets
 from helpers.data.frames import open_store, prepare_store, store_path
 from helpers.data.synthetic import ensure_synthetic
@@ -27,8 +28,8 @@ def main() -> None:
     times, damaged = None, []
     if asked.span:
         try:
-            every_frame = f"{cfg.data.cadence_minutes}min"
-            times = pd.date_range(*asked.span, freq=every_frame, inclusive="left")
+            span = parse_times(pd.Series(asked.span, [-1, 0], name="--span"), "what was typed")
+            times = pd.date_range(*span, freq=f"{cfg.data.cadence_minutes}min", inclusive="left")
         except ValueError as error:
             parser.error(f"--span takes two times such as 2014-01-07 and '2014-01-07 18:00' (UTC): {error}")
     if asked.plan:
