@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -432,6 +433,15 @@ def test_update_refuses_in_a_sentence_and_changes_nothing(template, clone, updat
     assert done.returncode != 0 and "Traceback" not in done.stdout + done.stderr, done.stderr
     assert all(words in done.stdout for words in told), done.stdout
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_second_of_two_at_once_waits_for_the_first(template, clone, update):
+    write_notebook(clone / "notebooks/my_own.ipynb", "mine")
+    publish(clone, message="Mine, so that this is no fast-forward")
+    publish(template, "lr = 9", "train()", "plot()")
+    with ThreadPoolExecutor(3) as pool:
+        said = sorted(done.stdout.split(":")[0] for done in pool.map(lambda _: update(), range(3)))
+    assert said == ["New in origin/main", "Nothing new", "Nothing new"] and not git(clone, "status", "--porcelain")
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 It is `git fetch` and `git merge`; what it adds is what to do when these stop.
 """
 
+import fcntl
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ def main(remote: str) -> None:
     """Fetch `remote` and merge its branch `main` into yours; Refusal says why not, or which conflicts are left."""
     if not (ROOT / ".git").exists():
         raise Refusal("This folder is no git clone (a downloaded ZIP?). Clone the template, and copy your files there.")
+    fcntl.flock(os.open(ROOT / ".git", os.O_RDONLY), fcntl.LOCK_EX)  # a second call waits until this process ends
     stop_at_an_unfinished_merge()
     if not git("branch", "--show-current"):
         raise Refusal("You are on no branch (a detached HEAD). Give your work one: git switch -c my-task")

@@ -148,7 +148,7 @@ def different_suns(ground: Path, place: Path, count: int) -> str:
 
 
 def updates(ground: Path, place: Path, count: int) -> str:
-    """The template's news are merged; who comes second is told to wait, or that there is nothing new."""
+    """The template's news are merged; who comes second waits, and is told that there is nothing new."""
     template, clone = make_template(place / "template"), place / "clone"
     git(place, "clone", "-q", "template", "clone")
     configure(clone)
@@ -160,4 +160,4 @@ def updates(ground: Path, place: Path, count: int) -> str:
     person |= {"PYTHONPATH": ""}  # the clone's own helpers
     ended = at_once(*[lambda: subprocess.run(words, cwd=clone, env=person).returncode] * count)
     merged = "lr = 2" in (clone / LESSON).read_text() and not git(clone, "status", "--porcelain")
-    return wrong_with([one for one in ended if "Wait for it" not in one.said], merged)
+    return wrong_with(ended, merged)
