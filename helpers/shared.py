@@ -218,8 +218,7 @@ def disk_errors(path: str | Path) -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, DiskFullError):
                 raise DiskFullError(str(cause)) from error
-            told = any(words in str(cause) for words in ("No space left on device", "unexpected pos"))  # torch.save
-            if told or getattr(cause, "errno", 0) in (errno.ENOSPC, errno.EDQUOT):
+            if getattr(cause, "errno", 0) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
                 raise DiskFullError(
                     f"The disk of {path} became full ({free_space(path) / GB:.2f} GB free). What was being written has "
                     "been removed, the rest is still there. Free some space and run this again: it goes on."

@@ -1,5 +1,6 @@
 """Filtered loading, adapter files, and a sentence for every file that is something else."""
 
+import os
 import re
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from helpers.model.checkpoint import (
 from helpers.model.encoder import SuryaEncoder, fourier_positions
 from helpers.model.heads import LinearBaseline1D, Specformer1D, Specformer2D
 from helpers.model.lora import apply_lora, lora_state_dict, merge_lora
+from helpers.shared import DiskFullError
 
 ROOT = Path(__file__).parent.parent
 CONFIG = SMALL | {"img_size": 64, "in_chans": 13}
@@ -428,6 +430,16 @@ def test_an_adapter_file_holds_adapters_and_head_and_is_small(tmp_path: Path):
     assert {"class_token", "feature_mean", "feature_std"} <= head
     assert path.stat().st_size < sum(p.numel() for p in model.parameters())
     assert [p.name for p in tmp_path.iterdir()] == ["adapter.pt"]  # no temporary file is left
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a file that is always full")
+def test_a_full_disk_is_understood_whatever_torch_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    opened, model = Path.open, trained()
+    monkeypatch.setattr(Path, "open", lambda path, *mode: opened(Path("/dev/full"), *mode))
+    for save in (lambda path: save_adapter(path, model, {}), lambda path: export_merged(path, model)):
+        with pytest.raises(DiskFullError, match="became full"):
+            save(tmp_path / "model.pt")
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -224,12 +224,6 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "first"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a file that is always full")
-def test_what_torch_says_on_a_full_disk_is_understood(tmp_path):
-    with pytest.raises(DiskFullError, match="became full"), shared.disk_errors(tmp_path):
-        torch.save({"weights": torch.zeros(10**6)}, "/dev/full")
-
-
 def test_a_leftover_of_a_killed_process_goes_once_it_is_old(tmp_path):
     (tmp_path / ".git").mkdir()
     for name in (".last.0123456789ab.partial.pt", ".last.ba9876543210.partial.pt", ".keep.pt", "last.pt"):

@@ -289,8 +289,8 @@ def save_adapter(
     plain = json.loads(json.dumps({"config": dict(config), "extra": dict(extra or {})}, default=str))
     state = {key: tensor.detach().cpu().clone() for key, tensor in trained_state(model).items()}
     origin = fingerprint or loaded_from(model) or "none"
-    with atomic_write(path) as temporary:
-        torch.save({"format": ADAPTER_FORMAT, "fingerprint": origin, **plain, "state": state}, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # torch itself loses the errors of a full disk
+        torch.save({"format": ADAPTER_FORMAT, "fingerprint": origin, **plain, "state": state}, file)
     return Path(path)
 
 
@@ -338,8 +338,8 @@ def loaded_from(model: nn.Module) -> str | None:
 def export_merged(path: str | Path, model: nn.Module) -> Path:
     """Write the whole model's state dict in float32, every adapter added to its weight, as `load_filtered` reads it."""
     merged = merge_lora(copy.deepcopy(model).float())
-    with atomic_write(path) as temporary:
-        torch.save({key: tensor.detach().cpu() for key, tensor in merged.state_dict().items()}, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save({key: tensor.detach().cpu() for key, tensor in merged.state_dict().items()}, file)
     return Path(path)
 
 

@@ -305,8 +305,8 @@ class Trainer:
             "progress": (self.epoch, self.batches, self.samples, self.loss),
             "history": vars(self.history),
         }
-        with atomic_write(self.run.folder / STATE) as path:
-            torch.save(state, path)
+        with atomic_write(self.run.folder / STATE) as path, path.open("wb") as file:  # as in `save_adapter`
+            torch.save(state, file)
         self.saved = f"the last good state is {self.run.folder / STATE} ({self.where()})"
 
     def resume(self) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -35,7 +36,7 @@ class Ended:
     @property
     def fault(self) -> str:
         """What a command may never do, whatever happened to it; "" where it has not."""
-        traced = "Traceback" in self.said or "Where it happened stands in" in self.said
+        traced = re.match(r"Traceback|Where it happened stands in|[\w.]+(Error|Exception)\b", self.last)
         return f"it hangs: {self.last}" if self.code is None else f"no sentence: {self.said[-300:]}" if traced else ""
 
 
