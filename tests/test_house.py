@@ -128,7 +128,6 @@ def test_a_laptops_bare_conda_base_is_left_alone(make, tmp_path):
     assert f'"{base}/python" -m jupyterlab' in dry
 
 
-@pytest.mark.slow
 def test_a_python_without_pip_can_make_the_environment(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     shutil.copy(environment.__file__, tmp_path)
@@ -136,6 +135,7 @@ def test_a_python_without_pip_can_make_the_environment(tmp_path):
     subprocess.run(words, cwd=tmp_path, check=True)
 
 
+@pytest.mark.slow
 def test_of_two_at_once_the_second_waits(tmp_path):
     """Two calls of `make env` in one folder: one makes .venv, the other finds it whole."""
     (tmp_path / "helpers" / "tools").mkdir(parents=True)
