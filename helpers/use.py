@@ -147,7 +147,7 @@ def computed(compute: Callable[[dict], Tensor], model: nn.Module, data: Dataset,
 
 
 def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: bool = True) -> Path:
-    """Predict at times (UTC) that need no label, and write `out`: numbers as .csv, masks and images as .zarr or .nc.
+    """Predict at times (UTC) that need no label, and write `out`: numbers as .csv, masks and images as .zarr.
 
     Frames that lack are built, and no others. Times without frames are left out and named. A call that was interrupted
     goes on with the batch at which it stopped, and writes the same file. Of numbers a row has `timestamp`, and of each
@@ -158,9 +158,9 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
     calendar.
     """
     cfg, own, out = trained.cfg, trained.cfg.labels, Path(out)
-    endings = [".csv"] if own.numbers else [".zarr", ".nc"]
-    if out.suffix not in endings:
-        raise ValueError(f"OUT={out} must end in {' or '.join(endings)} for task {cfg.task}.")
+    ending = ".csv" if own.numbers else ".zarr"
+    if out.suffix != ending:
+        raise ValueError(f"OUT={out} must end in {ending} for task {cfg.task}.")
     with disk_errors(out.parent), lease(out, what=out.name):  # two at once would write into one store
         if out.exists():
             raise FileExistsError(f"{out} is there already, and nothing is overwritten: name another file in OUT.")
@@ -177,10 +177,10 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
                 array[done : done + len(found)] = found.numpy()
                 array.attrs["done"] = done = done + len(found)
                 bar.update(len(found))
-        if out.suffix == ".zarr":
+        if not own.numbers:
             return folder.rename(out)
         table = pd.DataFrame({"timestamp": [time.isoformat() for time in data.samples["time"]]})
-        for k, values in enumerate(array[:].T if own.numbers else ()):
+        for k, values in enumerate(array[:].T):
             table[f"prediction_{k}"] = values
             if trained.interval is not None:
                 half = trained.interval[k].item()
@@ -190,10 +190,7 @@ def predict_times(trained: Trained, times: Iterable, out: str | Path, progress: 
             elif own.transform != "none" and own.aggregate != "any":
                 table[f"physical_{k}"] = own.physical(values)
         with atomic_write(out) as temporary:
-            if own.numbers:
-                table.to_csv(temporary, index=False)
-            else:
-                xr.open_zarr(folder, chunks=None).to_netcdf(temporary, engine="h5netcdf")
+            table.to_csv(temporary, index=False)
         shutil.rmtree(folder)
         return out
 

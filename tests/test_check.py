@@ -72,13 +72,6 @@ def test_without_a_way_to_the_hub_it_cannot_run(call, monkeypatch):
     assert lines[-2:] == [f"{what}: http://127.0.0.1:9 does not answer" for what in ("weights", "labels")]
 
 
-def test_too_little_memory_is_told_before_a_training_ends_of_it(call, hub, monkeypatch):
-    monkeypatch.setattr(check, "free_memory", lambda device: 2e9)
-    code, lines = call("--profile", "surya_4k", "--task", "solar_wind")
-    assert code == 1 and any("step takes at least 11 GB on cpu, by estimate: lower training" in line for line in lines)
-    assert call(*SURYA)[0] == 0
-
-
 def test_a_checkpoint_that_is_not_there_is_no_matter_of_the_hub(call, hub):
     code, lines = call("--parameters", "model.weights=/tmp/nowhere.pt")
     assert code == 1 and any(line.startswith("weights There is no checkpoint at /tmp/nowhere.pt") for line in lines)

@@ -17,8 +17,6 @@ from helpers.tools.command import ROOT, read_choices, run
 from helpers.training.devices import choose_device, free_memory
 from helpers.training.tracking import wandb_mode
 
-STEP_BYTES = 130  # for each number of a token, in a step that recomputes every block; `estimate_memory`, at 4096 x 4096
-
 
 def main() -> int:
     """Look, and download neither weights nor frames; 1 if a run of the profile cannot work here."""
@@ -42,10 +40,6 @@ def main() -> int:
     say("memory", f"{free / GB:.1f} of {total / GB:.1f} GB free")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     say("GPU", f"{name}, {free_memory(device) / GB:.1f} GB free" if name else "none; the CPU computes")
-    tokens = (cfg.data.image_size // cfg.model.patch_size) ** 2 * cfg.training.batch_size
-    if (step := STEP_BYTES * tokens * cfg.model.embed_dim) > free_memory(device):
-        lower = "lower training.batch_size, or raise data.reduce"
-        problems.append(f"memory: a training step takes at least {step / GB:.0f} GB on {device}, by estimate: {lower}")
     say("disk", f"{free_space(cfg.runs_folder) / GB:.1f} GB free in {cfg.runs_folder}")
 
     hub, on_hub = constants.ENDPOINT, "hf://" in str(cfg.labels.path)

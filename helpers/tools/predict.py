@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--released", default="", help="flare_24h, solar_wind, ..., hf://owner/name/file, or a file")
     parser.add_argument("--times", required=True, help="UTC: a first and a last one, 2014-01-07/2014-01-09, or one")
     parser.add_argument("--every", type=int, default=60, help="minutes from one time to the next")
-    parser.add_argument("--out", type=Path, help=".csv for numbers, .zarr or .nc for images; else in the run's folder")
+    parser.add_argument("--out", type=Path, help=".csv for numbers, .zarr for images; else in the run's folder")
     asked = read_choices(parser)
     if bool(asked.run) == bool(asked.released):
         raise Refusal("Which model? RUN=finetune-flare-tiny-001, a run of yours, or RELEASED=solar_wind, of NASA's.")
