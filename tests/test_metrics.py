@@ -258,6 +258,16 @@ def test_images_are_judged_by_error_and_likeness():
     assert found["ssim"] < 0.9
 
 
+def test_a_large_offset_leaves_the_correlation_over_many_batches():
+    torch.manual_seed(0)
+    target = torch.randn(40, 1, 16, 16)
+    prediction = target + torch.randn_like(target) + 1e5
+    batches = zip(prediction[:, None], target[:, None], strict=True)
+    both = torch.stack([prediction.flatten(), target.flatten()]).double()
+    found = collect(["correlation"], 0.5, 1.0, *batches).values["correlation"]
+    assert found == pytest.approx(torch.corrcoef(both)[0, 1].item(), rel=1e-9)
+
+
 def test_a_constant_image_has_no_likeness():
     flat, varied = torch.full((2, 1, 16, 16), 3.3), torch.rand(2, 1, 16, 16)
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,12 @@ def test_the_wind_gets_its_unit_from_the_labels_of_the_training(tmp_path):
     changes |= {"data.offsets_minutes": [-60, 0][2 - frames :], "data.native_size": 64, "data.reduce": 1}
     cfg = load_config(profile="tiny", task="solar_wind", experiment="finetune", overrides=changes)
     trained = load_release(str(tmp_path / "wind.pth"), cfg, **unknown)
+    written = load_release("wind.pth", cfg.model_copy(update={"root": tmp_path}), **unknown)  # as in config.yaml
+    assert written.about == trained.about
+    shared = replace(cfg.shared, path=tmp_path)
+    assert (
+        load_release("{shared}/wind.pth", cfg.model_copy(update={"shared": shared}), **unknown).about == trained.about
+    )
     with torch.no_grad():
         assert torch.allclose(trained.to_units(trained.model({"ts": ts})), 300 + 500 * output, atol=1e-2)
     for change, told in {

@@ -91,6 +91,9 @@ def test_many_processes_never_share_a_folder(tmp_path):
         folders = list(pool.map(lambda _: claim_run(tmp_path / "runs", "a"), range(40)))
     assert len(set(folders)) == 40 and folders[0].parent.joinpath("a-040").exists()
     assert claim_run(tmp_path / "runs", "a").name == "a-041" and claim_run(tmp_path / "runs", "b").name == "b-001"
+    folders[0].rmdir()  # a deleted run's number is not given again: its name would mean another run
+    (tmp_path / "runs/a-999-more").mkdir()
+    assert claim_run(tmp_path / "runs", "a").name == "a-042"
 
 
 def test_runs_are_found_by_experiment_task_and_profile(cfg):
@@ -107,6 +110,8 @@ def test_runs_are_found_by_experiment_task_and_profile(cfg):
     assert table.experiment.tolist() == ["baseline", "finetune", "baseline"] and table.seed.tolist() == [cfg.seed] * 3
     assert list_runs(cfg.paths.runs, experiment="finetune").test_rmse.tolist() == [0.4]
     assert list_runs(cfg.paths.runs, task="wind").empty and list_runs(cfg.paths.runs, profile="surya").empty
+    assert list_runs(cfg.paths.runs, commit="another").empty
+    assert len(list_runs(cfg.paths.runs, commit=tracking.commit_of(cfg.root))) == 3
 
 
 def test_wandb_offline_writes_a_run_that_wandb_can_read(cfg, capfd, monkeypatch):

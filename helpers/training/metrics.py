@@ -121,6 +121,10 @@ NUMBERS = {
 class PixelCorrelation(torchmetrics.PearsonCorrCoef):
     """Pearson's correlation over all pixels of all images; 0 for a constant prediction, NaN for a constant target."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_dtype(torch.float64)
+
     def update(self, preds: Tensor, target: Tensor) -> None:  # (B, C, H, W)
         super().update(preds.flatten().double(), target.flatten().double())
 

@@ -119,8 +119,10 @@ def start_run(cfg: Config, name: str | None = None) -> Run:
 
 def claim_run(runs: Path, prefix: str) -> Path:
     """Make and return the folder `runs/<prefix>-<NNN>` with the next free number, also while others do the same."""
-    for number in count(1):
-        folder = make_folder(runs) / f"{prefix}-{number:03}"
+    # beyond the highest, as a name must not come to mean another run once an earlier one is deleted
+    taken = [re.fullmatch(rf"{re.escape(prefix)}-(\d+)", path.name) for path in make_folder(runs).iterdir()]
+    for number in count(1 + max((int(match[1]) for match in taken if match), default=0)):
+        folder = runs / f"{prefix}-{number:03}"
         with suppress(FileExistsError):
             folder.mkdir()
             share(folder)
@@ -135,9 +137,11 @@ def list_runs(runs: str | Path, **wanted: str) -> pd.DataFrame:
     for path in Path(runs).glob("*/summary.json"):
         try:
             run = {"folder": path.parent, **json.loads(path.read_text(encoding="utf-8"))}
-            if run["status"] == "finished" and all(run[key] == wanted.get(key, run[key]) for key in columns[:5]):
-                settings = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
-                rows.append({**run, "settings": settings, "seed": settings["seed"], **run["metrics"]})
+            if run["status"] == "finished" and all(run[key] == value for key, value in wanted.items()):
+                run["settings"] = yaml.safe_load((path.parent / "config.yaml").read_text(encoding="utf-8"))
+                run["seed"] = run["settings"]["seed"]
+                needed = {key: run[key] for key in columns}  # a KeyError names the one that lacks
+                rows.append({**needed, **run, **run["metrics"]})
         except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
             print(f"Left out: {path.parent}, whose record is damaged ({type(error).__name__}: {error}).")
     return pd.DataFrame(rows, columns=None if rows else columns).sort_values("finished", ignore_index=True)
@@ -180,8 +184,10 @@ def commit_of(folder: Path) -> str:
 # ---- Weights & Biases
 def wandb_mode(cfg: Config) -> str:
     """`online`, `offline` or `disabled`; for `auto`, what WANDB_MODE says, else online if the person is logged in."""
-    if mode := os.environ.get("WANDB_MODE") if cfg.tracking.wandb == "auto" else cfg.tracking.wandb:
-        return mode
+    if cfg.tracking.wandb != "auto":
+        return cfg.tracking.wandb
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
     import wandb
 
     with suppress(wandb.Error):  # a key that cannot be one
