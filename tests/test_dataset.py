@@ -517,7 +517,8 @@ def test_a_corrected_label_is_another_fingerprint_and_ends_resume_and_comparison
     assert comparison.find_run(cfg) == run.name and len(comparison.compare_runs(cfg)[0].columns) == 1
     leave(True)
     with pytest.raises(
-        CheckpointError, match=f"The run {run.name} .* cannot be continued, because it had other frames or labels"
+        CheckpointError,
+        match=f"The run {run.name} .* cannot be continued, because it had other frames or labels.*Take back",
     ):
         fit(Line(kind == "mask"), make_loaders(again), again)
     capsys.readouterr()

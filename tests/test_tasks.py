@@ -26,7 +26,7 @@ from helpers.model.heads import (
 from helpers.model.lora import apply_lora
 from helpers.training.loop import fit, predict, standardise_features
 from helpers.training.references import reference_predictions
-from helpers.training.tasks import ImagePredictions, bce_dice, make_task, metrics_table
+from helpers.training.tasks import LOSSES, ImagePredictions, bce_dice, make_task, metrics_table
 
 ROOT = Path(__file__).parents[1]
 HOURS = pd.date_range("2014-01-07", periods=30, freq="1h")
@@ -224,6 +224,17 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     assert again.same_samples(found) and not again.same_samples(ImagePredictions({}, found.scores.iloc[1:]))
     quick = make_task(cfg, loaders).collect([(said, truth, {"timestamp": ["a", "b", "c"]})])
     assert quick.values == pytest.approx(found.values)
+
+
+def test_outputs_that_mean_something_else_are_given_to_no_loss(config, monkeypatch):
+    class Three(torch.nn.Module):
+        def forward(self, batch):
+            return torch.full_like(batch["target"], 3)
+
+    cfg = config("forecast")
+    monkeypatch.setitem(LOSSES, cfg.target.loss, None)
+    found = predict(Three(), loaders := make_loaders(cfg), "test", cfg, to_units=lambda output: output - 1)
+    assert len(found.timestamps) == loaders.sizes["test"] and (found.examples[0]["prediction"] == 2).all()
 
 
 def test_what_is_to_beat_without_a_model(config):

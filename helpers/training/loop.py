@@ -6,7 +6,7 @@ Read `fit` and `Trainer.train_epoch`: they are the loop.
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import gather_object, set_seed
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ from helpers.model.checkpoint import CheckpointError, load_adapter, loaded_from,
 from helpers.model.heads import FeatureModel
 from helpers.shared import DiskFullError, atomic_write, remove_leftovers
 from helpers.training.devices import make_accelerator
-from helpers.training.tasks import ImagePredictions, Judged, Predictions, Task, make_task
+from helpers.training.tasks import ImagePredictions, Predictions, Task, check_shapes, make_task
 from helpers.training.tracking import BEST, STATE, Run, finished_run, how_to_go_on
 
 
@@ -114,10 +114,9 @@ def predict(
     `to_units` is for a model whose outputs mean something else than those of the task.
     """
     accelerator, task, loader = make_accelerator(cfg), make_task(cfg, loaders), getattr(loaders, split)
-    task.to_units = to_units or task.to_units
     model.to(accelerator.device)
     in_order = in_batches(loader.dataset, cfg, loader.num_workers)  # the training loader shuffles
-    return judge(model, in_order, task, accelerator, samples=len(loader.dataset))[1]
+    return judge(model, in_order, task, accelerator, len(loader.dataset), to_units)[1]
 
 
 def predict_splits(
@@ -325,7 +324,8 @@ class Trainer:
         wrong += [f"other settings: {', '.join(other)}"] if other else []
         if wrong:
             raise CheckpointError(
-                f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(wrong)}."
+                f"The run {path.parent.name} (training.resume) cannot be continued, because it had {'; '.join(wrong)}. "
+                "Take back what differs, or start without training.resume."
             )
         self.history, self.best, self.order = History(**state["history"]), state["best"], state["order"]
         self.inner.load_state_dict(self.best, strict=False)
@@ -367,26 +367,32 @@ class Trainer:
 # ---- Judging
 @torch.no_grad()
 def judge(
-    model: nn.Module, loader: DataLoader, task: Task, accelerator: Accelerator, samples: int | None = None
+    model: nn.Module,
+    loader: DataLoader,
+    task: Task,
+    accelerator: Accelerator,
+    samples: int | None = None,
+    to_units: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[float, Predictions | ImagePredictions]:
     """Mean loss and predictions of all samples of a loader, each once, however many processes share them; `samples`
-    is their number, where images are to be kept.
+    is their number, where images are to be kept. Outputs that need `to_units` have no loss of the task: it is NaN.
     """
-    losses, sizes = [], []
-
-    def judged() -> Iterator[Judged]:
-        for batch in accelerator.prepare_data_loader(loader):
-            with accelerator.autocast():
-                output = model(batch).float()
-            output, target = accelerator.gather_for_metrics((output, batch["target"]))
-            batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
-            if accelerator.num_processes > 1:
-                del batch["ts"]  # only this process's share
-            output, target = output.cpu().contiguous(), target.cpu()
-            losses.append(task.loss(output, target).item())
-            sizes.append(len(target))
-            yield task.to_units(output), target, batch
-
+    collector, losses, sizes = task.collector(samples), [], []
     model.eval()
-    found = task.collect(judged(), samples)
-    return float(np.average(losses, weights=sizes)), found
+    for batch in accelerator.prepare_data_loader(loader):
+        with accelerator.autocast():
+            output = model(batch).float()
+        output, target = accelerator.gather_for_metrics((output, batch["target"]))
+        batch["timestamp"] = accelerator.gather_for_metrics(batch["timestamp"], use_gather_object=True)
+        if accelerator.num_processes > 1:
+            del batch["ts"]  # only this process's share
+        output, target = output.cpu().contiguous(), target.cpu()
+        if to_units:
+            check_shapes(output, target)
+            losses.append(math.nan)
+            collector.add(to_units(output), target, batch)
+        else:
+            losses.append(task.loss(output, target).item())
+            collector.add(task.to_units(output), target, batch)
+        sizes.append(len(target))
+    return float(np.average(losses, weights=sizes)), collector.predictions()

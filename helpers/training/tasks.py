@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 import torch
+import torchmetrics
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -130,6 +131,56 @@ class ImagePredictions:
         return self.timestamps == other.timestamps and np.allclose(mine, others, rtol=1e-4, atol=1e-6)
 
 
+class NumberCollector:
+    """Takes predictions of numbers batch by batch, and keeps them all."""
+
+    def __init__(self) -> None:
+        self.given, self.targets, self.times = [], [], []
+
+    def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
+        """One batch: prediction and target (B, K) in target units on the CPU, and the batch itself."""
+        self.given.append(prediction)
+        self.targets.append(target)
+        self.times += batch["timestamp"]
+
+    def predictions(self) -> Predictions:
+        return Predictions(torch.cat(self.given), torch.cat(self.targets), self.times)
+
+
+class ImageCollector:
+    """Takes predictions of masks or images batch by batch: metrics, and of `samples`, the number that will come, those
+    of each image and a few examples; None is faster. A pixel on the averaged edge of a finer mask is inside from one
+    half up.
+    """
+
+    def __init__(self, metrics: dict[str, torchmetrics.Metric], samples: int | None, masks: bool) -> None:
+        self.metrics, self.samples, self.masks, self.inside = metrics, samples, masks, False
+        self.drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
+        self.rows, self.examples = [], []  # a dict an image
+
+    def add(self, prediction: Tensor, target: Tensor, batch: Mapping[str, Any]) -> None:
+        """One batch: prediction and target (B, C, H, W) in target units on the CPU, and the batch itself."""
+        truth = (target >= 0.5).int() if self.masks else target
+        self.inside = self.inside or bool(truth.any())
+        if self.samples is None:
+            for metric in self.metrics.values():
+                metric.update(prediction, truth)
+            return
+        for k, time in enumerate(batch["timestamp"]):
+            if len(self.rows) in self.drawn and "ts" in batch:
+                seen = {"timestamp": time, "ts": batch["ts"][k].cpu()}
+                self.examples.append({**seen, "prediction": prediction[k], "target": target[k]})
+            # calling a metric takes the image in and returns the value of this image by itself
+            scores = {name: float(metric(prediction[[k]], truth[[k]])) for name, metric in self.metrics.items()}
+            self.rows.append({"timestamp": time, **scores, "target_mean": target[k].mean().item()})
+
+    def predictions(self) -> ImagePredictions:
+        nothing = self.masks and not self.inside  # then an empty mask would be a perfect one
+        values = {name: math.nan if nothing else float(metric.compute()) for name, metric in self.metrics.items()}
+        scores = pd.DataFrame(self.rows, columns=["timestamp", *values, "target_mean"])
+        return ImagePredictions(values, scores, self.examples)
+
+
 def metrics_table(found: Mapping[str, Predictions | ImagePredictions], cfg: Config) -> pd.DataFrame:
     """One row for each entry of `found`, one column a metric."""
     return pd.DataFrame({name: predictions.metrics(cfg) for name, predictions in found.items()}).T
@@ -165,9 +216,7 @@ LOSSES = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.smooth_l1_loss, "bce":
 
 # ---- Tasks
 class Task:
-    """What a kind of target decides. Each has a `collect(judged, samples)`, which puts the predictions of a split
-    together: from batches in order of prediction and target in target units, on the CPU, and what these are of.
-    """
+    """What a kind of target decides. Each has a `collector(samples)`, which takes the predictions of a split."""
 
     registry: dict[str, Any]  # the metrics that there are
     predictions: type[Predictions] | type[ImagePredictions]  # of a split; `from_table` reads it from a run's CSV
@@ -188,6 +237,16 @@ class Task:
         """What an output means, in target units."""
         return output
 
+    def collect(self, judged: Iterable[Judged], samples: int | None = None) -> Predictions | ImagePredictions:
+        """All predictions of a split, put together by `collector(samples)`.
+
+        `judged` yields, batch by batch and in time order, prediction, target (both on the CPU) and the batch.
+        """
+        collector = self.collector(samples)
+        for prediction, target, batch in judged:
+            collector.add(prediction, target, batch)
+        return collector.predictions()
+
 
 class NumberTask(Task):
     """Numbers, (B, K): learned standardised by the training split, judged in target units."""
@@ -201,13 +260,8 @@ class NumberTask(Task):
     def to_units(self, output: Tensor) -> Tensor:
         return output * self.loaders.target_std.to(output.device) + self.loaders.target_mean.to(output.device)
 
-    def collect(self, judged: Iterable[Judged], samples: int | None = None) -> Predictions:
-        predictions, targets, times = [], [], []
-        for prediction, target, batch in judged:
-            predictions.append(prediction)
-            targets.append(target)
-            times += batch["timestamp"]
-        return Predictions(torch.cat(predictions), torch.cat(targets), times)
+    def collector(self, samples: int | None = None) -> NumberCollector:
+        return NumberCollector()
 
 
 class ImageTask(Task):
@@ -215,32 +269,10 @@ class ImageTask(Task):
 
     registry, predictions = IMAGES, ImagePredictions
 
-    def collect(self, judged: Iterable[Judged], samples: int | None = None) -> ImagePredictions:
-        """Metrics, and of `samples`, the number that will come, those of each image and a few examples; None is faster.
-
-        A pixel on the averaged edge of a finer mask is inside from one half up.
-        """
-        own, masks = (self.cfg.target.mask_threshold, self.loaders.target_span), self.cfg.labels.kind == "mask"
-        metrics = {name: metric.make(*own) for name, metric in self.metrics.items()}
-        drawn = set(np.linspace(0, (samples or 0) - 1, EXAMPLES + 2)[1:-1].round())
-        rows, examples, inside = [], [], False
-        for prediction, target, batch in judged:
-            truth = (target >= 0.5).int() if masks else target
-            inside = inside or bool(truth.any())
-            if samples is None:
-                for metric in metrics.values():
-                    metric.update(prediction, truth)
-                continue
-            for k, time in enumerate(batch["timestamp"]):
-                if len(rows) in drawn and "ts" in batch:
-                    seen = {"timestamp": time, "ts": batch["ts"][k].cpu()}
-                    examples.append({**seen, "prediction": prediction[k], "target": target[k]})
-                # calling a metric takes the image in and returns the value of this image by itself
-                scores = {name: float(metric(prediction[[k]], truth[[k]])) for name, metric in metrics.items()}
-                rows.append({"timestamp": time, **scores, "target_mean": target[k].mean().item()})
-        nothing = masks and not inside  # then an empty mask would be a perfect one
-        values = {name: math.nan if nothing else float(metric.compute()) for name, metric in metrics.items()}
-        return ImagePredictions(values, pd.DataFrame(rows, columns=["timestamp", *values, "target_mean"]), examples)
+    def collector(self, samples: int | None = None) -> ImageCollector:
+        threshold, span = self.cfg.target.mask_threshold, self.loaders.target_span
+        metrics = {name: metric.make(threshold, span) for name, metric in self.metrics.items()}
+        return ImageCollector(metrics, samples, masks=self.cfg.labels.kind == "mask")
 
 
 class Odds(Task):
