@@ -226,8 +226,8 @@ def _metadata(change):
     [
         (lambda path: shutil.rmtree(path / "step" / "c"), "its array step is not as it was written"),
         (_metadata(lambda a, m: m.pop("offset")), "its zarr.json is not that of the format"),
-        (_metadata(lambda a, m: a.update(format="int16 fixed point, 1")), "its zarr.json is not that of the format"),
-        (_metadata(lambda a, m: a.pop("format")), "its zarr.json is not that of the format"),
+        (_metadata(lambda a, m: a.update(format="int16 fixed point, 1")), "its format is 'int16 fixed point, 1', not"),
+        (_metadata(lambda a, m: a.pop("format")), "its format is None, not"),
         (_metadata(lambda a, m: a.update(reduce=4)), "its zarr.json is not that of the format"),
         (_metadata(lambda a, m: a["channels"].pop()), "cannot be used"),
         (_metadata(lambda a, m: _inner(m).append(GZIP)), "its zarr.json is not that of the format"),

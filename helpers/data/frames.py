@@ -214,8 +214,11 @@ def create_store(path: Path, channels: Sequence[str], reduce: int, native_size: 
         try:
             Path(folder, "store").rename(path)
         except OSError:
-            if not (path / "zarr.json").is_file():
-                raise  # nobody else was faster
+            if not path.exists():
+                raise
+            if not (path / "zarr.json").is_file():  # so it was not somebody else, who was faster
+                found = f"There is no frame store at {path}, but something else"
+                raise FileNotFoundError(f"{found}. Move that away, or correct data.store.") from None
         else:
             shared.share(path)
 
