@@ -117,12 +117,13 @@ def install(lacking: Sequence[str], own: bool, extras: Sequence[str]) -> int:
 
 
 def register_kernel() -> None:
-    """Let the notebooks of a hub choose this Python: as the kernel "Surya course", with the helpers of this clone."""
+    """Let the notebooks of a hub choose this Python: as the kernel "Surya course", with the helpers beside them."""
     from jupyter_core.paths import jupyter_data_dir  # here, as it is one of the packages above
 
     file = Path(jupyter_data_dir(), "kernels", "surya-course", "kernel.json")
-    if not (file.exists() and {sys.executable, str(ROOT)} <= set(re.findall(r'"(.*?)"', file.read_text()))):
-        words = ["--user", "--name", "surya-course", "--display-name", "Surya course", "--env", "PYTHONPATH", str(ROOT)]
+    path = os.pathsep.join(["..", str(ROOT)])  # of the notebook's own clone, else of this one
+    if not (file.exists() and {sys.executable, path} <= set(re.findall(r'"(.*?)"', file.read_text()))):
+        words = ["--user", "--name", "surya-course", "--display-name", "Surya course", "--env", "PYTHONPATH", path]
         subprocess.run([sys.executable, "-m", "ipykernel", "install", *words])
 
 
