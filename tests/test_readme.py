@@ -118,9 +118,8 @@ def test_the_files_of_the_section_are_complete_tasks(project, monkeypatch):
 
 @pytest.mark.notebook
 def test_the_commands_of_the_section_run(project, section, make, tmp_path):
-    (first,) = re.findall(
-        r"`make (run-notebook NB=baseline TASK=my_hot_corona)`, and the same with `NB=finetune`", section
-    )
+    said = r"`make (run-notebook NB=baseline TASK=my_hot_corona)`, and the same with `NB=finetune`"
+    (first,) = re.findall(said, section)
     for command in (first, first.replace("baseline", "finetune")):
         done = make(
             *shlex.split(command), f"P={SMALL}", cwd=project, PYTHONPATH=str(project), SURYA_SHARED=str(tmp_path)
