@@ -92,8 +92,7 @@ def load_release(name: str, cfg: Config, **unknown: float) -> Trained:
     address = RELEASED[name][0] if name in RELEASED else name
     if "://" not in address:
         # a file, which is written like the paths of config.yaml
-        file = Path(address.replace("{shared}", str(cfg.shared.path))).expanduser()
-        address = str(cfg.root / file)
+        address = str(cfg.root / Path(address.replace("{shared}", str(cfg.shared.path))).expanduser())
     own, side = cfg.labels, cfg.data.image_size
     model = load_released(find_weights(address, cfg.shared, cfg.paths.reserve_gb), img_size=side, **unknown)
     takes = list(CHANNELS), [-60, 0][-model.encoder.time_dim :]

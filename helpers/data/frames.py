@@ -39,7 +39,7 @@ from helpers.channels import CHANNELS, FILL_CODE, UNITS, Coding, Scaler
 from helpers.config import Config
 from helpers.data import archive as archives
 from helpers.data.archive import Archive, FetchError, FrameError, MissingFrameError
-from helpers.data.labels import Plan, plan_samples
+from helpers.data.labels import Plan, labels_of, plan_samples
 from helpers.data.workers import worker_pool
 from helpers.shared import GB, is_writable
 
@@ -213,14 +213,13 @@ def create_store(path: Path, channels: Sequence[str], reduce: int, native_size: 
             group[name][:] = values
         try:
             Path(folder, "store").rename(path)
+            shared.share(path)
         except OSError:
             if not path.exists():
                 raise
             if not (path / "zarr.json").is_file():  # so it was not somebody else, who was faster
                 found = f"There is no frame store at {path}, but something else"
                 raise FileNotFoundError(f"{found}. Move that away, or correct data.store.") from None
-        else:
-            shared.share(path)
 
 
 def _make_arrays(
@@ -440,8 +439,6 @@ def prepare_store(
     progress: bool = True,
     plan_only: bool = False,
     again: bool = False,
-    report: BuildReport | None = None,  # of an earlier build, to go on counting
-    path: Path | None = None,  # of another store than `store_path` says
 ) -> BuildReport:
     """Build the frames of `times`, or those of the samples of the three splits; quick when everything is there.
 
@@ -452,69 +449,74 @@ def prepare_store(
     PermissionError: frames lack in a shared folder that is read-only for you, and data.private_cache is not set.
     ValueError: there is no sample, or more would be read than data.ask_above_gb.
     """
-    path = path or store_path(cfg)
-    data, channels, archive = cfg.data, channels_needed(cfg), make_archive(cfg)
-    report, there = report or BuildReport(path), np.array([], "datetime64[s]")
-    notes = path.with_name(f"{path.name}.builds.json")  # which frames earlier builds could not make, and their speed
-    history = {"lost": [], "seconds a frame": None}
-    with suppress(OSError, ValueError, TypeError):  # no more than hints, which may be damaged
-        history |= json.loads(notes.read_text())
-    if (path / "zarr.json").is_file():
-        store = open_store(path, channels, data.reduce, data.native_size)
-        channels, there = store.stored_channels, store.times
-    # whoever may only read the store cannot look again for what its owner did not find
-    earlier = [] if again and is_writable(path) else history["lost"]
-    lost = report.lost.union(np.array(earlier, "datetime64[s]"))
-    given_up = np.array(list(lost.difference(there)), "datetime64[s]")
-    report.given_up = len(lost.difference(there, report.lost))
-    if times is None:
-        report.samples = plan_samples(
-            cfg, lambda wanted: np.isin(wanted, there) | archive.may_have(wanted) & ~np.isin(wanted, given_up)
+    data, archive, report = cfg.data, make_archive(cfg), BuildReport(store_path(cfg))
+    labels = labels_of(cfg) if times is None else None
+    given = None if times is None else np.unique(np.array(list(times), "datetime64[s]"))
+    while True:
+        path, channels, there = report.store, channels_needed(cfg), np.array([], "datetime64[s]")
+        notes = path.with_name(f"{path.name}.builds.json")  # frames that earlier builds could not make, and their speed
+        history = {"lost": [], "seconds a frame": None}
+        with suppress(OSError, ValueError, TypeError):  # no more than hints, which may be damaged
+            history |= json.loads(notes.read_text())
+        if (path / "zarr.json").is_file():
+            store = open_store(path, channels, data.reduce, data.native_size)
+            channels, there = store.stored_channels, store.times
+        # whoever may only read the store cannot look again for what its owner did not find
+        earlier = [] if again and is_writable(path) else np.array(history["lost"], "datetime64[s]")
+        lost = report.lost.union(earlier)
+        report.given_up = len(lost.difference(there, report.lost))
+        if given is None:
+            given_up = np.array(list(lost.difference(there)), "datetime64[s]")
+            report.samples = plan_samples(
+                cfg,
+                lambda times, there=there, given_up=given_up: (
+                    np.isin(times, there) | archive.may_have(times) & ~np.isin(times, given_up)
+                ),
+                labels,
+            )
+        wanted = np.unique(report.samples.frames) if given is None else given
+        if not len(wanted):
+            keys = f"data.archive ({archive.folder}), the splits or section labels of the config"
+            raise ValueError(f"There is no frame for any sample.\n{report.samples}\nCorrect {keys}.")
+        lacking = np.setdiff1d(wanted, there)
+        report.already = len(wanted) - len(lacking) - report.built
+        report.to_read_gb = len(lacking) * FILE_GB * data.native_size**2
+        report.to_store_gb = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
+        report.needs = (
+            f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
+            f"to build: {len(lacking)} frames; {report.to_read_gb:.1f} GB to read, {report.to_store_gb:.2f} GB to "
+            f"store ({shared.free_space(path) / GB:.1f} GB free)"
         )
-    wanted = np.unique(np.array(list(report.samples.frames if times is None else times), "datetime64[s]"))
-    if not len(wanted):
-        keys = f"data.archive ({archive.folder}), the splits or section labels of the config"
-        raise ValueError(f"There is no frame for any sample.\n{report.samples}\nCorrect {keys}.")
-    lacking = np.setdiff1d(wanted, there)
-    report.already = len(wanted) - len(lacking) - report.built
-    report.to_read_gb = len(lacking) * FILE_GB * data.native_size**2
-    report.to_store_gb = len(lacking) * 2 * COMPRESSED * len(channels) * data.image_size**2 / GB
-    report.needs = (
-        f"frames: {len(wanted)} needed, {len(wanted) - len(lacking)} there already in {path}\n"
-        f"to build: {len(lacking)} frames; {report.to_read_gb:.1f} GB to read, {report.to_store_gb:.2f} GB to store "
-        f"({shared.free_space(path) / GB:.1f} GB free)"
-    )
-    if speed := history["seconds a frame"]:
-        report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
-    if plan_only or not len(lacking):
-        return report
-    plan, own = f"{report.samples or ''}\n{report.needs}\n".lstrip(), cfg.shared.to_write(path)
-    if data.private_cache and own != path:
-        return prepare_store(cfg, times, executor, progress, path=own)
-    if not is_writable(path):
-        command = f"make cache TASK={cfg.task} PROFILE={cfg.profile}"
-        if times is not None:
-            last = wanted[-1] + np.timedelta64(data.cadence_minutes, "m")
-            command += f' ARGS="--span {wanted[0]} {last}"'
-        raise PermissionError(
-            f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds them with "
-            f"`{command}`; data.private_cache: true builds a store of your own "
-            f"instead, of all {len(wanted)} frames."
-        )
-    if report.to_read_gb > data.ask_above_gb:
-        raise ValueError(
-            f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
-            f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
-        )
-    settings = {"archive": archive, "native_size": data.native_size, "executor": executor}
-    settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
-    before = len(report.lost)
-    build_store(lacking, path, channels, data.reduce, **settings, report=report)
-    history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost - report.unfetched)))
-    if report.built:
-        history["seconds a frame"] = report.seconds / report.built
-    with shared.atomic_write(notes) as temporary:
-        temporary.write_text(json.dumps(history))
-    if times is None and len(report.lost) > before:
-        return prepare_store(cfg, None, executor, progress, again=again, report=report, path=path)
-    return report
+        if speed := history["seconds a frame"]:
+            report.needs += f", about {len(lacking) * speed / 3600:.1f} hours at the speed last measured here"
+        if plan_only or not len(lacking):
+            return report
+        plan, own = f"{report.samples or ''}\n{report.needs}\n".lstrip(), cfg.shared.to_write(path)
+        if data.private_cache and own != path:
+            report = BuildReport(own)
+            continue
+        if not is_writable(path):
+            command = f"make cache TASK={cfg.task} PROFILE={cfg.profile}"
+            if given is not None:
+                command += f' ARGS="--span {wanted[0]} {wanted[-1] + np.timedelta64(data.cadence_minutes, "m")}"'
+            raise PermissionError(
+                f"{plan}You may only read that folder. Whoever may write there, on a course the instructor, adds them "
+                f"with `{command}`; data.private_cache: true builds a store of your own instead, of all {len(wanted)} "
+                f"frames."
+            )
+        if report.to_read_gb > data.ask_above_gb:
+            raise ValueError(
+                f"{plan}That is more to read than data.ask_above_gb ({data.ask_above_gb:g} GB). Raise that key, set "
+                f"training.max_train_samples (max_val_samples, max_test_samples), or shorten the splits."
+            )
+        settings = {"archive": archive, "native_size": data.native_size, "executor": executor}
+        settings |= {"workers": data.build_workers, "reserve_gb": cfg.paths.reserve_gb, "progress": progress}
+        before = len(report.lost)
+        build_store(lacking, path, channels, data.reduce, **settings, report=report)
+        history["lost"] = sorted(set(history["lost"]) | set(map(str, report.lost - report.unfetched)))
+        if report.built:
+            history["seconds a frame"] = report.seconds / report.built
+        with shared.atomic_write(notes) as temporary:
+            temporary.write_text(json.dumps(history))
+        if given is not None or len(report.lost) == before:
+            return report
