@@ -486,11 +486,8 @@ class _Setting(NamedTuple):
 
 def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
     """All that a file sets; of one key the last that counts wins. Mistakes are added to `problems`."""
-    settings, with_dots = [], list(_names_with_dots(tree))
-    problems += [f"{name} ({origin}): a name holds no dot, which parts keys" for name in with_dots]
+    settings = []
     for dotted, value in leaves(tree):
-        if any(f"{dotted}.".startswith(f"{name}.") for name in with_dots):
-            continue
         key, needs = dotted, {}
         while (block := key.partition(".")[0]) in _OVERLAYS:
             inner = key.partition(".")[2]
@@ -499,24 +496,16 @@ def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
                 problems.append(f"{dotted} ({origin}): {block} stand here already, one inside another never counts")
             needs[_OVERLAYS[block]] = name
         layer = f"{dotted.removesuffix(f'.{key}')} in {origin}" if needs else origin
-        if key and key not in _SCHEMA:
+        after_dot = key.partition(".")[2]
+        if needs and after_dot in _SCHEMA and key not in _SCHEMA:
+            sentence = f"{dotted.removesuffix(f'.{after_dot}')} ({origin}): a name holds no dot, which parts keys"
+            problems += [sentence] * (sentence not in problems)
+        elif key and key not in _SCHEMA:
             problems.append(f"{dotted} ({origin}): {_nearest(key)}")
         elif value and not key:
             problems.append(f"{dotted} ({origin}): must hold sections such as 'training:', got {value!r}")
         settings.append(_Setting(key, value, layer, needs))
     return sorted(settings, key=lambda setting: [key in setting.needs for key in ("experiment", "task", "profile")])
-
-
-def _names_with_dots(tree: dict, within: str = "") -> Iterator[str]:
-    """The profiles, tasks and experiments of a file whose names hold a dot, such as tasks.flare.v2."""
-    for block in _OVERLAYS:
-        named = tree.get(block)
-        for name, inner in named.items() if isinstance(named, dict) else ():
-            where = f"{within}{block}.{name}"
-            if "." in str(name):
-                yield where
-            elif isinstance(inner, dict):
-                yield from _names_with_dots(inner, f"{where}.")
 
 
 def _schema_keys(section: type[BaseModel], prefix: str = "", marks: tuple = ()) -> Iterator[tuple[str, tuple]]:

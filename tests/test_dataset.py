@@ -341,7 +341,7 @@ def test_only_the_frames_that_samples_need_are_opened(config, tmp_path, opened):
         "split.val": ["2014-01-07 13:00", "2014-01-07 18:30"],
         "split.test": ["2014-01-07 20:00", "2014-01-08 02:00"],
     }
-    own |= {"split.guard_hours": 0, "labels.tolerance_minutes": 0}
+    own |= {"split.guard_hours": 0, "labels.tolerance_minutes": 0, "data.build_workers": 1}
 
     def build(name, *labelled):
         pd.DataFrame({"timestamp": hours[[*labelled]], "value": 1.0}).to_csv(tmp_path / name, index=False)

@@ -84,7 +84,7 @@ def test_the_timetable_for_teachers_names_sections_that_there_are():
         assert set(re.findall(r'"([^"]+)"', text)) <= set(headings), notebook
 
 
-@pytest.mark.slow
+@pytest.mark.notebook  # with the other long ones
 def test_the_sizes_of_the_tasks_are_those_that_the_estimate_gives():
     written = (ROOT / "CONTRIBUTING.md").read_text().split("<!-- sizes -->\n")[1].split("\n<!-- /sizes -->")[0]
     rows = written.splitlines()

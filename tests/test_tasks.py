@@ -263,6 +263,8 @@ def test_zero_shot_forecast_of_the_tiny_checkpoint_on_a_sun_it_has_never_seen(tm
         "synthetic.folder": str(tmp_path / "sun"),
         "synthetic.seed": 77,
         "synthetic.visits": 12,
+        "synthetic.workers": 1,
+        "data.build_workers": 1,
         "paths.reserve_gb": 0,
         "split.train": ["2014-01-01", "2014-01-10"],
         "split.val": ["2014-01-12", "2014-01-14"],

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import forkserver
 
 import torch
 
@@ -17,10 +19,16 @@ def worker_pool(workers: int) -> Executor:
         return ThreadPoolExecutor(1)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["helpers.data.frames"])  # imported once for all
+    if threading.current_thread() is threading.main_thread():
+        # Ctrl-C is for this process, which ends them: a worker that dies halfway through a message confuses the others
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, heard)
     return ProcessPoolExecutor(workers, context, initializer=_start_worker)
 
 
 def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -2,12 +2,14 @@
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from helpers.config import parse_parameters
 
@@ -24,6 +26,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     An error that the course's own code raised is a sentence. Any other one comes with a log of its traceback.
     """
     code: int | None = 1
+    sys.unraisablehook = _interrupt_again
     try:
         code = main()
         sys.stdout.flush()
@@ -44,6 +47,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
                 traceback.print_exc(file=log)
             print(f"{type(error).__name__}: {error}\nWhere it happened stands in {log.name}")
     sys.exit(code)
+
+
+def _interrupt_again(unraised: Any) -> None:
+    """Python drops a Ctrl-C in the middle of a callback, where nothing can be raised: send it again, a little later."""
+    if unraised.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraised)
 
 
 def read_choices(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
