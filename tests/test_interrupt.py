@@ -61,6 +61,8 @@ def interrupted(folder: Path, words: list[str], at_work: str) -> str:
 def test_of_a_drawing_a_build_and_a_training(tmp_path):
     settings = ["--parameters", *SETTINGS, f"paths.runs={tmp_path}/runs"]
     command = ["-m", "helpers.tools.train", "finetune", *settings]
+    said = interrupted(tmp_path, command, f"{SUN}/.sun-0.*")  # while its workers begin
+    assert said.splitlines()[-1] == "Interrupted."
     said = interrupted(tmp_path, command, f"{SUN}/.sun-0.*/2014/01/*.nc")
     assert said.splitlines()[-1] == "Interrupted." and not (tmp_path / SUN / "sun-0").exists()
     interrupted(tmp_path, command, f"{SUN}/sun-0/frames/*.zarr/frames/c.*.0.0.0")

@@ -20,8 +20,9 @@ from helpers.training.tracking import BEST, STATE, list_runs
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
-    "synthetic.visits": 14, "synthetic.workers": 1, "data.native_size": 64, "paths.reserve_gb": 0.0,
-    "tracking.wandb": "disabled", "target.event_threshold": None, "target.metrics": ["rmse"], "lora.rank": 2,
+    "synthetic.visits": 14, "synthetic.workers": 1, "data.build_workers": 1, "data.native_size": 64,
+    "paths.reserve_gb": 0.0, "tracking.wandb": "disabled", "target.event_threshold": None,
+    "target.metrics": ["rmse"], "lora.rank": 2,
     "training.epochs": 2, "training.batch_size": 4, "training.max_train_samples": 8, "training.save_every_steps": 1,
     "split.train": ["2014-01-01", "2014-01-15"], "split.val": ["2014-01-17", "2014-01-22"],
     "split.test": ["2014-01-24", "2014-01-29"], "model.weights": str(ROOT / "helpers/data/surya.tiny.pt"),
