@@ -68,13 +68,13 @@ predict: env  ## predict where there is no label: RUN=.. or RELEASED=.. TIMES=20
 		$(if $(EVERY),--every "$$EVERY") $(if $(OUT),--out "$$OUT") $(if $(TASK),--task "$$TASK") \
 		$(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 
-test: env  ## run the tests and one whole notebook, 5 minutes [ARGS="tests/test_lora.py -k merge"]
+test: env  ## run the tests and one whole notebook, 6 minutes [ARGS="tests/test_lora.py -k merge"]
 	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook" $(ARGS)
 
 test-fast: env  ## run the tests that take no time
 	@"$(PY)" -m pytest $(PARALLEL) -m "not notebook and not slow" $(ARGS)
 
-test-notebooks: env  ## run every notebook, and every kind of task, 5 minutes
+test-notebooks: env  ## run every notebook, and every kind of task, 20 minutes
 	@"$(PY)" -m pytest $(PARALLEL) -m notebook $(ARGS)
 
 chaos: env  ## try kills, full disks, several at once and bad inputs, one table (an hour) [N=10: at most 10 of each kind]
