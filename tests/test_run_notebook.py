@@ -187,6 +187,8 @@ def test_a_reader_that_stops_early_sees_no_trace(lines, code):
             r"The shared folder /no/where \(.*own cache.\n",
         ),
         ("raise KeyboardInterrupt", 130, "Interrupted.\n"),
+        # Python raises nothing from the end of an object
+        ("type('X', (), {'__del__': lambda x: signal.raise_signal(2)})(); time.sleep(30)", 130, "Interrupted.\n"),
         ("return 3", 3, ""),
         ("{}['x']", 1, "KeyError: 'x'\nWhere it happened stands in (.*)\n"),
         ("helpers.config.load_scalers('none.yaml')", 1, "FileNotFoundError: .*none.yaml'\nWhere .* stands in (.*)\n"),
@@ -194,9 +196,8 @@ def test_a_reader_that_stops_early_sees_no_trace(lines, code):
     ],
 )
 def test_every_command_ends_in_a_sentence_and_a_code(line, code, told, tmp_path):
-    program = (
-        f"import pathlib, helpers.config\nfrom helpers.tools import command\ndef main():\n    {line}\ncommand.run(main)"
-    )
+    imports = "import pathlib, signal, time, helpers.config\nfrom helpers.tools import command"
+    program = f"{imports}\ndef main():\n    {line}\ncommand.run(main)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == code and not done.stderr
