@@ -89,7 +89,7 @@ else
 	@"$(PY)" "tests/benchmarks/$(basename $(or $(B),speed)).py" $(ARGS)
 endif
 
-check: env  ## what this machine has, and what mends what lacks [TASK=..] [PROFILE=..]
+check: env  ## what this machine has, what is missing, and how to fix it [TASK=..] [PROFILE=..]
 	@HF_HUB_OFFLINE=1 "$(PY)" -m helpers.tools.check $(if $(TASK),--task "$$TASK") \
 		$(if $(PROFILE),--profile "$$PROFILE") --parameters "$$P"
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from helpers.analysis.comparison import saved_predictions
 from helpers.channels import CHANNELS, UNITS, denormalise, stack_scalers
 from helpers.config import SPLITS, Config, load_config, settings_that_matter
-from helpers.data.dataset import Loaders, SolarDataset, in_batches
+from helpers.data.dataset import Loaders, SolarDataset, in_batches, loader_workers
 from helpers.data.frames import open_store, prepare_store, store_path
 from helpers.data.labels import labels_of
 from helpers.experiment import build_model
@@ -143,7 +143,7 @@ def computed(compute: Callable[[dict], Tensor], model: nn.Module, data: Dataset,
     """What `compute`, the model or a part of it, returns of each batch of the samples, in order, on the CPU."""
     accelerator = make_accelerator(cfg)
     model.to(accelerator.device)
-    for batch in in_batches(data, cfg, cfg.training.loader_workers):
+    for batch in in_batches(data, cfg, loader_workers(cfg)):
         with torch.no_grad(), accelerator.autocast():
             output = compute(batch).float()
         yield output.cpu().contiguous()

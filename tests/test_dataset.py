@@ -569,9 +569,12 @@ def test_two_channels_in_another_order_feed_a_checkpoint_of_thirteen_by_name(sun
 
 
 def test_what_is_read_ahead_stays_within_a_container(config, monkeypatch):
-    """Frames in memory and loader workers take at most half of what is free."""
+    """Frames in memory and loader workers take at most half of what is free, and their batches fit into /dev/shm."""
     monkeypatch.setattr(dataset, "memory", lambda: (3_000_000_000, 4_000_000_000))
     asked = {"data.memory_cache_gb": 0.0, "training.loader_workers": 8}
     assert ", 2 loader workers" in make_loaders(config(**asked)).report  # half a GB each, and small batches
+    free = dataset.free_space
+    monkeypatch.setattr(dataset, "free_space", lambda disk: 1000 if str(disk) == "/dev/shm" else free(disk))
+    assert ", 0 loader workers" in make_loaders(config(**asked)).report
     monkeypatch.setattr(dataset, "memory", lambda: (1000, 4_000_000_000))
     assert ", 0 loader workers" in make_loaders(config()).report

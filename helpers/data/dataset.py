@@ -24,7 +24,7 @@ from helpers.config import SPLITS, Config, find_named
 from helpers.data.archive import FrameError, open_netcdf, read_variable
 from helpers.data.frames import FrameStore, open_store, store_path
 from helpers.data.labels import FrameTarget, Labels, Plan, plan_samples
-from helpers.shared import GB, download, memory
+from helpers.shared import GB, download, free_space, memory
 
 IMAGE_STATISTICS = 64  # evenly spaced samples from which the mean and span of image targets are taken
 
@@ -206,9 +206,7 @@ def make_loaders(cfg: Config) -> Loaders:
         for data in sets.values():
             if data.paths:
                 data.target = cache(data.target)  # mask files are read once
-    # a worker takes half a GB, and holds up to three batches: two that wait and one in the making
-    batch = 4 * cfg.training.batch_size * len(cfg.data.channels) * len(cfg.data.offsets_minutes) * store.side**2
-    workers = 0 if in_memory else min(cfg.training.loader_workers, int(room // (0.5 * GB + 3 * batch)))
+    workers = 0 if in_memory else loader_workers(cfg)
     loaders = {name: in_batches(data, cfg, workers, shuffle=name == "train") for name, data in sets.items()}
     report = f"{plan}\nframes {'kept in memory' if in_memory else f'read from {store.path}, {workers} loader workers'}"
     if cfg.labels.kind == "event":
@@ -220,6 +218,17 @@ def make_loaders(cfg: Config) -> Loaders:
     if cfg.labels.kind == "mask" and cfg.labels.mask_reduce == "majority":
         report += lost_by_reducing(sets["train"], statistics["target_mean"].sum().item())
     return Loaders(**loaders, **statistics, report=report)
+
+
+def loader_workers(cfg: Config) -> int:
+    """How many of `training.loader_workers` have room, in half of the free memory and in /dev/shm, where batches lie."""
+    # each takes half a GB, and holds up to three batches of float32: two that wait and one in the making
+    batches = 12 * cfg.training.batch_size * len(cfg.data.channels) * len(cfg.data.offsets_minutes)
+    batches *= cfg.data.image_size**2
+    room = [memory()[0] / 2 / (0.5 * GB + batches)]
+    if Path("/dev/shm").is_dir():
+        room.append(free_space("/dev/shm") / batches)
+    return int(min(cfg.training.loader_workers, *room))
 
 
 def in_batches(data: Dataset, cfg: Config, workers: int, shuffle: bool = False) -> DataLoader:
