@@ -221,7 +221,7 @@ def make_loaders(cfg: Config) -> Loaders:
 
 
 def loader_workers(cfg: Config) -> int:
-    """How many of `training.loader_workers` have room, in half of the free memory and in /dev/shm, where batches lie."""
+    """How many of `training.loader_workers` have room in half of the free memory and in /dev/shm, where batches lie."""
     # each takes half a GB, and holds up to three batches of float32: two that wait and one in the making
     batches = 12 * cfg.training.batch_size * len(cfg.data.channels) * len(cfg.data.offsets_minutes)
     batches *= cfg.data.image_size**2
