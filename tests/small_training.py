@@ -79,6 +79,14 @@ def numbers(
     return Loaders(**loaders, target_mean=targets.mean(0), target_std=targets.std(0, correction=0), report="")
 
 
+def collected(task, judged, samples: int | None = None):
+    """What the collector of a task makes of (prediction, target, batch), batch by batch."""
+    collector = task.collector(samples)
+    for batch in judged:
+        collector.add(*batch)
+    return collector.predictions()
+
+
 class Linear(nn.Module):
     """The channel means, then a line: it can learn `Numbers` exactly."""
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_training import collected
 
 from helpers.analysis.plots import PLOTS
 from helpers.config import KINDS, load_config
@@ -30,7 +31,7 @@ def collect(names, threshold, span, *batches, samples=None):
     target = cfg.target.model_copy(update={"metrics": names, "mask_threshold": threshold})
     task = make_task(cfg.model_copy(update={"target": target}), SimpleNamespace(target_span=span))
     times = [{"timestamp": [f"{k}-{i}" for i in range(len(batch[1]))]} for k, batch in enumerate(batches)]
-    return task.collect([(*batch, time) for batch, time in zip(batches, times, strict=True)], samples)
+    return collected(task, [(*batch, time) for batch, time in zip(batches, times, strict=True)], samples)
 
 
 def formulas(p: np.ndarray, t: np.ndarray, threshold: float) -> dict[str, float]:

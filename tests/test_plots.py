@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib import pyplot as plt
+from small_training import collected
 
 from helpers.analysis import plots
 from helpers.analysis.diagnostics import trace_shapes
@@ -213,7 +214,7 @@ def image_predictions(cfg, size: int = 32) -> ImagePredictions:
     times = [str(k) for k in range(3)]
     ts = torch.randn(1, len(cfg.data.channels), 2, size, size, generator=torch.Generator().manual_seed(0))
     batches = [(said[None], truth[None], {"timestamp": [time], "ts": ts}) for time in times]
-    return make_task(cfg, SimpleNamespace(target_span=1.0)).collect(batches, 3)
+    return collected(make_task(cfg, SimpleNamespace(target_span=1.0)), batches, 3)
 
 
 def test_masks_are_drawn_with_both_outlines_and_what_is_wrong(tmp_path):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from frame_files import write_index, write_netcdf
+from small_training import collected
 from torch.nn import functional as F
 
 from helpers.config import ConfigError, load_config
@@ -214,7 +215,7 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     ts = torch.zeros(3, 13, 2, 32, 32)
     batches = [(said[:2], truth[:2], {"timestamp": ["a", "b"], "ts": ts[:2]})]
     batches += [(said[2:], truth[2:], {"timestamp": ["c"], "ts": ts[2:]})]
-    found = make_task(cfg, loaders).collect(batches, 3)
+    found = collected(make_task(cfg, loaders), batches, 3)
     inside = truth.sum((1, 2, 3))
     assert found.values["iou"] == pytest.approx((inside[:2].sum() / inside.sum()).item())
     assert found.timestamps == ["a", "b", "c"] and found.scores["iou"].tolist() == [1, 1, 0]
@@ -222,7 +223,7 @@ def test_metrics_of_images_pool_all_pixels_and_scores_are_of_each(config):
     assert torch.equal(found.examples[2]["target"], truth[2])
     again = ImagePredictions.from_table(found.table())
     assert again.same_samples(found) and not again.same_samples(ImagePredictions({}, found.scores.iloc[1:]))
-    quick = make_task(cfg, loaders).collect([(said, truth, {"timestamp": ["a", "b", "c"]})])
+    quick = collected(make_task(cfg, loaders), [(said, truth, {"timestamp": ["a", "b", "c"]})])
     assert quick.values == pytest.approx(found.values)
 
 

@@ -41,8 +41,10 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
         if cfg.labels.target_channels and cfg.labels.target_offset_minutes > 0:
             references["persistence"] = data.at_offset(0).target
         for name, predicted in references.items():
-            judged = ((predicted(n)[None], data.target(n)[None], {"timestamp": [time]}) for n, time in enumerate(times))
-            predictions[name] = make_task(cfg, loaders).collect(judged, samples=0)
+            collector = make_task(cfg, loaders).collector(samples=0)
+            for n, time in enumerate(times):
+                collector.add(predicted(n)[None], data.target(n)[None], {"timestamp": [time]})
+            predictions[name] = collector.predictions()
         return predictions
     known = known_labels(data.labels, data.samples, cfg)
     before = pd.DatetimeIndex(data.samples["label_time"].to_numpy("datetime64[s]") - ROTATION)

@@ -6,7 +6,7 @@ all but images. Predictions of numbers are kept whole; images are judged as they
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
@@ -23,7 +23,6 @@ from helpers.data.dataset import Loaders
 from helpers.training.metrics import EVENTS, IMAGES, NUMBERS
 
 EXAMPLES = 3  # image predictions of each split that are kept to be drawn, evenly spaced in time
-Judged = tuple[Tensor, Tensor, Mapping[str, Any]]
 
 
 # ---- Predictions
@@ -236,16 +235,6 @@ class Task:
     def to_units(self, output: Tensor) -> Tensor:
         """What an output means, in target units."""
         return output
-
-    def collect(self, judged: Iterable[Judged], samples: int | None = None) -> Predictions | ImagePredictions:
-        """All predictions of a split, put together by `collector(samples)`.
-
-        `judged` yields, batch by batch and in time order, prediction, target (both on the CPU) and the batch.
-        """
-        collector = self.collector(samples)
-        for prediction, target, batch in judged:
-            collector.add(prediction, target, batch)
-        return collector.predictions()
 
 
 class NumberTask(Task):
