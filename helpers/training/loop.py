@@ -387,12 +387,8 @@ def judge(
         if accelerator.num_processes > 1:
             del batch["ts"]  # only this process's share
         output, target = output.cpu().contiguous(), target.cpu()
-        if to_units:
-            check_shapes(output, target)
-            losses.append(math.nan)
-            collector.add(to_units(output), target, batch)
-        else:
-            losses.append(task.loss(output, target).item())
-            collector.add(task.to_units(output), target, batch)
+        check_shapes(output, target)
+        losses.append(math.nan if to_units else task.loss(output, target).item())
+        collector.add((to_units or task.to_units)(output), target, batch)
         sizes.append(len(target))
     return float(np.average(losses, weights=sizes)), collector.predictions()
