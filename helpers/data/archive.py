@@ -151,13 +151,16 @@ def parse_times(column: pd.Series, where: str) -> pd.Series:
     """
     text = column.astype("string").str.strip()
     times = pd.to_datetime(text.where(text.str.match(_DATE)), utc=True, format="ISO8601", errors="coerce")
-    if times.isna().any():
-        row = int(np.flatnonzero(times.isna())[0])
-        raise ValueError(
-            f'Row {column.index[row] + 2} of {where} has "{column.fillna("").iloc[row]}" in its column {column.name}, '
-            f"which is not a time. Write times like 2014-01-07 18:00:00 (UTC)."
-        )
+    form = "which is not a time. Write times like 2014-01-07 18:00:00 (UTC)."
+    refuse(times.isna().to_numpy(), column.fillna(""), where, form)
     return times.dt.tz_localize(None).dt.round("s").astype("datetime64[s]")
+
+
+def refuse(wrong: np.ndarray, column: pd.Series, where: str, what: str) -> None:
+    """ValueError with the first row and cell of a column that is wrong, if there is one."""
+    for row in np.flatnonzero(wrong)[:1]:
+        found = f'"{column.iloc[row]}" in its column {column.name}'
+        raise ValueError(f"Row {column.index[row] + 2} of {where} has {found}, {what}")
 
 
 @contextmanager

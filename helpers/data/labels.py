@@ -21,7 +21,7 @@ import pandas as pd
 
 from helpers.channels import GOES_CLASSES
 from helpers.config import NETCDF, SPLITS, Config, periods_of
-from helpers.data.archive import Archive, FrameError, open_netcdf, parse_times, read_times, read_values
+from helpers.data.archive import Archive, FrameError, open_netcdf, parse_times, read_times, read_values, refuse
 from helpers.shared import download
 
 QUIET = ("FQ", "A0", "A0.0", "NONE")  # no flare, hence no flux to take a logarithm of
@@ -153,7 +153,7 @@ def read_table(
     if split_column:
         table["split"] = (split := cells[split_column].str.lower()).map(SPLIT_NAMES)
         wrong = (table["split"].isna() & (split != "")).to_numpy()
-        _refuse(wrong, cells[split_column], where, "which is no split. Write train, val or test, or leave it empty.")
+        refuse(wrong, cells[split_column], where, "which is no split. Write train, val or test, or leave it empty.")
     if rules.kind not in ("scalar", "event"):
         folder = address.rpartition("/")[0] if "://" in address else path.parent
         names = cells[columns[0]] if columns else table["time"].astype(str)
@@ -271,13 +271,6 @@ def _labels(
     )
 
 
-def _refuse(wrong: np.ndarray, column: pd.Series, where: str, what: str) -> None:
-    """ValueError with the first row and cell of a column that is wrong, if there is one."""
-    for row in np.flatnonzero(wrong)[:1]:
-        found = f'"{column.iloc[row]}" in its column {column.name}'
-        raise ValueError(f"Row {column.index[row] + 2} of {where} has {found}, {what}")
-
-
 def _setting(key: str, rules: Any) -> float:
     """A value of the section `labels`, in the unit of the file; NaN of null."""
     given = getattr(rules, key)
@@ -298,7 +291,7 @@ def _numbers(column: pd.Series, where: str, transform: str, quiet: float = np.na
         numbers = pd.to_numeric(column, errors="coerce").to_numpy(float)
         usable = np.abs(numbers) <= LARGEST_NUMBER
         form = f"not a number below {LARGEST_NUMBER:.1e}; for flare classes such as M2.5 set labels.transform: goes."
-    _refuse(~usable & ~without, column, where, f"which is {form}")
+    refuse(~usable & ~without, column, where, f"which is {form}")
     return np.where(without, np.nan, numbers)
 
 
