@@ -8,7 +8,7 @@ import hashlib
 import math
 import multiprocessing
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -125,11 +125,6 @@ class SolarDataset(Dataset):
             return image
         scaler = stack_scalers(store.scalers, store.channels)  # averaged in physical values
         return normalise(avg_pool2d(denormalise(image, scaler), self.labels.reduce), scaler)
-
-    def at_offset(self, minutes: int) -> "SolarDataset":
-        """The same samples, but the target channels are those of the frame at sample time + `minutes`."""
-        moved = replace(self.labels, offset_minutes=minutes)
-        return SolarDataset(self.store, moved, self.samples, self.offsets_minutes)
 
 
 @dataclass

@@ -39,7 +39,8 @@ def reference_predictions(loaders: Loaders, split: str, cfg: Config) -> dict[str
     if data.targets is None:
         references = {"mean of training": lambda row: loaders.target_mean}
         if cfg.labels.target_channels and cfg.labels.target_offset_minutes > 0:
-            references["persistence"] = data.at_offset(0).target
+            now = replace(data.labels, offset_minutes=0)
+            references["persistence"] = SolarDataset(data.store, now, data.samples).target
         for name, predicted in references.items():
             collector = make_task(cfg, loaders).collector(samples=0)
             for n, time in enumerate(times):
