@@ -64,10 +64,6 @@ class Coding:
             raise ValueError(f"Signed-log values from {signed_log.min()} to {signed_log.max()} do not fit {self}.")
         return codes.astype(np.int16)
 
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes -> signed-log values, float32 of the same shape."""
-        return codes * self.step + self.offset
-
 
 def coding_of(name: str, scaler: Scaler) -> Coding:
     """The coding of a channel whose rounding error is at most ERROR_BOUND in the normalised units of `scaler`."""

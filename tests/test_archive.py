@@ -44,7 +44,8 @@ def test_a_frame_as_the_tools_of_the_release_compress_it(tmp_path):
     store = open_store(tmp_path / "store.zarr")
     codes = reduce_frame(ROOT / "tests/data/cases/lz4_frame.nc", store)
     for (name, coding), image in zip(store.codings.items(), codes, strict=True):
-        np.testing.assert_allclose(from_signed_log(coding.decode(image), store.scalers[name]), 50, rtol=2e-3)
+        signed_log = image * coding.step + coding.offset
+        np.testing.assert_allclose(from_signed_log(signed_log, store.scalers[name]), 50, rtol=2e-3)
 
 
 @pytest.mark.parametrize("key", ["_FillValue", "missing_value"])
