@@ -348,11 +348,6 @@ class Config(_Section):
         """From which target on a sample is an event, or None."""
         return 0.5 if self.labels.kind == "event" else self.target.event_threshold
 
-    @property
-    def num_outputs(self) -> int:
-        """Numbers, or channels of the image, that the model predicts."""
-        return len(self.labels.value_columns) if self.labels.numbers else len(self.labels.target_channels) or 1
-
 
 # ---- Rules of the model, for the constructors in helpers/model too: what is wrong with the settings, a sentence each
 def encoder_problems(

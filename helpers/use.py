@@ -21,7 +21,7 @@ from helpers.channels import CHANNELS, UNITS, denormalise, stack_scalers
 from helpers.config import SPLITS, Config, load_config, settings_that_matter
 from helpers.data.dataset import Loaders, SolarDataset, in_batches, loader_workers
 from helpers.data.frames import open_store, prepare_store, store_path
-from helpers.data.labels import labels_of
+from helpers.data.labels import labels_of, num_outputs
 from helpers.experiment import build_model
 from helpers.model.checkpoint import RELEASED, CheckpointError, fingerprint, load_adapter, load_released, read_file
 from helpers.model.encoder import encoder_of
@@ -78,7 +78,7 @@ def load_run(folder: str | Path, config: str | Path = "config.yaml") -> Trained:
         interval = val.interval()
         coverage = ((test.prediction - test.target).abs() <= interval).float().mean().item()
     about = {"run": folder.name, "commit": run["commit"], "weights": fingerprint(saved["state"])}
-    count, threshold = len(mean) if cfg.labels.numbers else cfg.num_outputs, run.get("threshold") or 0.5
+    count, threshold = len(mean) if cfg.labels.numbers else num_outputs(cfg), run.get("threshold") or 0.5
     return Trained(model.eval(), cfg, to_units, about, count, interval, coverage, threshold)
 
 
@@ -112,7 +112,7 @@ def load_release(name: str, cfg: Config, **unknown: float) -> Trained:
         return low + (high - low) * output if own.kind == "scalar" else output.sigmoid()
 
     about = {"released": address, "weights": model.encoder.loaded_from}
-    return Trained(model, cfg, to_units, about, model.head[-1].out_features if own.numbers else cfg.num_outputs)
+    return Trained(model, cfg, to_units, about, model.head[-1].out_features if own.numbers else num_outputs(cfg))
 
 
 def _learned_from(cfg: Config) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from helpers.analysis import plots
 from helpers.analysis.diagnostics import trace_shapes
 from helpers.channels import CHANNELS, denormalise
 from helpers.config import load_config
+from helpers.data.labels import num_outputs
 from helpers.model.encoder import SuryaEncoder
 from helpers.model.heads import LinearBaseline1D, LinearBaseline2D, Specformer1D, Specformer2D
 from helpers.training.loop import History
@@ -209,7 +210,7 @@ def image_task(tmp_path, task: str):
 
 def image_predictions(cfg, size: int = 32) -> ImagePredictions:
     """Three examples whose truth is a square and whose prediction lies two pixels beside it."""
-    truth, said = (torch.zeros(cfg.num_outputs, size, size) for _ in range(2))
+    truth, said = (torch.zeros(num_outputs(cfg), size, size) for _ in range(2))
     truth[:, 8:16, 8:20], said[:, 10:18, 8:20] = 1, 0.9
     times = [str(k) for k in range(3)]
     ts = torch.randn(1, len(cfg.data.channels), 2, size, size, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from helpers.config import _SCHEMA, load_config
+from helpers.data.labels import num_outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tests" / "benchmarks"))
@@ -110,7 +111,7 @@ def test_the_files_of_the_section_are_complete_tasks(project, monkeypatch):
     for name in ("config.local.yaml", "helpers/my_hot_corona.py", "helpers/my_masks.py"):
         assert (project / name).is_file(), name
     cfg = load_config(project / "config.yaml", {"target.loss": "mse"}, task="my_hot_corona")
-    assert cfg.data.channels == ["aia171", "aia193", "aia211"] and cfg.num_outputs == 1
+    assert cfg.data.channels == ["aia171", "aia193", "aia211"] and num_outputs(cfg) == 1
     flares = load_config(project / "config.yaml", task="my_flares")
     assert flares.labels.kind == "event" and flares.labels.window_hours == [0, 24]
     assert len(flares.split.periods("train")) == 2

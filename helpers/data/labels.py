@@ -321,8 +321,10 @@ def strongest_events(
 def num_outputs(cfg: Config) -> int:
     """Numbers, or channels of the image, to predict; a pattern or a variable with vectors is counted in the file."""
     own = cfg.labels
+    if not own.numbers:
+        return len(own.target_channels) or 1
     vectors = own.netcdf or any(set(name) & set("*?[") for name in own.value_columns)
-    return labels_of(cfg).values.shape[1] if vectors and own.numbers else cfg.num_outputs
+    return labels_of(cfg).values.shape[1] if vectors else len(own.value_columns)
 
 
 # ---- Planning

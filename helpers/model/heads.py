@@ -182,14 +182,14 @@ def specformer(encoder: SuryaEncoder, cfg: Config, outputs: int | None = None) -
     if cfg.labels.numbers:
         count = outputs or num_outputs(cfg)
         return Specformer1D(encoder, count, cfg.head.pooling, cfg.head.penultimate, cfg.head.dropout)
-    return Specformer2D(encoder, cfg.num_outputs, encoder.patch_size // cfg.labels.reduce)
+    return Specformer2D(encoder, num_outputs(cfg), encoder.patch_size // cfg.labels.reduce)
 
 
 def linear_baseline(cfg: Config, outputs: int | None = None) -> "LinearBaseline1D | LinearBaseline2D":
     """The linear baseline of a configuration: of channel means for numbers, pixel by pixel for masks and images."""
     in_chans, frames = len(cfg.data.channels), cfg.model.time_dim
     if not cfg.labels.numbers:
-        return LinearBaseline2D(in_chans, cfg.num_outputs, frames, cfg.labels.reduce)
+        return LinearBaseline2D(in_chans, num_outputs(cfg), frames, cfg.labels.reduce)
     return LinearBaseline1D(in_chans, outputs or num_outputs(cfg), frames)
 
 
