@@ -446,6 +446,10 @@ def prepare_store(
     data, archive, report = cfg.data, make_archive(cfg), BuildReport(store_path(cfg))
     labels = labels_of(cfg) if times is None else None
     given = None if times is None else np.unique(np.array(list(times), "datetime64[s]"))
+
+    def can_be_had(times: np.ndarray) -> np.ndarray:
+        return np.isin(times, there) | archive.may_have(times) & ~np.isin(times, given_up)
+
     while True:
         path, channels, there = report.store, channels_needed(cfg), np.array([], "datetime64[s]")
         notes = path.with_name(f"{path.name}.builds.json")  # frames that earlier builds could not make, and their speed
@@ -461,13 +465,7 @@ def prepare_store(
         report.given_up = len(lost.difference(there, report.lost))
         if given is None:
             given_up = np.array(list(lost.difference(there)), "datetime64[s]")
-            report.samples = plan_samples(
-                cfg,
-                lambda times, there=there, given_up=given_up: (
-                    np.isin(times, there) | archive.may_have(times) & ~np.isin(times, given_up)
-                ),
-                labels,
-            )
+            report.samples = plan_samples(cfg, can_be_had, labels)
         wanted = np.unique(report.samples.frames) if given is None else given
         if not len(wanted):
             keys = f"data.archive ({archive.folder}), the splits or section labels of the config"
