@@ -32,7 +32,12 @@ def main() -> int:
         print(f"{what:8} {state}")
         if mend:
             print(f"{'':8} -> {mend}")
-        if server and not answers(server):
+        try:
+            if server:
+                urllib.request.urlopen(server, timeout=5)
+        except urllib.error.HTTPError:  # no is an answer, too
+            pass
+        except OSError:
             problems.append(f"{what}: {server} does not answer")
 
     device, (free, total) = choose_device(cfg.training.device), memory()
@@ -78,17 +83,6 @@ def main() -> int:
     verdict = "cannot run here" if problems else "ready"
     print(f"\nprofile {cfg.profile}, task {cfg.task}: {verdict}", *problems, sep="\n")
     return int(bool(problems))
-
-
-def answers(address: str) -> bool:
-    """Whether a server says anything at all within five seconds."""
-    try:
-        urllib.request.urlopen(address, timeout=5)
-    except urllib.error.HTTPError:  # no is an answer
-        return True
-    except OSError:
-        return False
-    return True
 
 
 if __name__ == "__main__":
