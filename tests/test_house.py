@@ -217,7 +217,7 @@ def in_git(path: Path) -> str:
 # --- the wings ---
 
 FLOORS = ("channels", "shared", "config", "data", "model", "training", "analysis", "experiment", "use", "tools")
-CEILING = 7_796
+CEILING = 7_805
 
 
 def imported(path: Path) -> set[str]:
