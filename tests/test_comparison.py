@@ -81,6 +81,7 @@ def test_equal_models_are_within_noise(config):
     assert str(difference).startswith("The difference is WITHIN NOISE")
 
 
+@pytest.mark.notebook  # with the other long ones
 def test_the_interval_covers_the_truth_about_as_often_as_it_says(config):
     """Two equally good models, many times: 95% of the intervals hold zero."""
     cfg, seeds = config(**{"compare.draws": 100}), range(30)

@@ -167,6 +167,7 @@ def test_the_estimate_is_what_the_process_grows_by():
     assert int(done.stdout.split()[-1]) == pytest.approx(estimate, rel=0.2)
 
 
+@pytest.mark.notebook  # with the other long ones
 def test_recomputation_one_sample_and_bf16_save_what_they_promise():
     bf16 = {"training.precision": "bf16"}
     now = estimate_memory(*model_and_batch(4)).total
@@ -178,6 +179,7 @@ def test_recomputation_one_sample_and_bf16_save_what_they_promise():
     assert 0.01 * now < products - held < 0.2 * now
 
 
+@pytest.mark.notebook  # with the other long ones
 def test_auto_recomputes_no_block_more_than_the_memory_asks_for(capsys):
     model, batch, cfg = model_and_batch(6, **{"model.depth": 4})
     backbone = model.encoder.backbone

@@ -148,6 +148,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.notebook  # with the other long ones
 def test_processes_give_the_same_bytes_and_end_with_a_builder_that_is_killed(built):
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(built), *map(str, HOURS)]
     killed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -136,6 +136,7 @@ def test_a_python_without_pip_can_make_the_environment(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.notebook  # with the other long ones
 def test_of_two_at_once_the_second_waits(tmp_path):
     """Two calls of `make env` in one folder: one makes .venv, the other finds it whole."""
     (tmp_path / "helpers" / "tools").mkdir(parents=True)
