@@ -423,7 +423,7 @@ def load_config(
             problems.append(f"{key}: there is no {chosen[key]!r} under `{block}`; there is {there}")
     counting = [setting for setting in settings if setting.needs.items() <= chosen.items()]
     config = _validated(counting, chosen, problems, path.parent) if choices_exist else None
-    if problems:
+    if problems := list(dict.fromkeys(problems)):  # each key of a section may have the same
         count = "a mistake" if len(problems) == 1 else f"{len(problems)} mistakes"
         raise ConfigError("\n  - ".join([f"The configuration in {path.parent} has {count}:", *problems]))
     return config
@@ -491,10 +491,10 @@ def _settings(tree: dict, origin: str, problems: list[str]) -> list[_Setting]:
                 problems.append(f"{dotted} ({origin}): {block} stand here already, one inside another never counts")
             needs[_OVERLAYS[block]] = name
         layer = f"{dotted.removesuffix(f'.{key}')} in {origin}" if needs else origin
-        after_dot = key.partition(".")[2]
-        if needs and after_dot in _SCHEMA and key not in _SCHEMA:
-            sentence = f"{dotted.removesuffix(f'.{after_dot}')} ({origin}): a name holds no dot, which parts keys"
-            problems += [sentence] * (sentence not in problems)
+        first, _, after_dot = key.partition(".")
+        if needs and after_dot in _SCHEMA and first not in Config.model_fields:
+            name = dotted.removesuffix(f".{after_dot}")
+            problems.append(f"{name} ({origin}): a name holds no dot, which parts keys")
         elif key and key not in _SCHEMA:
             problems.append(f"{dotted} ({origin}): {_nearest(key)}")
         elif value and not key:

@@ -25,6 +25,7 @@ from helpers.data import archive as archives
 from helpers.data import frames
 from helpers.data.archive import Archive, open_netcdf
 from helpers.data.frames import open_store, prepare_store, reduce_frame
+from helpers.data.workers import worker_pool
 from helpers.shared import DiskFullError
 from helpers.tools import cache
 
@@ -142,10 +143,19 @@ from helpers.data.workers import worker_pool
 folder = sys.argv[1]
 usual = {"archive": Archive(folder), "native_size": 32, "reduce": 2, "reserve_gb": 0.0, "progress": False}
 assert build_store(sys.argv[2:], Path(folder, "processes.zarr"), workers=2, **usual).built == 5
-pool = worker_pool(2)
+own = worker_pool(2)
+pool = own.__enter__()
 print(pool.submit(os.getpid).result(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+def test_after_an_interrupt_no_job_that_waits_is_begun():
+    begun = []
+    with pytest.raises(KeyboardInterrupt), worker_pool(1) as pool:
+        for _ in pool.map(lambda number: [begun.append(number), time.sleep(0.02)], range(40)):
+            raise KeyboardInterrupt
+    assert 1 <= len(begun) < 10
 
 
 @pytest.mark.notebook  # with the other long ones

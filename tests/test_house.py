@@ -218,7 +218,7 @@ def in_git(path: Path) -> str:
 # --- the wings ---
 
 FLOORS = ("channels", "shared", "config", "data", "model", "training", "analysis", "experiment", "use", "tools")
-CEILING = 7_805
+CEILING = 7_818
 
 
 def imported(path: Path) -> set[str]:

@@ -447,7 +447,7 @@ def _write_spectra(sun: SyntheticSun, times: pd.DatetimeIndex, hours: np.ndarray
         values = spectra[part].astype(np.float32)
         data[f"{name}_spectra"] = ((f"{name}_sample", "wavelength"), values, {"units": "W/m^2/nm"})
     with atomic_write(path) as temporary:
-        temporary.write_bytes(data.to_netcdf(engine="h5netcdf"))  # in memory at first, as below
+        temporary.write_bytes(data.to_netcdf(engine="h5netcdf"))  # in memory, as HDF5 prints a trace on a full disk
 
 
 # ---- Files and names
